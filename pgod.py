@@ -121,7 +121,7 @@ SSH_LOGIN_SECONDS = 20
 SSH_COMMAND_BYTES = 64 * 1024
 SSH_ARGUMENTS = 256
 SSH_ALGORITHMS: dict[str, Any] = {
-    "kex_algs": "sntrup761x25519-sha512@openssh.com,curve25519-sha256,"
+    "kex_algs": "mlkem768x25519-sha256,sntrup761x25519-sha512@openssh.com,curve25519-sha256,"
                 "curve25519-sha256@libssh.org".split(","),
     "encryption_algs": "chacha20-poly1305@openssh.com,aes256-gcm@openssh.com,"
                        "aes128-gcm@openssh.com,aes256-ctr,aes128-ctr".split(","),
@@ -729,9 +729,9 @@ def parse_configuration(text: str) -> tuple[Service, ...]:
 
 
 def configuration_seal(path: Path) -> str:
-    """A hash of pgo.toml and of each env_file that it names; files that are gone count too."""
+    """A hash of pgo.toml and of each env_file and deploy_key that it names; files that are gone count too."""
     digest = hashlib.sha256(path.read_bytes())
-    for name in sorted(re.findall(rb'env_file\s*=\s*["\']([^"\']+)', path.read_bytes())):
+    for name in sorted(re.findall(rb'(?:env_file|deploy_key)\s*=\s*["\']([^"\']+)', path.read_bytes())):
         with contextlib.suppress(OSError):
             digest.update(name + b"\0" + Path(os.fsdecode(name)).read_bytes())
     return digest.hexdigest()
@@ -1212,6 +1212,7 @@ class Git:
         self.account = account
         self.children = children
         self.folder = places.own / "git"
+        self.exported: tuple[str, Tree] = ("", {})  # commit and tree of the export folder
 
     def environment(self) -> dict[str, str]:
         """No prompts, no configuration of others, one transport, the token in the environment."""
@@ -1346,13 +1347,15 @@ class Git:
 
     def export(self, commit: str) -> Tree:
         """Put the commit's files into the export folder, where no container reaches; its tree."""
-        try:
-            return self._export(commit)
-        except Fault as fault:
-            if isinstance(fault, Refused):
-                raise
-            self.remake(fault)
-            return self._export(commit)
+        if self.exported[0] != commit:
+            self.exported = ("", {})
+            try:
+                tree = self._export(commit)
+            except Fault as fault:
+                self.remake(fault)
+                tree = self._export(commit)
+            self.exported = (commit, tree)
+        return self.exported[1]
 
     def _export(self, commit: str) -> Tree:
         tree = self.tree(commit)
@@ -2317,14 +2320,14 @@ def decide(seen: Observed) -> Decision:
         return Decision("nothing", reasons=("the repository could not be reached yet",))
     if seen.owes_rollback and seen.failed[0] == target:
         return Decision("rollback", seen.running, reasons=("the last rollback failed",))
-    reason = deploy_reason(seen, target)
+    reason, calm = deploy_reason(seen, target), "in sync"
     if reason and seen.failed[:2] == (target, seen.digest) and not seen.failed[2]:
-        reason = ""
+        reason, calm = "", f"{short(target)} failed and is not tried now"
     if reason and seen.waiting == target and seen.digest == seen.running_digest:
-        reason = ""
+        reason, calm = "", f"{short(target)} waits for up"
     if reason:
         return Decision("deploy", target, reasons=(reason,))
-    return decide_heal(seen)
+    return decide_heal(seen, calm)
 
 
 def deploy_reason(seen: Observed, target: str) -> str:
@@ -2340,10 +2343,10 @@ def deploy_reason(seen: Observed, target: str) -> str:
     return ""
 
 
-def decide_heal(seen: Observed) -> Decision:
-    """Which compose services miss a container that should run."""
+def decide_heal(seen: Observed, calm: str) -> Decision:
+    """Which compose services miss a container that should run; `calm` is said if none does."""
     if seen.containers is None:
-        return Decision("nothing", reasons=("in sync",))
+        return Decision("nothing", reasons=(calm,))
     needs: dict[str, str] = {}
     crashed = True
     for name, count in seen.expected.items():
@@ -2357,7 +2360,7 @@ def decide_heal(seen: Observed) -> Decision:
             needs[name] = f"{name}: {count - len(mine)} of {count} containers missing"
             crashed = False
     if not needs:
-        return Decision("nothing", reasons=("in sync",))
+        return Decision("nothing", reasons=(calm,))
     return Decision("heal", seen.running, tuple(sorted(needs)), tuple(needs.values()), crashed)
 
 
@@ -2762,6 +2765,8 @@ class Worker(threading.Thread):
         prepared = False
         while not self.shared.stopping.is_set():
             request, wakes = self._next()
+            if self.shared.stopping.is_set() and not request:
+                break
             try:
                 if not prepared:
                     self.prepare()
@@ -2808,6 +2813,9 @@ class Worker(threading.Thread):
         if request:
             request.status = 1
             request.say(f"failed: {text}" if known else "failed: an error of pgod, see its log")
+            if isinstance(error, Refused):
+                log.info("%s: %s: %s", self.service.name, request.command, text)
+                return
         if text != self.last_error or not known:
             log.error("%s: failed: %s", self.service.name, text, exc_info=None if known else error)
         self.last_error = text
@@ -3326,6 +3334,32 @@ class Worker(threading.Thread):
         self.checked(self.state.wanted or self.state.commit)
         request.say(f"{short(self.state.wanted)}: the policy permits it")
 
+    def request_plan(self, request: Request) -> None:
+        """What would be done now and why; nothing is."""
+        self.ask_remote(request.say)
+        self.containers = self.engine.containers()
+        seen = self.observe(looked=True, asked=False)
+        decision = decide(seen)
+        request.say(f"{decision.action}: {'; '.join(decision.reasons)}")
+        if decision.action == "deploy":
+            self.plan_deploy(decision, request.say)
+        elif self.state.failed_commit and self.state.failed_commit == self.state.wanted:
+            request.say(f"{short(self.state.wanted)} failed: {self.state.failed_reason}")
+
+    def plan_deploy(self, decision: Decision, say: Say) -> None:
+        """Each compose service and image. Raises Refused with every violation."""
+        _, _, model = self.checked(decision.commit)
+        changes = model_differences(self.running_model(), model)
+        for name in sorted({*compose_services(model), *changes}):
+            say(f"  {name}: {changes.get(name, 'unchanged')}")
+        for image in self.missing_images_to_pull(model):
+            say(f"  image to pull: {image}")
+
+    def missing_images_to_pull(self, model: Model) -> list[str]:
+        built = {image_of(self.service.name, name, service)
+                 for name, service in compose_services(model).items() if service.get("build")}
+        return [name for name in self.engine.missing_images(model) if name not in built]
+
     def deployed_model(self) -> Model:
         model = self.running_model()
         if not model:
@@ -3350,6 +3384,7 @@ REQUESTS: dict[str, Callable[[Worker, Request], None]] = {
     "up": Worker.request_up, "git pull": Worker.request_pull, "down": Worker.request_down,
     "stop": Worker.request_stop, "start": Worker.request_start,
     "restart": Worker.request_restart, "load": Worker.request_load,
+    "plan": Worker.request_plan,
 }
 
 # ---- Commands ----------------------------------------------------------------------------------
@@ -3399,7 +3434,15 @@ COMMANDS: dict[str, Command] = {
     "git pull": Command("fetch, and deploy what is new", "thread"),
     "git hash": Command("print the commit that runs", "here"),
     "ping": Command("answer pong", "here"),
+    "plan": Command("show what would be done now and why, do nothing", "thread"),
+    "status": Command("show what runs, since when, and why not the newest", "here",
+                      {"--json": False}),
+    "history": Command("show the last deploys", "here", {"--json": False, "-n": True}),
+    "hold": Command("stop deploys and heals, until release or for a time", "here",
+                    {"--for": True}, "[REASON...]"),
+    "release": Command("end a hold", "here"),
     "journal": Command("is disabled", "here"),
+    "help": Command("show the commands", "here"),
 }
 # Options that pgod sets itself, or that mean nothing without a terminal of the engine's.
 DROPPED_OPTIONS = frozenset(("-T", "--no-TTY", "-i", "--interactive", "-t", "--tty"))
@@ -3505,11 +3548,144 @@ def check_operands(order: Order) -> Order:
         raise Refused(f"{order.command}: takes no arguments but options")
     if order.command == "exec" and len(order.operands) < 2:
         raise Refused("exec: write it like service//exec SERVICE COMMAND [ARGUMENT...]")
-    names = order.operands[:1] if order.command == "exec" else order.operands
+    names = order.operands if syntax == "[SERVICE...]" else ()
+    names = order.operands[:1] if order.command == "exec" else names
     for name in names:
         if not re.fullmatch(r"[A-Za-z0-9._-]+", name) or name.startswith("-"):
             raise Refused(f"{order.command}: {printable(name)!r} is not a compose service")
     return order
+
+
+def option_value(order: Order, name: str) -> str | None:
+    """The value of an option in an order, `` for one without, None if it is not there."""
+    for position, word in enumerate(order.options):
+        if word.startswith("--") and word.partition("=")[0] == name:
+            return word.partition("=")[2]
+        if word == name:
+            return order.options[position + 1]
+    return None
+
+
+def answer_hash(worker: Worker, order: Order, by: str) -> str:
+    if not worker.state.commit:
+        raise Refused("nothing was deployed yet")
+    return worker.state.commit
+
+
+def answer_journal(worker: Worker, order: Order, by: str) -> str:
+    raise Refused("journal is disabled; logs shows what the containers wrote")
+
+
+def answer_help(worker: Worker, order: Order, by: str) -> str:
+    rows = []
+    for name, command in COMMANDS.items():
+        options = [f"[{'|'.join(group)}]" for group in option_groups(command.options)]
+        rows.append(f"{name:<9} {command.help}")
+        rows += [f"          {' '.join([*options, command.words]).strip()}"] if (
+            options or command.words) else []
+    return "\n".join(rows)
+
+
+def option_groups(options: Mapping[str, bool]) -> list[list[str]]:
+    """`-f` and `--follow` together: a short option stands before its long one in the table."""
+    groups: list[list[str]] = []
+    for name, valued in options.items():
+        text = f"{name} VALUE" if valued else name
+        if groups and len(groups[-1]) == 1 and groups[-1][0].split()[0].lstrip("-") == name[2:3]:
+            groups[-1] = [groups[-1][0].split()[0], text]
+        else:
+            groups.append([text])
+    return groups
+
+
+def answer_status(worker: Worker, order: Order, by: str) -> str:
+    with contextlib.suppress(Fault):  # without an engine, what was seen last
+        worker.containers = worker.engine.containers()
+    facts = status_facts(worker, time.time())
+    return json.dumps(facts) if "--json" in order.options else render_status(facts)
+
+
+def status_facts(worker: Worker, now: float) -> dict[str, Any]:
+    """All that is known of a service, for programs. Times are seconds since the epoch."""
+    state, hold = worker.state, worker.hold()
+    failed = state.failed_commit and state.failed_commit == state.wanted
+    why = (str(hold) if hold else "" if worker.in_sync() else
+           f"{short(state.wanted)} failed: {state.failed_reason}" if failed else
+           f"{short(state.waiting)} waits for up" if state.waiting else
+           worker.remote_error or ("deploying" if state.deploying else "not looked at yet"))
+    return {
+        "service": worker.service.name, "commit": state.commit, "since": state.since,
+        "wanted": state.wanted, "in_sync": worker.in_sync(), "why": why,
+        "hold": dataclasses.asdict(hold) if hold else None, "last_error": worker.last_error,
+        "failures": worker.failures, "next_look": now + worker.next_look - worker.shared.clock(),
+        "containers": [{"name": c.name, "service": c.compose_service, "status": c.status,
+                        "health": c.health, "restarts": c.restarts, "started": c.started}
+                       for c in worker.containers]}
+
+
+def render_status(facts: Mapping[str, Any]) -> str:
+    """For people: aligned, the newest thing first."""
+    now, since = time.time(), facts["since"]
+    age = f" since {format_time(since)} ({format_duration(now - since)})" if since else ""
+    rows = [("service", facts["service"]), ("runs", (short(facts["commit"]) or "nothing") + age),
+            ("wanted", short(facts["wanted"]) or "not known yet"),
+            ("in sync", "yes" if facts["in_sync"] and not facts["why"] else
+             f"{'yes, but' if facts['in_sync'] else 'no:'} {facts['why']}")]
+    if facts["last_error"] and facts["last_error"] not in facts["why"]:
+        rows.append(("last error", facts["last_error"]))
+    rows.append(("next look", f"in {format_duration(max(0, facts['next_look'] - now))}"))
+    lines = [f"{name:<11}{text}" for name, text in rows]
+    width = max([len(c["name"]) for c in facts["containers"]], default=0)
+    for container in facts["containers"]:
+        health = f", {container['health']}" if container["health"] else ""
+        restarts = f", {container['restarts']} restarts" if container["restarts"] else ""
+        lines.append(f"  {container['name']:<{width}}  {container['status']}{health}{restarts}")
+    return "\n".join(lines)
+
+
+def answer_history(worker: Worker, order: Order, by: str) -> str:
+    count = option_value(order, "-n") or "20"
+    if not count.isdigit():
+        raise Refused(f"history: -n takes a number, not {printable(count)!r}")
+    lines = worker.history()[::-1][:int(count)]
+    if "--json" in order.options:
+        return json.dumps(lines)
+    return "\n".join(
+        f"{format_time(line['time'])}  {short(line['commit'])}  {line['outcome']:<8} "
+        f"{line['seconds']:>6.1f}s  {line['author']}: {line['subject']}  ({line['by']})"
+        + (f"\n    {one_line(line['reason'])}" if line["reason"] else "")
+        for line in lines) or "nothing was deployed yet"
+
+
+def answer_hold(worker: Worker, order: Order, by: str) -> str:
+    """Takes force at once, also for a deploy that has not begun to change anything."""
+    span, now = option_value(order, "--for"), time.time()
+    try:
+        until = now + parse_duration(span) if span else 0.0
+    except ValueError as error:
+        raise Refused(f"hold: --for: {error}") from None
+    hold = Hold(by, printable(" ".join(order.operands))[:200], now, until, "hold")
+    write_atomic(worker.places.own / "hold.json", json.dumps(dataclasses.asdict(hold)).encode())
+    log.info("%s: %s", worker.service.name, hold)
+    return str(hold)
+
+
+def answer_release(worker: Worker, order: Order, by: str) -> str:
+    held = load_hold(worker.places.own / "hold.json", "hold")
+    if not held:
+        raise Refused(f"{worker.hold() or 'there is no hold'}"
+                      f"{'; up or start ends that' if worker.hold() else ''}")
+    (worker.places.own / "hold.json").unlink(missing_ok=True)
+    log.info("%s: hold released by %s", worker.service.name, by)
+    worker.wake("engine")
+    return "released"
+
+
+ANSWERS: dict[str, Callable[[Worker, Order, str], str]] = {
+    "ping": lambda worker, order, by: "pong", "git hash": answer_hash, "status": answer_status,
+    "history": answer_history, "hold": answer_hold, "release": answer_release,
+    "journal": answer_journal, "help": answer_help,
+}
 
 
 def compose_command(order: Order, terminal: bool) -> list[str]:
@@ -3690,10 +3866,10 @@ class SshServer:
             with contextlib.suppress(OSError, self.asyncssh.Error):
                 process.exit(min(status, 255))
 
-    def tell(self, process: Any, text: str) -> None:
-        """A line for people, on standard error."""
+    def tell(self, process: Any, text: str, stream: Any = None) -> None:
+        """A line for people, on standard error if nothing else is asked for."""
         with contextlib.suppress(OSError, self.asyncssh.Error):
-            process.stderr.write(f"{text}\n".encode())
+            (stream or process.stderr).write(f"{text}\n".encode())
 
     async def obey(self, process: Any, client: Client) -> int:
         """Parse, permit, audit and carry out."""
@@ -3714,48 +3890,47 @@ class SshServer:
             self.tell(process, f"there is no service {printable(order.service)!r} for this key; "
                       f"it opens: {', '.join(mine) or 'nothing'}")
             return DENIED_STATUS
-        status = await self.carry_out(process, order, self.shared.workers[order.service], client)
-        self.write_audit(order, client, status)
+        worker = self.shared.workers[order.service]
+        comment = next((k.comment for k in worker.keys if k.fingerprint == client.key), "")
+        status = 1
+        try:
+            status = await self.carry_out(process, order, worker,
+                                          f"{comment or client.key} from {client.address}")
+        finally:
+            with contextlib.suppress(OSError):
+                audit(self.shared.settings.directory, address=client.address, key=client.key,
+                      comment=comment, service=order.service, command=order.audited(),
+                      status=status)
         return status
 
-    def write_audit(self, order: Order, client: Client, status: int) -> None:
-        worker = self.shared.workers[order.service]
-        comments = [key.comment for key in worker.keys if key.fingerprint == client.key]
-        with contextlib.suppress(OSError):
-            audit(self.shared.settings.directory, address=client.address, key=client.key,
-                  comment="".join(comments[:1]), service=order.service, command=order.audited(),
-                  status=status)
-
-    async def carry_out(self, process: Any, order: Order, worker: Worker, client: Client) -> int:
+    async def carry_out(self, process: Any, order: Order, worker: Worker, by: str) -> int:
         where = COMMANDS[order.command].where
         if where == "thread":
-            return await self.through_thread(process, order, worker, client)
+            return await self.through_thread(process, order, worker, by)
         if where == "compose":
             return await self.stream(process, order, worker)
-        return self.answer_here(process, order, worker)
+        return await self.answer_here(process, order, worker, by)
 
-    def answer_here(self, process: Any, order: Order, worker: Worker) -> int:
-        """What needs no other process."""
-        if order.command == "journal":
-            self.tell(process, "journal is disabled; logs shows what the containers wrote")
-            return 1
-        text = "pong" if order.command == "ping" else worker.state.commit
-        if not text:
-            self.tell(process, "nothing was deployed yet")
+    async def answer_here(self, process: Any, order: Order, worker: Worker, by: str) -> int:
+        """What does not wait for the service's thread."""
+        answer = ANSWERS[order.command]
+        try:
+            text = await self.loop.run_in_executor(None, answer, worker, order, by)
+        except Fault as fault:
+            self.tell(process, str(fault))
             return 1
         process.stdout.write(f"{text}\n".encode())
         return 0
 
-    async def through_thread(self, process: Any, order: Order, worker: Worker,
-                             client: Client) -> int:
+    async def through_thread(self, process: Any, order: Order, worker: Worker, by: str) -> int:
         """Queue it, tell what happens while it happens; it goes on when the client leaves."""
-        comment = next((k.comment for k in worker.keys if k.fingerprint == client.key), "")
+        stream = process.stdout if order.command in ("plan", "load") else process.stderr
 
         def say(text: str) -> None:
-            self.loop.call_soon_threadsafe(self.tell, process, text)
+            self.loop.call_soon_threadsafe(self.tell, process, text, stream)
 
-        request = worker.ask(Request(order.command, (*order.options, *order.operands),
-                                     f"{comment or client.key} from {client.address}", say))
+        words = (*order.options, *order.operands)
+        request = worker.ask(Request(order.command, words, by, say))
         while not request.done.is_set() and not process.channel.is_closing():
             await asyncio.sleep(0.05)
         return request.status
@@ -3778,10 +3953,7 @@ class SshServer:
             return 1
         self.shared.metrics.count("pgo_command_count", (worker.service.name, "compose",
                                                         order.command))
-        try:
-            status = await self.tie(process, child, streams)
-        finally:
-            await self.loop.run_in_executor(None, self.end_stream, child, mark if reads else "")
+        status = await self.tie(process, child, streams, mark if reads else "")
         if status:
             self.shared.metrics.count("pgo_command_error_count",
                                       (worker.service.name, "compose", order.command))
@@ -3795,37 +3967,87 @@ class SshServer:
             kill_all(marked_processes(mark), signal.SIGKILL)
 
     async def tie(self, process: Any, child: subprocess.Popen[bytes],
-                  streams: Mapping[str, Any]) -> int:
-        """Pump until the child ends or the client goes; flow control holds both back."""
-        await process.redirect(**streams)
-        ended = asyncio.ensure_future(wait_child(child))
+                  streams: Mapping[str, Any], mark: str) -> int:
+        """Pump until the child ends or the client goes; flow control holds both back.
+
+        asyncssh's own redirect loses the last bytes of an input now and then, and output that a
+        child wrote right before its end.
+        """
+        descriptor = os.pidfd_open(child.pid)
+        ended = asyncio.ensure_future(ready(descriptor))
         gone = asyncio.ensure_future(process.channel.wait_closed())
-        await asyncio.wait({ended, gone}, return_when=asyncio.FIRST_COMPLETED)
-        if not ended.done():
-            ended.cancel()
-            return 255
-        drained = asyncio.ensure_future(self.drain(process))
-        await asyncio.wait({drained, gone}, return_when=asyncio.FIRST_COMPLETED)
-        for task in (drained, gone):
-            task.cancel()
-        return child.wait()
+        feed = asyncio.ensure_future(self.pump_in(process, streams.get("stdin")))
+        pumps = asyncio.gather(*(self.pump_out(streams[name], getattr(process, name))
+                                 for name in ("stdout", "stderr") if name in streams))
+        try:
+            await asyncio.wait({ended, gone}, return_when=asyncio.FIRST_COMPLETED)
+            await self.loop.run_in_executor(None, self.end_stream, child, mark)
+            await asyncio.wait({pumps, gone}, return_when=asyncio.FIRST_COMPLETED)
+            return 255 if gone.done() else child.wait()
+        finally:
+            tasks = (ended, gone, feed, pumps)
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+            os.close(descriptor)
+            for stream in streams.values():
+                stream.close()
 
-    async def drain(self, process: Any) -> None:
-        with contextlib.suppress(OSError, self.asyncssh.Error):
-            await process.stdout.drain()
-            await process.stderr.drain()
+    async def pump_out(self, source: Any, writer: Any) -> None:
+        """What the child writes, until it writes no more."""
+        with contextlib.suppress(OSError, self.asyncssh.Error):  # EIO is a terminal's end
+            while True:
+                await ready(source.fileno())
+                if not (data := os.read(source.fileno(), 1 << 16)):
+                    return
+                writer.write(data)
+                await writer.drain()
+
+    async def pump_in(self, process: Any, target: Any) -> None:
+        """What the client writes, to its end; dropped if there is nobody (left) to read it."""
+        while True:
+            try:
+                data = await process.stdin.read(1 << 16)
+            except self.asyncssh.TerminalSizeChanged as change:
+                set_terminal_size(target, change.width, change.height)
+                continue
+            except (self.asyncssh.BreakReceived, self.asyncssh.SignalReceived):
+                continue
+            if target and not target.closed and not await write_all(target.fileno(), data):
+                target.close()
+            if not data:
+                break
 
 
-async def wait_child(child: subprocess.Popen[bytes]) -> None:
-    """Until the child has ended; no thread and no polling (pidfd_open(2))."""
-    descriptor, ended = os.pidfd_open(child.pid), asyncio.Event()
-    loop = asyncio.get_running_loop()
-    loop.add_reader(descriptor, ended.set)
+async def ready(descriptor: int, writing: bool = False) -> None:
+    """Until it can be read (of a pidfd_open(2): until the process has ended) or written."""
+    loop, event = asyncio.get_running_loop(), asyncio.Event()
+    add, remove = ((loop.add_writer, loop.remove_writer) if writing
+                   else (loop.add_reader, loop.remove_reader))
+    add(descriptor, event.set)
     try:
-        await ended.wait()
+        await event.wait()
     finally:
-        loop.remove_reader(descriptor)
-        os.close(descriptor)
+        remove(descriptor)
+
+
+async def write_all(descriptor: int, data: bytes) -> bool:
+    """Write to a child; false at the end of the data, or if the child reads no more."""
+    rest = memoryview(data)
+    while rest:
+        try:
+            rest = rest[os.write(descriptor, rest):]
+        except BlockingIOError:
+            await ready(descriptor, writing=True)
+        except OSError:
+            return False
+    return bool(data) or os.isatty(descriptor)
+
+
+def set_terminal_size(terminal: Any, columns: int, rows: int) -> None:
+    size = struct.pack("HHHH", (rows or 24) & 0xFFFF, (columns or 80) & 0xFFFF, 0, 0)
+    if terminal and os.isatty(terminal.fileno()):
+        fcntl.ioctl(terminal, termios.TIOCSWINSZ, size)
 
 
 def start_stream(engine: Engine, words: list[str], reads: bool, terminal: bool,
@@ -3835,22 +4057,25 @@ def start_stream(engine: Engine, words: list[str], reads: bool, terminal: bool,
     if not terminal:
         child = engine.children.start(
             words, account=who, env=env, stdin=subprocess.PIPE if reads else subprocess.DEVNULL)
-        streams = {"stdout": child.stdout, "stderr": child.stderr}
-        return child, streams | ({"stdin": child.stdin} if reads else {})
-    ours, theirs = os.openpty()
-    columns, rows = process.term_size[:2]
-    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", rows or 24, columns or 80, 0, 0))
+        if child.stdin:
+            os.set_blocking(child.stdin.fileno(), False)
+        streams = {"stdin": child.stdin, "stdout": child.stdout, "stderr": child.stderr}
+        return child, {name: stream for name, stream in streams.items() if stream}
+    master, theirs = os.openpty()
+    os.set_blocking(master, False)
+    ours = os.fdopen(master, "r+b", 0)
+    set_terminal_size(ours, *process.term_size[:2])
     chown(theirs, who)
     env["TERM"] = re.sub(r"[^\w.+-]", "", process.term_type or "") or "dumb"
     try:
         child = engine.children.start(["setsid", "--ctty", *words], account=who, env=env,
                                       stdin=theirs, stdout=theirs, stderr=theirs, session=False)
     except Fault:
-        os.close(ours)
+        ours.close()
         raise
     finally:
         os.close(theirs)
-    return child, {"stdin": os.fdopen(os.dup(ours), "wb", 0), "stdout": os.fdopen(ours, "rb", 0)}
+    return child, {"stdin": ours, "stdout": ours}
 
 
 def import_asyncssh() -> Any:
@@ -3885,8 +4110,16 @@ class HttpServer(http.server.ThreadingHTTPServer):
         self.shared = shared
         self.open: dict[socket.socket, float] = {}
         self.guard = threading.Lock()
-        self.address_family = socket.AF_INET6 if ":" in address[0] else socket.AF_INET
+        both = not address[0] and socket.has_dualstack_ipv6()
+        self.address_family = socket.AF_INET6 if both or ":" in address[0] else socket.AF_INET
         super().__init__(address, HttpHandler)
+
+    def server_bind(self) -> None:
+        """An empty host is every address of both families, as in Go."""
+        if self.address_family == socket.AF_INET6:
+            self.socket.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY,
+                                   bool(self.server_address[0]))
+        super().server_bind()
 
     def process_request(self, request: Any, client_address: Any) -> None:
         with self.guard:

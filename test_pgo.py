@@ -32,8 +32,9 @@ import pgoctl
 import pgod
 
 HERE = Path(__file__).resolve().parent
-IMAGE = "pgotest-busybox:1"
-USERS = ("pgotest-ann", "pgotest-ben")
+SESSION = secrets.token_hex(3)  # two suites at one time must not share what they make
+IMAGE = f"pgotest-{SESSION}:1"
+USERS = (f"pgt{SESSION}ann", f"pgt{SESSION}ben")
 GIT_IDENTITY = {f"GIT_{who}_{what}": "pgotest@localhost" for who in ("AUTHOR", "COMMITTER")
                 for what in ("NAME", "EMAIL")}
 PATIENCE = 30.0  # seconds that a condition is waited for before the test has failed
