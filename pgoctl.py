@@ -5,13 +5,15 @@
 # ///
 """pgoctl steers the compose services of a server that runs pgod, over pgod's own SSH port.
 
-This one file is the whole client: copy it and run it. It speaks SSH through OpenSSH's ssh where
-that is installed, else through asyncssh (`uv run pgoctl.py` brings it), with the same answers.
+This file is the whole client: copy it and run it. It speaks SSH through OpenSSH's ssh where that
+is installed, else through asyncssh (`uv run pgoctl.py` brings it), with the same answers.
 
-Sections: Tables, Errors, Values, Command line, Streams and files, Known hosts, Failures explained,
-OpenSSH, asyncssh, Main. Imports that take long are made where they are needed; values are named
-tuples, for dataclasses would add a quarter to the time it takes to start.
+Sections: Tables, Errors, Values, Streams and files, Known hosts, Failures explained, OpenSSH,
+asyncssh, Command line, Main.
 """
+# Whatever takes long to import is imported where it is needed, and values are named tuples: with
+# dataclasses a third is added to the time that pgoctl adds to ssh's.
+# ruff: noqa: PLC0415
 
 from __future__ import annotations
 
@@ -21,7 +23,6 @@ import errno
 import getopt
 import os
 import re
-import select
 import shlex
 import signal
 import stat
@@ -31,8 +32,7 @@ import threading
 from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
-    from queue import SimpleQueue
+    from collections.abc import Awaitable, Callable, Mapping, Sequence
     from types import FrameType, ModuleType
     from typing import Any
 
@@ -40,10 +40,12 @@ if TYPE_CHECKING:
 
 VERSION = "0.1.0"
 PORT = 2222
-USER = "pgo"  # pgod asks for a key only; whatever name it is sent means nothing
+USER = "pgo"  # pgod asks for a key only; the name that it is sent means nothing
 CONNECT_SECONDS = 10
-ALIVE_SECONDS, ALIVE_COUNT = 15, 3  # a dead connection is noticed after a minute
+ALIVE_SECONDS, ALIVE_COUNT = 15, 3  # a dead connection is noticed within a minute
 CHUNK = 1 << 18
+LOG_SECONDS = 0.05  # between two looks at ssh's log
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 COMMANDS = {
     "up": "fetch, deploy the newest commit and wait until it is healthy",
@@ -54,14 +56,14 @@ COMMANDS = {
     "ps": "list the containers",
     "pull": "pull the images",
     "logs": "print the containers' logs; -f follows them",
-    "exec": "run a program in a container; reads standard input",
+    "exec": "run a program in a container; the one command that reads standard input",
     "load": "check the newest commit against the server's policy",
     "git pull": "fetch the newest commit and deploy it",
     "git hash": "print the commit that runs",
     "ping": "see whether pgod answers",
-    "journal": "disabled; pgod says so",
+    "journal": "is disabled; pgod says so",
 }
-READS_STDIN = frozenset({"exec"})  # any other would eat the list of a shell's `while read` loop
+READS_STDIN = frozenset({"exec"})  # another would eat the list of a shell's `while read` loop
 
 OPTIONS = (  # short, long, its value, help
     ("i", "identity", "FILE", "private key, without passphrase"),
@@ -71,9 +73,9 @@ OPTIONS = (  # short, long, its value, help
     ("h", "help", "", "print this"),
 )
 STATUSES = {
-    "0-254": "the command's own; 128+n where signal n ended it",
-    "2": "also: a wrong command line",
-    "130": "also: interrupted with Ctrl-C; 141: nobody read the output to its end",
+    "0-255": "the command's own; 128+n where signal n ended it",
+    "2": "also: the command line is wrong",
+    "130": "also: interrupted with Ctrl-C; 141: the reader of the output left",
     "255": "also: no connection, or it broke; a line on standard error says why",
 }
 ENVIRONMENT = {
@@ -88,71 +90,45 @@ EXAMPLES = {
 }
 
 DEFAULT_KEYS = ("id_ed25519", "id_ecdsa", "id_rsa")
-SSH_OPTIONS = (  # ssh takes the first value that it gets: these win over ~/.ssh/config
-    "BatchMode=yes",
-    "PreferredAuthentications=publickey",
-    "ClearAllForwardings=yes",
-    "ForwardAgent=no",
-    "ForwardX11=no",
-    "Tunnel=no",
-    "PermitLocalCommand=no",
-    "RemoteCommand=none",
-    "ControlMaster=no",
-    "ControlPath=none",
-    f"ConnectTimeout={CONNECT_SECONDS}",
-    f"ServerAliveInterval={ALIVE_SECONDS}",
-    f"ServerAliveCountMax={ALIVE_COUNT}",
-    "CheckHostIP=no",
-    "HashKnownHosts=no",
-    "UpdateHostKeys=no",
-    "VerifyHostKeyDNS=no",
-    "NoHostAuthenticationForLocalhost=no",
-    "GlobalKnownHostsFile=/dev/null",
-    "LogLevel=DEBUG2",  # to see keys offered, exit statuses and writes that fail; nobody reads it
+# ssh takes the first value that it meets, so these win over ~/.ssh/config. Nobody sees the log: it
+# tells which keys were offered, whether a status came, and of writes that failed.
+SSH_OPTIONS = (
+    "BatchMode=yes", "PreferredAuthentications=publickey", "ClearAllForwardings=yes",
+    "ForwardAgent=no", "ForwardX11=no", "Tunnel=no", "PermitLocalCommand=no", "RemoteCommand=none",
+    "ControlMaster=no", "ControlPath=none", f"ConnectTimeout={CONNECT_SECONDS}",
+    f"ServerAliveInterval={ALIVE_SECONDS}", f"ServerAliveCountMax={ALIVE_COUNT}", "CheckHostIP=no",
+    "HashKnownHosts=no", "UpdateHostKeys=no", "VerifyHostKeyDNS=no", "LogLevel=DEBUG2",
+    "NoHostAuthenticationForLocalhost=no", "GlobalKnownHostsFile=/dev/null",
 )
-FAILURES = (  # what OpenSSH's log or asyncssh's exception says, what pgoctl says; first match counts
-    (
-        r"Host key verification failed|HostKeyNotVerifiable",
-        "the host key is not the one {remembered}: either pgod was set up anew, or someone is in "
-        "between; once you know that it is the former: {remedy}",
-    ),
-    (
-        r"Too many authentication failures",
-        "more keys were offered than the server listens to: choose one with -i FILE or PGOCTL_ID",
-    ),
-    (
-        r"Permission denied \(|PermissionDenied",
-        "Permission denied: {keys}; a service opens to the keys whose public half is committed in "
-        "ssh/ of its repository",
-    ),
-    (r"Could not resolve|gaierror", "no such host: is the name right, and does DNS answer?"),
-    (
-        rf"Connection refused|Errno {errno.ECONNREFUSED}\b",
-        "connection refused: does pgod run there, and on this port? (-p PORT)",
-    ),
-    (
-        rf"(?i)timed out|Timeout|Errno {errno.ETIMEDOUT}\b",
-        "no answer in time: is the host up, and does a firewall let this port through?",
-    ),
-    (
-        rf"No route to|unreachable|Errno ({errno.EHOSTUNREACH}|{errno.ENETUNREACH})\b",
-        "no way there: is the network up?",
-    ),
-    (
-        r"Authenticated to|lost after login",
-        "the connection broke before the command ended; it may not have done all of its work",
-    ),
-    (
-        r"kex_exchange|banner exchange|Connection (closed|reset)|ConnectionLost|ProtocolNotSupp",
-        "what answers there hung up or is no SSH server: is this pgod's port? (-p PORT)",
-    ),
+FAILURES = (  # what ssh's log or asyncssh's exception says, what pgoctl says; the first one counts
+    ("lost after login",
+     "the connection broke before the command ended; it may have done its work or not"),
+    ("Host key verification failed|HostKeyNotVerifiable",
+     "the host key is not the one {remembered}: either pgod was set up anew or someone is in "
+     "between; once you know that it is the former: {remedy}"),
+    ("Too many authentication failures",
+     "more keys were offered than the server listens to: choose one with -i FILE or PGOCTL_ID"),
+    (r"Permission denied \(|PermissionDenied",
+     "Permission denied: {keys}; a service opens to the keys whose public half is committed in "
+     "ssh/ of its repository"),
+    ("Load key", "the private key cannot be used, it may be damaged: {words}"),
+    ("Could not resolve|gaierror|UnicodeError", "no such host: is the name right, does DNS work?"),
+    (rf"Connection refused|Errno {errno.ECONNREFUSED}\b",
+     "connection refused: does pgod run there, and on this port (-p PORT)?"),
+    (rf"(?i)timed out|timeout|Errno {errno.ETIMEDOUT}\b",
+     "no answer in time: is the host up, and does a firewall let this port through?"),
+    ("kex_exchange|banner exchange|Connection (closed|reset)|ConnectionLost|ProtocolNotSupported",
+     "what answers there hung up or is no SSH server: is this pgod's port (-p PORT)?"),
 )
+UNREMEMBERED = "{} cannot be written: the host key is not remembered; pin it with PGOCTL_HOSTKEY"
+NO_TRANSPORT = ("{}: install OpenSSH's client (apt install openssh-client), or asyncssh (pip "
+                "install asyncssh; `uv run pgoctl.py` brings it)")
 
 # ==== Errors ======================================================================================
 
 
 class ControlError(Exception):
-    """No answer from pgod: the message says what, where and what to do."""
+    """No answer from pgod; the message says what, where and what to do."""
 
     status = 255
 
@@ -164,7 +140,7 @@ class UsageError(ControlError):
 
 
 class SignalError(ControlError):
-    """A signal ends pgoctl, which says nothing about it."""
+    """A signal ends pgoctl, or ended the command; nothing is said."""
 
     def __init__(self, number: int) -> None:
         super().__init__()
@@ -172,13 +148,6 @@ class SignalError(ControlError):
 
 
 # ==== Values ======================================================================================
-
-
-class Identity(NamedTuple):
-    """The one key to offer."""
-
-    name: str  # where it came from, for messages
-    text: str
 
 
 class Request(NamedTuple):
@@ -189,170 +158,101 @@ class Request(NamedTuple):
     command: str  # as it goes over the wire
     stdin: bool  # the command reads standard input
     terminal: bool
-    identity: Identity | None  # None: the agent's and the default keys
-    pin: str  # the host key, "type base64"; empty: known_hosts
-    home: str
-    transport: str  # empty: whichever is there
+    key_name: str  # where the one key to offer came from; empty: the agent's and the default ones
+    key: str
+    pin: str  # the host key, "type base64"; empty: as known_hosts says
+    folder: str  # $HOME/.ssh
 
     @property
     def known_name(self) -> str:
         """The host's name in known_hosts (sshd(8), SSH_KNOWN_HOSTS FILE FORMAT)."""
-        name = self.host.lower()
-        return name if self.port == 22 else f"[{name}]:{self.port}"
+        return self.host.lower() if self.port == 22 else f"[{self.host.lower()}]:{self.port}"
 
     @property
     def known_hosts(self) -> str:
-        return os.path.join(self.home, ".ssh", "known_hosts")
+        """The path of the file."""
+        return os.path.join(self.folder, "known_hosts")
 
 
 PRIVATE_KEY = re.compile(r"-----BEGIN ([A-Z ]*PRIVATE KEY)-----(.+?)-----END \1-----", re.DOTALL)
+OPENSSH_KEY = b"openssh-key-v1\0"  # then the cipher's length and name (PROTOCOL.key)
 HOST_NAME = re.compile(r"[A-Za-z0-9_][\w.-]*|\[[0-9A-Fa-f:.]+(%[\w.-]+)?\]", re.ASCII)
 
 
 def decode_base64(text: str) -> bytes:
-    """The bytes, or none where the text is not base64."""
+    """The bytes; none where the text is not base64."""
     try:
         return binascii.a2b_base64(text, strict_mode=True)
     except ValueError:
         return b""
 
 
-def fingerprint(blob: bytes) -> str:
+def fingerprint(key: bytes) -> str:
     """The fingerprint of a public key as ssh-keygen -l prints it."""
     import hashlib
-
-    digest = binascii.b2a_base64(hashlib.sha256(blob).digest(), newline=False)
+    digest = binascii.b2a_base64(hashlib.sha256(key).digest(), newline=False)
     return "SHA256:" + digest.decode().rstrip("=")
 
 
-def parse_identity(text: str, name: str) -> Identity:
-    """A private key, out of what a CI secret may have become: CRLF, literal \\n, all on one line."""
+def parse_key(text: str, name: str) -> str:
+    """A private key from what a CI secret may have become: CRLF, literal \\n, all on one line."""
     match = PRIVATE_KEY.search(text.replace("\\n", "\n"))
     if not match:
         public = text.startswith(("ssh-", "ecdsa-", "sk-"))
-        what = "is a public key: the private half is needed" if public else "holds no private key"
-        raise ControlError(f"{name} {what}")
+        raise ControlError(f"{name} is a public key: the private half is needed" if public else
+                           f"{name} is no private key in the format of ssh-keygen")
     body = "".join(match[2].split())
     blob = decode_base64(body)
-    cipher = blob[19:23] if blob.startswith(b"openssh-key-v1\0") else b"none"
-    if cipher != b"none" or "ENCRYPTED" in match[1] + body:
+    if "ENCRYPTED" in match[1] + body or (blob.startswith(OPENSSH_KEY) and blob[19:23] != b"none"):
         raise ControlError(f"{name} has a passphrase: make a key without (ssh-keygen -t ed25519)")
     if not blob:
-        raise ControlError(f"{name} is damaged: what stands in the key is not base64")
-    lines = "\n".join(body[at : at + 64] for at in range(0, len(body), 64))
-    return Identity(name, f"-----BEGIN {match[1]}-----\n{lines}\n-----END {match[1]}-----\n")
+        raise ControlError(f"{name} is damaged: it is not base64")
+    lines = "\n".join(body[start:start + 64] for start in range(0, len(body), 64))
+    return f"-----BEGIN {match[1]}-----\n{lines}\n-----END {match[1]}-----\n"
 
 
 def parse_host_key(text: str) -> str:
     """A public key without its comment."""
-    kind, _, rest = text.strip().partition(" ")
-    body = rest.split()[0] if rest.split() else ""
+    kind, body = [*text.split(), "", ""][:2]
     if kind and decode_base64(body)[4:].startswith(kind.encode()):
         return f"{kind} {body}"
     raise ControlError("PGOCTL_HOSTKEY is no public key; it looks like 'ssh-ed25519 AAAA...'")
 
 
-def parse_port(text: str) -> int:
-    if text.isascii() and text.isdecimal() and 0 < int(text) < 65536:
-        return int(text)
-    raise UsageError(f"port {text!r}: a number from 1 to 65535 is needed")
-
-
 def parse_target(text: str) -> tuple[str, str, str]:
-    """Host, service and command; the latter two are empty where only a host was named."""
+    """Host, service and command; the last two are empty where a host stands alone."""
     place, slashes, command = text.partition("//")
     host, _, service = place.rpartition(":") if slashes else (place, "", "")
     for wrong, problem in (
-        ("," in host, "several hosts are not supported yet; name one"),
-        (not host, "there is no host"),
-        (host.endswith(":"), "there is no //command after the service"),
-        (not slashes and ":" in host and host[0] != "[", "there is no //command"),
-        (not HOST_NAME.fullmatch(host), "that is no host; an IPv6 address stands in brackets"),
-        (slashes and not service, "there is no service between host: and //"),
-        (slashes and not command, "there is no command after //"),
+        ("," in host, "several hosts are not supported yet, name one"),
+        (not host or host.startswith(":"), "the host is missing"),
+        (not slashes and ":" in host and host[0] != "[", "//command is missing"),
+        (not HOST_NAME.fullmatch(host), "that is no host (an IPv6 address stands in brackets)"),
+        (slashes and not service, "the service is missing"),
+        (slashes and not command, "the command is missing"),
     ):
         if wrong:
-            raise UsageError(
-                f"{text!r}: {problem}: host:service//command is needed, as in example.org:web//ps"
-            )
+            raise UsageError(f"target {text!r}: {problem}; it is host:service//command, as in "
+                             "example.org:web//ps, or a host alone")
     return host.strip("[]"), service, command
 
 
-# ==== Files and streams ===========================================================================
+def render_command(service: str, command: str, arguments: Sequence[str]) -> str:
+    """The text of the SSH request; shlex.split gives the words back as they were."""
+    text = shlex.join([f"{service}//{command}", *arguments])
+    if text.isascii() or text == text.encode(errors="replace").decode():
+        return text
+    raise UsageError("an argument is not UTF-8")
 
 
-def fd_path(fd: int) -> str:
-    """A path by which our children can open one of our descriptors; empty where /proc lacks."""
-    path = f"/proc/{os.getpid()}/fd/{fd}"
-    return path if os.path.exists(path) else ""
+# ==== Streams and files ===========================================================================
 
 
-def private_folder(stack: contextlib.ExitStack) -> str:
-    """A folder that nobody else can enter, until the stack ends."""
-    import tempfile
-
-    return stack.enter_context(tempfile.TemporaryDirectory(prefix="pgoctl-"))
-
-
-def private_file(text: str, stack: contextlib.ExitStack) -> str:
-    """A path to a text, for our children alone, until the stack ends; not on disk if avoidable."""
-    if hasattr(os, "memfd_create"):
-        fd = os.memfd_create("pgoctl")
-        stack.callback(os.close, fd)
-        path = fd_path(fd)
-    else:
-        path = ""
-    if not path:
-        path = os.path.join(private_folder(stack), "file")
-        fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-        stack.callback(os.close, fd)
-    os.fchmod(fd, 0o600)  # ssh refuses a key that others can read
-    write_all(fd, text.encode())
-    return path
-
-
-def private_pipe(stack: contextlib.ExitStack) -> tuple[int, int, str]:
-    """A pipe's two ends, to be closed by the caller, and a path to write to it."""
-    reader, writer = os.pipe()
-    path = fd_path(writer)
-    if not path:
-        os.close(reader), os.close(writer)
-        path = os.path.join(private_folder(stack), "pipe")
-        os.mkfifo(path, 0o600)
-        reader = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
-        writer = os.open(path, os.O_WRONLY)
-        os.set_blocking(reader, True)
-    return reader, writer, path
-
-
-def read_private(path: str) -> str:
-    """The text of a file that nobody else may read (ssh refuses others, too)."""
-    try:
-        with open(path, encoding="utf-8", errors="replace") as file:
-            status, text = os.fstat(file.fileno()), file.read(1 << 16)
-    except OSError as error:
-        raise ControlError(f"key {path!r}: {error.strerror}") from None
-    if stat.S_ISREG(status.st_mode) and status.st_uid == os.getuid() and status.st_mode & 0o077:
-        raise ControlError(f"key {path!r} can be read by others: chmod 600 {shlex.quote(path)}")
-    return text
-
-
-def read_text(path: str) -> str:
-    """A file's text, empty where there is no such file."""
-    try:
-        with open(path, encoding="utf-8", errors="replace") as file:
-            return file.read()
-    except FileNotFoundError:
-        return ""
-    except OSError as error:
-        raise ControlError(f"{path}: {error.strerror}") from None
-
-
-def write_all(fd: int, data: bytes) -> None:
+def write_all(descriptor: int, data: bytes) -> None:
     """Write to the last byte."""
     view = memoryview(data)
     while view:
-        view = view[os.write(fd, view) :]
+        view = view[os.write(descriptor, view):]
 
 
 def say(text: str) -> None:
@@ -362,23 +262,66 @@ def say(text: str) -> None:
 
 
 def output_failure() -> ControlError:
-    """What it means that standard output takes no more: a reader that left, or a full disk."""
+    """What it means that standard output takes no more: its reader left, or the disk is full."""
     mode = os.fstat(1).st_mode
     if stat.S_ISFIFO(mode) or stat.S_ISSOCK(mode):
         return SignalError(signal.SIGPIPE)
-    return ControlError("standard output could not be written to its end: is the disk full?")
+    return ControlError("standard output was not written to its end: is the disk full?")
 
 
-def run_child(argv: Sequence[str], stdin: bool, started: Callable[[Child], object]) -> int:
-    """Run a program on our own standard streams; its status, negative if a signal ended it.
+def write_output(descriptor: int, data: bytes) -> None:
+    """Write output; raises what it means that it takes no more."""
+    try:
+        write_all(descriptor, data)
+    except OSError:
+        raise output_failure() from None
 
-    It ends when we are ended. It need not know our secrets. The one door to other programs.
+
+def start_thread(work: Callable[..., None], *arguments: object) -> threading.Thread:
+    """A thread that holds nothing up when pgoctl ends."""
+    thread = threading.Thread(target=work, args=arguments, daemon=True)
+    thread.start()
+    return thread
+
+
+def read_private(path: str) -> str:
+    """The text of a file that nobody else may read; ssh, too, refuses others."""
+    try:
+        with open(path, encoding="utf-8", errors="replace") as file:
+            status, text = os.fstat(file.fileno()), file.read(CHUNK)
+    except OSError as error:
+        raise ControlError(f"key {path!r}: {error.strerror}") from None
+    if stat.S_ISREG(status.st_mode) and status.st_uid == os.getuid() and status.st_mode & 0o077:
+        raise ControlError(f"key {path!r} is open to others: chmod 600 {shlex.quote(path)}")
+    return text
+
+
+def private_file(text: str, stack: contextlib.ExitStack) -> str:
+    """A path to a text, for us and our children until the stack ends; not on disk if avoidable."""
+    if hasattr(os, "memfd_create") and os.path.exists("/proc/self/fd"):
+        descriptor = os.memfd_create("pgoctl")
+        path = f"/proc/{os.getpid()}/fd/{descriptor}"
+        os.fchmod(descriptor, 0o600)  # ssh refuses a key that is open to others
+    else:
+        import tempfile
+        descriptor, path = tempfile.mkstemp(prefix="pgoctl-")
+        stack.callback(os.unlink, path)
+    stack.callback(os.close, descriptor)
+    write_all(descriptor, text.encode())
+    return path
+
+
+def run_child(words: Sequence[str], stdin: bool,
+              started: Callable[[subprocess.Popen[bytes]], None]) -> int:
+    """The one door to other programs: run one on our own streams, and end it when we are ended.
+
+    Returns its status, negative if a signal ended it. It does not get to see our key.
     """
     environ = {name: value for name, value in os.environ.items() if name != "PGOCTL_ID"}
     try:
-        child = subprocess.Popen(argv, stdin=None if stdin else subprocess.DEVNULL, env=environ)
+        child = subprocess.Popen(words, stdin=None if stdin else subprocess.DEVNULL, env=environ)
     except OSError as error:
-        raise ControlError(f"{argv[0]}: {error.strerror}") from None
+        raise ControlError(f"{words[0]}: {error.strerror}") from None
     try:
         started(child)
         return child.wait()
@@ -391,19 +334,12 @@ def run_child(argv: Sequence[str], stdin: bool, started: Callable[[Child], objec
 
 
 def name_matches(field: str, name: str) -> bool:
-    """Whether the first field of a line of known_hosts, maybe hashed, names a host."""
-    import fnmatch
+    """Whether the first field of a line of known_hosts, hashed or not, is about a name."""
+    if not field.startswith("|1|"):
+        return name in field.lower().split(",")
     import hmac
-
-    if field.startswith("|1|"):
-        salt, _, digest = field[3:].partition("|")
-        return hmac.digest(decode_base64(salt), name.encode(), "sha1") == decode_base64(digest)
-    hits = [
-        pattern
-        for pattern in field.lower().split(",")
-        if fnmatch.fnmatchcase(name, pattern.lstrip("!").replace("[", "[[]"))
-    ]
-    return bool(hits) and not any(pattern.startswith("!") for pattern in hits)
+    salt, _, digest = field[3:].partition("|")
+    return hmac.digest(decode_base64(salt), name.encode(), "sha1") == decode_base64(digest)
 
 
 def known_keys(text: str, name: str) -> set[str]:
@@ -412,37 +348,50 @@ def known_keys(text: str, name: str) -> set[str]:
     return {f"{line[1]} {line[2]}" for line in lines if line[2:] and name_matches(line[0], name)}
 
 
+def prepare_known_hosts(path: str) -> None:
+    """Make its folder; refuse a file that cannot be read, for then every host would be new."""
+    with contextlib.suppress(OSError):
+        os.makedirs(os.path.dirname(path), mode=0o700, exist_ok=True)
+    if os.path.exists(path) and not os.access(path, os.R_OK):
+        raise ControlError(f"{path} cannot be read, so no host can be told from an impostor")
+
+
 def remember_host(path: str, line: str) -> None:
-    """Append a line, whole, whoever else does the same."""
-    with contextlib.closing(open(path, "ab+", buffering=0)) as file:
-        end = file.seek(0, os.SEEK_END)
-        file.seek(max(0, end - 1))
-        file.write((b"" if file.read(1) in (b"", b"\n") else b"\n") + f"{line}\n".encode())
+    """Append a line in one piece, whoever else does so."""
+    try:
+        with open(path, "ab+", buffering=0) as file:
+            file.seek(max(0, file.seek(0, os.SEEK_END) - 1))
+            unended = file.read(1) not in (b"", b"\n")
+            file.write(b"\n" * unended + f"{line}\n".encode())
+    except OSError:
+        say(UNREMEMBERED.format(path))
 
 
-def host_key_is_right(request: Request, key: str) -> bool:
-    """Whether a host's key is the pinned, the known or the first one, which is remembered."""
+def is_right_host(request: Request, key: str) -> bool:
+    """Whether a host's key is the pinned one, a known one, or the first one, which is kept."""
     if request.pin:
         return key == request.pin
-    known = known_keys(read_text(request.known_hosts), request.known_name)
+    text = ""
+    if os.path.exists(request.known_hosts):
+        with open(request.known_hosts, encoding="utf-8", errors="replace") as file:
+            text = file.read()
+    known = known_keys(text, request.known_name)
     if not known:
-        try:
-            remember_host(request.known_hosts, f"{request.known_name} {key}")
-        except OSError:
-            say(UNREMEMBERED.format(path=request.known_hosts))
-    return key in known or not known
+        remember_host(request.known_hosts, f"{request.known_name} {key}")
+    return not known or key in known
 
 
 # ==== Failures explained ==========================================================================
 
 
-def explain(request: Request, words: str, keys: Sequence[str]) -> ControlError:
-    """The error for what ssh or asyncssh said, and the public keys that it had offered."""
-    forget = f"ssh-keygen -R {shlex.quote(request.known_name)} -f {shlex.quote(request.known_hosts)}"
-    offered = ", ".join(keys) or (request.identity.name if request.identity else "")
+def explain(request: Request, words: str, keys: Sequence[str] = ()) -> ControlError:
+    """What to tell, given the words of ssh or asyncssh and the public keys that were offered."""
+    forget = shlex.join(["ssh-keygen", "-R", request.known_name, "-f", request.known_hosts])
+    offered = ", ".join(keys) or request.key_name
     facts = {
+        "words": words,
         "remembered": "in PGOCTL_HOSTKEY" if request.pin else "that known_hosts remembers",
-        "remedy": "put the new one in PGOCTL_HOSTKEY" if request.pin else forget,
+        "remedy": "put the new one there" if request.pin else forget,
         "keys": f"nothing here opens to {offered}" if offered else "there was no key to offer",
     }
     for pattern, sentence in FAILURES:
@@ -455,151 +404,143 @@ def explain(request: Request, words: str, keys: Sequence[str]) -> ControlError:
 # ==== OpenSSH =====================================================================================
 
 OFFERED = re.compile(r"Offering public key: (.+?) \S+ (SHA256:\S+)")
-WRITE_FAILED = re.compile(r"debug2: channel \d+: write failed")
-CHATTER = ("debug", "Warning: Permanently added", "Transferred: ", "Bytes per second: ")
+CHATTER = ("debug1", "Authenticated to ", "Warning: Permanently added", "Transferred: ",
+           "Bytes per second: ")
 
 
 class SshLog:
-    """ssh's own log (-E), read while ssh runs; a thread of its own follows it.
+    """ssh's own log (-E), followed while ssh runs.
 
-    Nothing else tells that standard output takes no more: ssh would throw away what still comes,
-    and end with the command's status.
+    Nothing else tells that standard output takes no more: ssh throws away what still comes, and
+    ends with the command's status as if all had been written.
     """
 
     def __init__(self, stack: contextlib.ExitStack) -> None:
-        self.reader, self.writer, self.path = private_pipe(stack)
-        self.errors: list[str] = []
-        self.keys: list[str] = []  # the public keys that were offered
-        self.answered = False  # the command's own exit status came
+        self.reader, writer = os.pipe()
+        self.path = f"/proc/{os.getpid()}/fd/{writer}"
+        if not os.path.exists(self.path):
+            self.path = private_file("", stack)
+            os.dup2(os.open(self.path, os.O_RDONLY), self.reader)
+        os.set_blocking(self.reader, False)
+        self.rest = b""  # of a line that is not complete
+        self.lines: list[str] = []
         self.output_failed = False
-        self.thread = threading.Thread(target=self.follow, daemon=True)
-        self.child: Child | None = None
+        self.ended = threading.Event()
 
-    def start(self, child: Child) -> None:
-        self.child = child
-        self.thread.start()
+    def start(self, child: subprocess.Popen[bytes]) -> None:
+        """Follow the log of a child; not line by line, which would cost it time."""
+        def follow() -> None:
+            while not self.ended.wait(LOG_SECONDS):
+                self.read()
+                if self.output_failed:
+                    child.terminate()
+        self.thread = start_thread(follow)
 
-    def follow(self) -> None:
-        with open(self.reader, encoding="utf-8", errors="replace") as file:
-            for line in file:
-                self.take(line.rstrip())
-
-    def take(self, line: str) -> None:
-        """Keep what matters of a line."""
-        if not line.startswith(CHATTER):
-            self.errors.append(line)
-        elif offer := OFFERED.search(line):
-            self.keys.append(f"{offer[2]} ({offer[1]})")
-        elif " rtype exit-status " in line:
-            self.answered = True
-        elif WRITE_FAILED.match(line) and self.child:
-            self.output_failed = True
-            self.child.terminate()
+    def read(self) -> None:
+        """Keep what is new and more than a detail."""
+        with contextlib.suppress(BlockingIOError):
+            while data := os.read(self.reader, CHUNK):
+                *lines, self.rest = (self.rest + data).split(b"\n")
+                self.output_failed |= b"debug2: channel 0: write failed" in map(bytes.strip, lines)
+                self.lines += [line.decode(errors="replace").rstrip() for line in lines
+                               if not line.startswith(b"debug2")]
 
     def finish(self) -> None:
-        """Read to the end; a ProxyCommand that lives on may hold the pipe open."""
-        os.close(self.writer)
-        self.thread.join(1)
+        """Read the rest."""
+        self.ended.set()
+        self.thread.join()
+        self.read()
+
+    def failure(self, request: Request) -> ControlError | None:
+        """What to tell of a status 255; nothing where it is the command's own."""
+        text = "\n".join(self.lines)
+        if "rtype exit-status" in text:
+            return None
+        words = "; ".join(line for line in self.lines if line and not line.startswith(CHATTER))
+        words = ("lost after login: " if "Authenticated to " in text else "") + words
+        offers = [f"{mark} ({request.key_name or name})" for name, mark in OFFERED.findall(text)]
+        return explain(request, words or "ssh failed and did not say why", offers)
 
 
-def ssh_path(path: str) -> str:
-    """A path as the value of an option (ssh_config(5): quotes, tokens)."""
+def quote_path(path: str) -> str:
+    """A path as an option's value (ssh_config(5): quotes, tokens)."""
     return '"' + path.replace("%", "%%") + '"'
 
 
-def home_arguments(home: str) -> list[str]:
-    """ssh asks the password database for a home; $HOME may be elsewhere, as in CI."""
+def folder_words(folder: str) -> list[str]:
+    """ssh asks the password database where home is; $HOME may be elsewhere, as in CI."""
     import pwd
-
     with contextlib.suppress(KeyError):
-        if home == pwd.getpwuid(os.getuid()).pw_dir:
+        if folder == os.path.join(pwd.getpwuid(os.getuid()).pw_dir, ".ssh"):
             return []
-    folder = os.path.join(home, ".ssh")
-    keys = [path for key in DEFAULT_KEYS if os.path.exists(path := os.path.join(folder, key))]
-    config = os.path.join(folder, "config")
-    return [
-        *(["-F", config] if os.path.exists(config) else []),
-        *(f"-oIdentityFile={ssh_path(key)}" for key in keys),
-    ]
+    config, *keys = (os.path.join(folder, name) for name in ("config", *DEFAULT_KEYS))
+    words = [f"-oIdentityFile={quote_path(key)}" for key in keys if os.path.exists(key)]
+    return [*words, *(["-F", config] if os.path.exists(config) else [])]
 
 
-def ssh_arguments(request: Request, log: str, key: str, hosts: str) -> list[str]:
-    """The command line of ssh; log, key and hosts are paths, key may be empty."""
+def ssh_words(request: Request, log: str, key: str, hosts: str) -> list[str]:
+    """The command line of ssh; log, key and hosts are paths, and key may be empty."""
     options = [
-        *SSH_OPTIONS,
-        f"HostKeyAlias={request.known_name}",
-        f"UserKnownHostsFile={ssh_path(hosts)}",
-        f"StrictHostKeyChecking={'yes' if request.pin else 'accept-new'}",
-    ]
+        *SSH_OPTIONS, f"HostKeyAlias={request.known_name}",
+        f"UserKnownHostsFile={quote_path(hosts)}",
+        f"StrictHostKeyChecking={'yes' if request.pin else 'accept-new'}"]
     if key:
-        options += [f"IdentityFile={ssh_path(key)}", "IdentitiesOnly=yes", "IdentityAgent=none"]
-    return [
-        "ssh",
-        *("-E", log, "-l", USER, "-p", str(request.port), "-t" if request.terminal else "-T"),
-        *([] if key else home_arguments(request.home)),
-        *(f"-o{option}" for option in options),
-        *("--", request.host, request.command),
-    ]
+        options += [f"IdentityFile={quote_path(key)}", "IdentitiesOnly=yes", "IdentityAgent=none"]
+    return ["ssh", "-E", log, "-l", USER, "-p", str(request.port),
+            "-t" if request.terminal else "-T", *(f"-o{option}" for option in options),
+            *([] if key else folder_words(request.folder)), "--", request.host, request.command]
 
 
 def run_ssh(request: Request) -> int:
-    """Have OpenSSH do it, on our own standard streams; the command's status."""
+    """Have OpenSSH do it on our own standard streams; the command's status."""
     with contextlib.ExitStack() as stack:
         log = SshLog(stack)
-        key = private_file(request.identity.text, stack) if request.identity else ""
-        line = f"{request.known_name} {request.pin}\n"
-        hosts = private_file(line, stack) if request.pin else request.known_hosts
-        argv = ssh_arguments(request, log.path, key, hosts)
-        stack.callback(log.finish)
-        status = run_child(argv, request.stdin, log.start)
+        key = private_file(request.key, stack) if request.key else ""
+        pinned = f"{request.known_name} {request.pin}\n" if request.pin else ""
+        hosts = private_file(pinned, stack) if pinned else request.known_hosts
+        status = run_child(ssh_words(request, log.path, key, hosts), request.stdin, log.start)
+        log.finish()
     if log.output_failed:
         raise output_failure()
     if status < 0:
         raise SignalError(-status)
-    if status == 255 and not log.answered:
-        name = request.identity.name if request.identity else ""
-        words = "; ".join(log.errors) or "ssh failed and did not say why"
-        raise explain(request, words, [text.replace(key, name) if key else text for text in log.keys])
-    if any("Failed to add the host" in line for line in log.errors):
-        say(UNREMEMBERED.format(path=request.known_hosts))
+    if status == 255 and (failure := log.failure(request)):
+        raise failure
+    if any("Failed to add the host" in line for line in log.lines):
+        say(UNREMEMBERED.format(request.known_hosts))
     return status
 
 
 # ==== asyncssh ====================================================================================
 
 
-def load_asyncssh(request: Request) -> ModuleType:
-    """asyncssh, which takes half a second to import, and prints nothing of its own."""
+def load_asyncssh() -> ModuleType:
+    """asyncssh, which takes half a second to import, with nothing to say for itself."""
     import logging
     import warnings
-
     warnings.simplefilter("ignore")
     logging.disable()
     try:
         import asyncssh
     except ImportError as error:
-        raise ControlError(
-            f"{'' if request.transport else 'no ssh on PATH, and '}no asyncssh ({error}): install "
-            "OpenSSH's client (apt install openssh-client), or run pgoctl with uv "
-            "(uv run pgoctl.py), or install asyncssh (pip install asyncssh)"
-        ) from None
+        raise ControlError(NO_TRANSPORT.format(f"there is no ssh to use, and {error}")) from None
     return asyncssh
 
 
 async def load_keys(asyncssh: ModuleType, request: Request) -> list[Any]:
-    """The one key that was given, else those of the agent and the default ones."""
-    if request.identity:
+    """The one key that was given, else the agent's and the default ones."""
+    if request.key:
         try:
-            return [asyncssh.import_private_key(request.identity.text)]
+            return [asyncssh.import_private_key(request.key)]
         except (ValueError, asyncssh.Error) as error:
-            raise ControlError(f"{request.identity.name} cannot be read: {error}") from None
+            raise explain(request, f'Load key "{request.key_name}": {error}') from None
     keys: list[Any] = []
     if path := os.environ.get("SSH_AUTH_SOCK"):
         with contextlib.suppress(OSError, ValueError, asyncssh.Error):
             keys += await (await asyncssh.connect_agent(path)).get_keys()
     for name in DEFAULT_KEYS:
         with contextlib.suppress(OSError, ValueError, asyncssh.Error):
-            keys.append(asyncssh.read_private_key(os.path.join(request.home, ".ssh", name)))
+            keys.append(asyncssh.read_private_key(os.path.join(request.folder, name)))
     return keys
 
 
@@ -608,27 +549,217 @@ async def connect(asyncssh: ModuleType, request: Request) -> Any:
     import asyncio
 
     class Client(asyncssh.SSHClient):  # type: ignore[name-defined,misc]
+        """Asked for every host key, as known_hosts below is empty."""
+
         def validate_host_public_key(self, host: str, addr: str, port: int, key: Any) -> bool:
-            kind, body = key.export_public_key().decode().split()[:2]
-            return host_key_is_right(request, f"{kind} {body}")
+            return is_right_host(request, " ".join(key.export_public_key().decode().split()[:2]))
 
     keys = await load_keys(asyncssh, request)
     try:
         async with asyncio.timeout(CONNECT_SECONDS):
             return await asyncssh.connect(
-                request.host,
-                request.port,
-                username=USER,
-                config=None,
-                client_factory=Client,
-                known_hosts=([], [], []),  # none: Client is asked
-                client_keys=keys or None,
-                agent_path=None,
-                gss_host=None,
-                preferred_auth="publickey",
-                keepalive_interval=ALIVE_SECONDS,
-                keepalive_count_max=ALIVE_COUNT,
-            )
-    except (OSError, asyncssh.Error) as error:
-        names = [f"{fingerprint(key.public_data)} ({key.get_comment()})" for key in keys]
-        raise explain(request, f"{type(error).__name__}: {error}", names) from None
+                request.host, request.port, username=USER, config=None, client_factory=Client,
+                known_hosts=([], [], []), client_keys=keys or None, agent_path=None, gss_host=None,
+                preferred_auth="publickey", keepalive_interval=ALIVE_SECONDS,
+                keepalive_count_max=ALIVE_COUNT)
+    except (OSError, ValueError, asyncssh.Error) as error:
+        offers = [f"{fingerprint(key.public_data)} ({request.key_name or key.get_comment()})"
+                  for key in keys]
+        raise explain(request, f"{type(error).__name__}: {error}", offers) from None
+
+
+class AsyncSession:
+    """A command over asyncssh, whose loop has a thread of its own, which no stream may hold up.
+
+    Each stream has a thread, too, that copies chunk by chunk and waits for the slower side.
+    """
+
+    def __init__(self, request: Request) -> None:
+        import asyncio
+        import queue
+        self.request = request
+        self.asyncssh = load_asyncssh()
+        self.loop = asyncio.new_event_loop()
+        self.submit = asyncio.run_coroutine_threadsafe
+        self.ended: queue.SimpleQueue[Exception | None] = queue.SimpleQueue()
+        start_thread(self.loop.run_forever)
+
+    def call(self, work: Awaitable[Any]) -> Any:
+        """Have the loop wait for something."""
+        async def wait() -> Any:
+            return await work
+        return self.submit(wait(), self.loop).result()
+
+    def copy(self, source: Any, descriptor: int) -> None:
+        """One output of the command, to its end."""
+        try:
+            while data := self.call(source.read(CHUNK)):
+                write_output(descriptor, data)
+            self.ended.put(None)
+        except (ControlError, self.asyncssh.Error, OSError) as error:
+            self.ended.put(error)
+
+    def feed(self, target: Any) -> None:
+        """Standard input, to its end or until the command reads no more."""
+        async def send(data: bytes) -> None:
+            target.write(data)
+            await target.drain()
+        try:
+            while data := os.read(0, CHUNK) if self.request.stdin else b"":
+                self.call(send(data))
+            self.loop.call_soon_threadsafe(target.write_eof)
+        except (BrokenPipeError, self.asyncssh.Error):
+            pass
+        except OSError as error:
+            self.ended.put(ControlError(f"standard input: {error.strerror}"))
+
+    def run(self) -> int:
+        """The command's status, negative if a signal ended it."""
+        connection = self.call(connect(self.asyncssh, self.request))
+        try:
+            process = self.call(connection.create_process(self.request.command, encoding=None))
+            start_thread(self.feed, process.stdin)
+            start_thread(self.copy, process.stdout, 1)
+            start_thread(self.copy, process.stderr, 2)
+            for _ in (1, 2):
+                if error := self.ended.get():
+                    raise error
+            self.call(process.wait_closed())
+        except (self.asyncssh.Error, OSError) as error:
+            raise explain(self.request, f"lost after login: {error}") from None
+        if process.returncode is None:
+            raise explain(self.request, "lost after login")
+        self.loop.call_soon_threadsafe(connection.close)
+        return int(process.returncode)
+
+
+def run_asyncssh(request: Request) -> int:
+    """Have asyncssh do it; the command's status."""
+    if request.terminal:
+        raise UsageError("-t needs OpenSSH's ssh")
+    status = AsyncSession(request).run()
+    if status < 0:
+        raise SignalError(-status)
+    return status
+
+
+# ==== Command line ================================================================================
+
+
+def render_help() -> str:
+    """The help, made of the tables."""
+    options = {f"-{short}, --{long} {value}": text for short, long, value, text in OPTIONS}
+    tables: Sequence[tuple[str, Mapping[str, str]]] = (
+        ("options, which end at the target: all after it belongs to the command", options),
+        ("commands", COMMANDS), ("exit status", STATUSES), ("environment", ENVIRONMENT),
+        ("examples", EXAMPLES))
+    lines = ["usage: pgoctl [-i FILE] [-p PORT] [-t] host:service//command [argument ...]",
+             "       pgoctl [-i FILE] [-p PORT] host",
+             "",
+             "Steers a compose service of a server that runs pgod. A host alone lists the services",
+             "that the key may steer. Host keys are kept in ~/.ssh/known_hosts at first sight."]
+    for title, rows in tables:
+        width = max(map(len, rows))
+        lines += ["", f"{title}:", *(f"  {name:{width}}  {text}" for name, text in rows.items())]
+    return "\n".join(lines) + "\n"
+
+
+def parse_options(words: Sequence[str]) -> tuple[dict[str, str], list[str]]:
+    """The options by their long names, and the words from the target on."""
+    short = "".join(letter + ":" * bool(value) for letter, _, value, _ in OPTIONS)
+    long = [name + "=" * bool(value) for _, name, value, _ in OPTIONS]
+    try:
+        pairs, rest = getopt.getopt(list(words), short, long)
+    except getopt.GetoptError as error:
+        raise UsageError(f"{error.msg}; see pgoctl --help") from None
+    names = {f"-{letter}": name for letter, name, _, _ in OPTIONS}
+    return {names.get(option, option[2:]): value for option, value in pairs}, rest
+
+
+def find_key(path: str | None, environ: Mapping[str, str]) -> tuple[str, str]:
+    """Name and text of the key of -i, else of PGOCTL_ID; empty where neither was given."""
+    if path is not None:
+        return f"key {path!r}", parse_key(read_private(path), f"key {path!r}")
+    text = environ.get("PGOCTL_ID")
+    if text is not None and not text.strip():
+        raise ControlError("PGOCTL_ID is empty: does this CI job get its secret?")
+    return ("PGOCTL_ID", parse_key(text, "PGOCTL_ID")) if text else ("", "")
+
+
+def build_request(options: Mapping[str, str], words: Sequence[str],
+                  environ: Mapping[str, str]) -> Request:
+    """What the command line and the environment ask for."""
+    if not words:
+        raise UsageError("the target is missing: pgoctl host:service//command; see pgoctl --help")
+    host, service, command = parse_target(words[0])
+    if not command and words[1:]:
+        raise UsageError(f"nothing can follow a host alone: is {host}:SERVICE//{words[1]} meant?")
+    port = options.get("port", str(PORT))
+    if not re.fullmatch("[0-9]{1,5}", port) or not 0 < int(port) < 65536:
+        raise UsageError(f"port {port!r}: a number from 1 to 65535 is needed")
+    key_name, key = find_key(options.get("identity"), environ)
+    pin = environ.get("PGOCTL_HOSTKEY")
+    return Request(
+        host, int(port), render_command(service, command or "list", words[1:]),
+        stdin=command in READS_STDIN, terminal="tty" in options, key_name=key_name, key=key,
+        pin="" if pin is None else parse_host_key(pin), folder=os.path.expanduser("~/.ssh"))
+
+
+def choose_transport(wanted: str) -> Callable[[Request], int]:
+    """OpenSSH where it is installed and nothing else is wanted."""
+    transports = {"ssh": run_ssh, "asyncssh": run_asyncssh}
+    if wanted not in ("", *transports):
+        raise UsageError(f"PGOCTL_TRANSPORT={wanted}: it is ssh or asyncssh")
+    found = any(os.access(os.path.join(folder, "ssh"), os.X_OK) for folder in os.get_exec_path())
+    if wanted == "ssh" and not found:
+        raise ControlError(NO_TRANSPORT.format("there is no ssh on PATH"))
+    return transports[wanted or ("ssh" if found else "asyncssh")]
+
+
+# ==== Main ========================================================================================
+
+
+def open_streams() -> None:
+    """Standard streams that came closed become /dev/null, lest a socket get their place."""
+    while (descriptor := os.open(os.devnull, os.O_RDWR)) < 3:
+        pass
+    os.close(descriptor)
+
+
+def interrupt(number: int, frame: FrameType | None) -> None:
+    """Let a signal unwind the stack, once."""
+    for other in SIGNALS:
+        signal.signal(other, signal.SIG_IGN)
+    raise SignalError(number)
+
+
+def run(words: Sequence[str], environ: Mapping[str, str]) -> int:
+    """Do what is asked for; the exit status."""
+    options, rest = parse_options(words)
+    if "help" in options or "version" in options:
+        text = render_help() if "help" in options else f"pgoctl {VERSION}\n"
+        write_output(1, text.encode())
+        return 0
+    request = build_request(options, rest, environ)
+    transport = choose_transport(environ.get("PGOCTL_TRANSPORT", ""))
+    if not request.pin:
+        prepare_known_hosts(request.known_hosts)
+    return transport(request)
+
+
+def main(words: Sequence[str]) -> int:
+    """The exit status; what went wrong is told on standard error."""
+    open_streams()
+    try:
+        for number in SIGNALS:
+            if signal.getsignal(number) is not signal.SIG_IGN:
+                signal.signal(number, interrupt)
+        return run(words, os.environ)
+    except ControlError as error:
+        if str(error):
+            say(str(error))
+        return error.status
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

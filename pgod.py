@@ -146,6 +146,10 @@ class Refused(Fault):
     retry = False
 
 
+class EngineGone(Fault):
+    """The engine does not answer, or ended meanwhile: no fault of any commit."""
+
+
 class ConfigurationError(Exception):
     """pgo.toml is wrong; `errors` has every line that says why."""
 
@@ -385,7 +389,7 @@ def parse_registry(text: str, user: str) -> Registry:
 
 def parse_reload(text: str) -> Reload:
     """`host:service//exec word word …`, words split as a shell would."""
-    match = re.fullmatch(r"(?:[^:/\s]*:)?([^/:\s]+)//exec\s+(.+)", text, re.DOTALL)
+    match = re.fullmatch(r"(?:[^/\s]*:)?([^/:\s]+)//exec\s+(.+)", text, re.DOTALL)
     if not match:
         raise ValueError("is not of the form localhost:SERVICE//exec COMMAND …")
     words = tuple(shlex.split(match[2]))
@@ -457,9 +461,13 @@ def nearest(word: str, known: Iterable[str]) -> str:
     return f' (did you mean "{close[0]}"?)' if close else ""
 
 
+COMPOSE_PROGRESS = re.compile(r"\s*(Container|Network|Volume|Image) \S+ +[A-Z][a-z]+\s*")
+
+
 def one_line(text: str, limit: int = 300) -> str:
     """The last lines of a program's complaint, as one."""
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    lines = [line.strip() for line in text.splitlines()
+             if line.strip() and not COMPOSE_PROGRESS.fullmatch(line)]
     return " / ".join(lines[-4:])[-limit:]
 
 # ---- Configuration -----------------------------------------------------------------------------
@@ -514,7 +522,8 @@ def as_urls(value: object) -> tuple[tuple[str, str], ...]:
     for host, target in value.items():
         if not HOST_PATTERN.fullmatch(host):
             raise ValueError(f"{host!r} is not a host name; write it like example.org")
-        if not isinstance(target, str) or not TARGET_PATTERN.fullmatch(target):
+        if (not isinstance(target, str) or not TARGET_PATTERN.fullmatch(target)
+                or int(target.rpartition(":")[2]) > 65535):
             raise ValueError(f"{target!r} is not a target; write it like pgo:5006")
     return tuple(sorted(value.items()))
 
@@ -1282,20 +1291,19 @@ class Git:
                 return commit
         raise Fault(f"the repository has no branch {self.service.branch!r}")
 
-    def fetch(self, folder: Path = Path()) -> str:
+    def fetch(self) -> str:
         """Fetch the branch's commit alone, by force; its identity. Broken folders are remade."""
-        ref = f"+refs/heads/{self.service.branch}:refs/pgod/wanted"
-        words = ("fetch", "--quiet", "--no-tags", "--depth=1", "--no-write-fetch-head",
-                 self.service.repository.url, ref)
         try:
-            self.git(*words, deadline="fetch", folder=folder)
-            if folder == Path():
-                return self.identity("refs/pgod/wanted")
+            self.fetch_into(self.folder)
+            return self.identity("refs/pgod/wanted")
         except Fault as fault:
-            if folder != Path():
-                raise
             self.remake(fault)
         return self.identity("refs/pgod/wanted")
+
+    def fetch_into(self, folder: Path) -> None:
+        ref = f"+refs/heads/{self.service.branch}:refs/pgod/wanted"
+        self.git("fetch", "--quiet", "--no-tags", "--depth=1", "--no-write-fetch-head",
+                 self.service.repository.url, ref, deadline="fetch", folder=folder)
 
     def remake(self, reason: Fault) -> None:
         """Make the git folder again beside the old one and swap them; the work tree stays."""
@@ -1304,7 +1312,7 @@ class Git:
             shutil.rmtree(path, ignore_errors=True)
         make_folder(fresh, 0o700, self.account)
         self.init(fresh)
-        self.fetch(fresh)
+        self.fetch_into(fresh)
         with contextlib.suppress(Fault):  # the last good commit, for a rollback
             self.git("fetch", "--quiet", "--depth=1", "--no-write-fetch-head", str(self.folder),
                      "+refs/pgod/good:refs/pgod/good", folder=fresh)
@@ -1438,10 +1446,19 @@ def worktree_conflicts(root: Path, export: Path, tracked: Iterable[str], new: Tr
                 if at in known:
                     break
                 continue
-            if not same_entry(root, export, path, mode):
+            if stat.S_ISDIR(found.st_mode):
+                conflicts += untracked_beneath(root, at, known)
+            elif not same_entry(root, export, path, mode):
                 conflicts.append(at)
             break
     return conflicts
+
+
+def untracked_beneath(root: Path, path: str, known: set[str]) -> list[str]:
+    """Files in a folder that the last commit did not put there."""
+    with folder_beneath(root, path.split("/")) as folder:
+        return [name for top, _, files, _ in os.fwalk(".", dir_fd=folder) for file in files
+                if (name := os.path.normpath(f"{path}/{top}/{file}")) not in known]
 
 
 def same_entry(root: Path, export: Path, path: str, mode: str) -> bool:
@@ -1477,12 +1494,14 @@ def update_worktree(root: Path, export: Path, tracked: Iterable[str], new: Tree,
     for path, (mode, _) in sorted(new.items()):
         if mode == "160000" or same_or_absent(root, export, path, mode):
             continue
-        clear_folders(root, path, [other for other in gone if other.startswith(path + "/")], keep)
-        if mode == "120000":
-            link_beneath(root, path, os.readlink(export / path))
-        else:
-            write_beneath(root, path, (export / path).read_bytes(),
-                          0o755 if mode == "100755" else 0o644)
+        for other in gone:
+            if other.startswith(path + "/"):  # a folder that becomes a file
+                remove_beneath(root, other, keep)
+        try:
+            write_entry(root, export, path, mode)
+        except PermissionError:
+            raise Refused(f"{root}/{path} cannot be written: its folder belongs to another user, "
+                          "as when a container made it; chown it") from None
         changed += 1
     for path in gone:
         remove_beneath(root, path, keep)
@@ -1497,10 +1516,13 @@ def same_or_absent(root: Path, export: Path, path: str, mode: str) -> bool:
         return False
 
 
-def clear_folders(root: Path, path: str, gone: Iterable[str], keep: frozenset[str]) -> None:
-    """Make room for a file where the last commit had a folder."""
-    for other in gone:
-        remove_beneath(root, other, keep)
+def write_entry(root: Path, export: Path, path: str, mode: str) -> None:
+    """What the export has at `path`, to the work tree."""
+    if mode == "120000":
+        link_beneath(root, path, os.readlink(export / path))
+    else:
+        write_beneath(root, path, (export / path).read_bytes(),
+                      0o755 if mode == "100755" else 0o644)
 
 # ---- Model -------------------------------------------------------------------------------------
 
@@ -2576,10 +2598,12 @@ class Engine:
                 self.login()
             except Fault as fault:
                 trouble = str(fault)
-            result = self.compose("pull", "--quiet", "--ignore-pull-failures", *sorted(pulled),
-                                  deadline="pull", model="render.json")
-            if result.status or result.trouble or "rror" in result.stderr:
+            words = ("pull", "--quiet", *sorted(pulled))
+            result = self.compose(*words, deadline="pull", model="render.json")
+            if result.status or result.trouble:
                 trouble = trouble or result.complaint
+            if result.status and len(pulled) > 1:  # compose gave up at the first that failed
+                self.compose(*words, "--ignore-pull-failures", deadline="pull", model="render.json")
         if any(service.get("build") for service in compose_services(model).values()):
             self.build(on_line)
         missing = self.missing_images(model)
@@ -2605,7 +2629,7 @@ class Engine:
             if result.status == 0:
                 found[name] = result.stdout.decode().strip()
             elif "o such image" not in result.stderr:
-                raise Fault(f"the engine does not answer: {result.complaint}")
+                raise EngineGone(f"the engine does not answer: {result.complaint}")
         return found
 
     def missing_images(self, model: Model) -> list[str]:
@@ -2642,7 +2666,7 @@ class Engine:
         listed = self.docker("ps", "--all", "--quiet", "--no-trunc", "--filter", label,
                              "--filter", "label=com.docker.compose.oneoff=False")
         if listed.status:
-            raise Fault(f"the engine does not answer: {listed.complaint}")
+            raise EngineGone(f"the engine does not answer: {listed.complaint}")
         identities = listed.stdout.decode().split()
         if not identities:
             return ()
@@ -2653,13 +2677,28 @@ class Engine:
         except (ValueError, KeyError) as error:
             raise Fault(f"docker inspect cannot be read: {error!r}") from None
 
+    def remove_half_made(self) -> None:
+        """Remove what a recreation that was cut short left: its name makes the next one fail.
+
+        compose creates the new container as ID_NAME, removes the old one and renames it.
+        """
+        half_made = [c.identity for c in self.containers()
+                     if c.status == "created" and re.match(r"[0-9a-f]{12}_", c.name)]
+        if half_made:
+            self.docker("rm", "--force", *half_made)
+
     def up(self, on_line: Callable[[str], None], *services: str) -> None:
         """Bring the checked model up; of named compose services, these alone. Raises Fault."""
+        self.remove_half_made()
         extra = ("--no-deps", *services) if services else ("--remove-orphans",)
         result = self.compose("up", "--detach", "--no-build", "--quiet-pull", "--pull", "never",
                               *extra, deadline="up", on_line=on_line)
         if result.status or result.trouble:
-            raise Fault(f"up: {result.complaint}")
+            gone = re.search(ENGINE_GONE, result.stderr)
+            raise (EngineGone if gone else Fault)(f"up: {result.complaint}")
+
+
+ENGINE_GONE = r"Cannot connect to the Docker daemon|error during connect|server is shutting down"
 
 
 def parse_container(facts: Mapping[str, Any]) -> Container:
@@ -3067,10 +3106,13 @@ class Worker(threading.Thread):
         try:
             self.install(tree, model, say)
             self.await_health(model, say)
-        except Fault as fault:
-            self.engine.containers()  # an engine that does not answer is no fault of the commit
+        except EngineGone:
+            raise
+        except (Fault, OSError) as error:
+            self.engine.containers()  # raises EngineGone
+            fault = error if isinstance(error, Fault) else Fault(str(error))
             self.record_failure(commit, fault, by, began)
-            self.give_up(fault, say, away)
+            self.give_up(fault, say, away, again=isinstance(error, OSError))
             raise Refused(f"{short(commit)}: {fault}") from None
         self.record_success(commit, model, by, began)
         say(f"runs {short(commit)}, healthy after {time.monotonic() - began:.1f} s")
@@ -3167,12 +3209,15 @@ class Worker(threading.Thread):
         if not known:
             self.remember(commit, by, began, "failed", str(fault))
 
-    def give_up(self, fault: Fault, say: Say, away: float) -> None:
-        """After a bad deploy: back to the last good commit, if there is one."""
+    def give_up(self, fault: Fault, say: Say, away: float, again: bool) -> None:
+        """After a bad deploy: back to the last good commit, if there is one.
+
+        What failed for the machine's sake, as a full disk, is tried `again` by itself.
+        """
         say(f"failed: {fault}")
         if not self.state.commit or not self.service.rollback:
             return
-        self.state.owes_rollback, self.state.failed_retry = True, False
+        self.state.owes_rollback, self.state.failed_retry = True, again
         self.save()
         self.roll_back(say)
         say(f"rolled back to {short(self.state.commit)}; what changed was away for "
@@ -3186,9 +3231,9 @@ class Worker(threading.Thread):
             self.engine.restore_images(self.state.images, model)
             self.install(tree, model, log.debug)
             self.await_health(model, say)
-        except Fault as fault:
+        except (Fault, OSError) as error:
             raise Fault(f"ROLLBACK to {short(self.state.commit)} FAILED, will be tried again: "
-                        f"{fault}") from None
+                        f"{error}") from None
         self.state.owes_rollback = False
         self.save()
         self.shared.metrics.add("pgo_service_rollbacks_total", service=self.service.name)
@@ -4528,10 +4573,8 @@ class Demo:
 
     def run(self, *words: str, stdin: bytes = b"") -> None:
         """A step that must work. Raises Fault."""
-        identity = {f"GIT_{who}_{what}": "demo" for who in ("AUTHOR", "COMMITTER")
-                    for what in ("NAME", "EMAIL")}
         result = self.children.run(words, deadline=60, kind=("", words[0], ""), stdin=stdin,
-                                   folder=self.folder, env=identity)
+                                   folder=self.folder)
         if result.status:
             raise Fault(f"{shlex.join(words[:3])}: {result.complaint}")
 
@@ -4541,6 +4584,8 @@ class Demo:
         self.run("docker", "import", "-", "pgod-demo:1", stdin=demo_image())
         self.run("git", "init", "-q", "--bare", "-b", "main", str(repository))
         self.run("git", "clone", "-q", str(repository), str(work))
+        for key, value in (("user.name", "demo"), ("user.email", "demo@localhost")):
+            self.run("git", "-C", str(work), "config", key, value)
         (work / "ssh").mkdir()
         (work / "site").mkdir()
         (work / "site" / "index.html").write_text("<h1>pgod</h1>\n")
