@@ -108,10 +108,10 @@ FAILURES = (  # what ssh's log or asyncssh's exception says, what pgoctl says; t
      "between; once you know that it is the former: {remedy}"),
     ("Too many authentication failures",
      "more keys were offered than the server listens to: choose one with -i FILE or PGOCTL_ID"),
+    ("Load key", "a private key cannot be used, it may be damaged: {words}"),
     (r"Permission denied \(|PermissionDenied",
      "Permission denied: {keys}; a service opens to the keys whose public half is committed in "
      "ssh/ of its repository"),
-    ("Load key", "the private key cannot be used, it may be damaged: {words}"),
     ("Could not resolve|gaierror|UnicodeError", "no such host: is the name right, does DNS work?"),
     (rf"Connection refused|Errno {errno.ECONNREFUSED}\b",
      "connection refused: does pgod run there, and on this port (-p PORT)?"),
@@ -225,8 +225,8 @@ def parse_target(text: str) -> tuple[str, str, str]:
     host, _, service = place.rpartition(":") if slashes else (place, "", "")
     for wrong, problem in (
         ("," in host, "several hosts are not supported yet, name one"),
-        (not host or host.startswith(":"), "the host is missing"),
-        (not slashes and ":" in host and host[0] != "[", "//command is missing"),
+        (not host, "the host is missing"),
+        (not slashes and host.rpartition("]")[2].count(":") == 1, "//command is missing"),
         (not HOST_NAME.fullmatch(host), "that is no host (an IPv6 address stands in brackets)"),
         (slashes and not service, "the service is missing"),
         (slashes and not command, "the command is missing"),
@@ -291,7 +291,8 @@ def read_private(path: str) -> str:
             status, text = os.fstat(file.fileno()), file.read(CHUNK)
     except OSError as error:
         raise ControlError(f"key {path!r}: {error.strerror}") from None
-    if stat.S_ISREG(status.st_mode) and status.st_uid == os.getuid() and status.st_mode & 0o077:
+    secret = "PRIVATE KEY" in text and stat.S_ISREG(status.st_mode)
+    if secret and status.st_uid == os.getuid() and status.st_mode & 0o077:
         raise ControlError(f"key {path!r} is open to others: chmod 600 {shlex.quote(path)}")
     return text
 
@@ -348,21 +349,25 @@ def known_keys(text: str, name: str) -> set[str]:
     return {f"{line[1]} {line[2]}" for line in lines if line[2:] and name_matches(line[0], name)}
 
 
-def prepare_known_hosts(path: str) -> None:
-    """Make its folder; refuse a file that cannot be read, for then every host would be new."""
+def read_known_hosts(path: str) -> str:
+    """Its text, and a folder for it; what cannot be read would make every host a new one."""
     with contextlib.suppress(OSError):
         os.makedirs(os.path.dirname(path), mode=0o700, exist_ok=True)
-    if os.path.exists(path) and not os.access(path, os.R_OK):
-        raise ControlError(f"{path} cannot be read, so no host can be told from an impostor")
+    try:
+        with open(path, encoding="utf-8", errors="replace") as file:
+            return file.read()
+    except FileNotFoundError:
+        return ""
+    except OSError as error:
+        raise ControlError(f"{path}: {error.strerror}: no host can be told from an "
+                           "impostor") from None
 
 
-def remember_host(path: str, line: str) -> None:
+def append_known_host(path: str, line: str) -> None:
     """Append a line in one piece, whoever else does so."""
     try:
-        with open(path, "ab+", buffering=0) as file:
-            file.seek(max(0, file.seek(0, os.SEEK_END) - 1))
-            unended = file.read(1) not in (b"", b"\n")
-            file.write(b"\n" * unended + f"{line}\n".encode())
+        with open(path, "ab", buffering=0) as file:
+            file.write(line.encode())
     except OSError:
         say(UNREMEMBERED.format(path))
 
@@ -371,13 +376,9 @@ def is_right_host(request: Request, key: str) -> bool:
     """Whether a host's key is the pinned one, a known one, or the first one, which is kept."""
     if request.pin:
         return key == request.pin
-    text = ""
-    if os.path.exists(request.known_hosts):
-        with open(request.known_hosts, encoding="utf-8", errors="replace") as file:
-            text = file.read()
-    known = known_keys(text, request.known_name)
+    known = known_keys(read_known_hosts(request.known_hosts), request.known_name)
     if not known:
-        remember_host(request.known_hosts, f"{request.known_name} {key}")
+        append_known_host(request.known_hosts, f"{request.known_name} {key}\n")
     return not known or key in known
 
 
@@ -451,14 +452,18 @@ class SshLog:
         self.thread.join()
         self.read()
 
-    def failure(self, request: Request) -> ControlError | None:
-        """What to tell of a status 255; nothing where it is the command's own."""
+    def failure(self, request: Request, key: str) -> ControlError | None:
+        """What to tell of a status 255, key being the path that ssh got for the one that was given.
+
+        Nothing where it is the command's own status.
+        """
         text = "\n".join(self.lines)
         if "rtype exit-status" in text:
             return None
-        words = "; ".join(line for line in self.lines if line and not line.startswith(CHATTER))
+        text = text.replace(key, request.key_name) if key else text
+        words = "; ".join(line for line in text.split("\n") if not line.startswith(CHATTER))
         words = ("lost after login: " if "Authenticated to " in text else "") + words
-        offers = [f"{mark} ({request.key_name or name})" for name, mark in OFFERED.findall(text)]
+        offers = [f"{mark} ({name})" for name, mark in OFFERED.findall(text)]
         return explain(request, words or "ssh failed and did not say why", offers)
 
 
@@ -467,15 +472,16 @@ def quote_path(path: str) -> str:
     return '"' + path.replace("%", "%%") + '"'
 
 
-def folder_words(folder: str) -> list[str]:
+def home_words(request: Request) -> list[str]:
     """ssh asks the password database where home is; $HOME may be elsewhere, as in CI."""
     import pwd
     with contextlib.suppress(KeyError):
-        if folder == os.path.join(pwd.getpwuid(os.getuid()).pw_dir, ".ssh"):
+        if request.folder == os.path.join(pwd.getpwuid(os.getuid()).pw_dir, ".ssh"):
             return []
-    config, *keys = (os.path.join(folder, name) for name in ("config", *DEFAULT_KEYS))
-    words = [f"-oIdentityFile={quote_path(key)}" for key in keys if os.path.exists(key)]
-    return [*words, *(["-F", config] if os.path.exists(config) else [])]
+    config, *keys = (os.path.join(request.folder, name) for name in ("config", *DEFAULT_KEYS))
+    keys = [key for key in keys if not request.key and os.path.exists(key)]
+    return [*(["-F", config] if os.path.exists(config) else []),
+            *(f"-oIdentityFile={quote_path(key)}" for key in keys)]
 
 
 def ssh_words(request: Request, log: str, key: str, hosts: str) -> list[str]:
@@ -488,7 +494,7 @@ def ssh_words(request: Request, log: str, key: str, hosts: str) -> list[str]:
         options += [f"IdentityFile={quote_path(key)}", "IdentitiesOnly=yes", "IdentityAgent=none"]
     return ["ssh", "-E", log, "-l", USER, "-p", str(request.port),
             "-t" if request.terminal else "-T", *(f"-o{option}" for option in options),
-            *([] if key else folder_words(request.folder)), "--", request.host, request.command]
+            *home_words(request), "--", request.host, request.command]
 
 
 def run_ssh(request: Request) -> int:
@@ -504,7 +510,7 @@ def run_ssh(request: Request) -> int:
         raise output_failure()
     if status < 0:
         raise SignalError(-status)
-    if status == 255 and (failure := log.failure(request)):
+    if status == 255 and (failure := log.failure(request, key)):
         raise failure
     if any("Failed to add the host" in line for line in log.lines):
         say(UNREMEMBERED.format(request.known_hosts))
@@ -742,8 +748,9 @@ def run(words: Sequence[str], environ: Mapping[str, str]) -> int:
         return 0
     request = build_request(options, rest, environ)
     transport = choose_transport(environ.get("PGOCTL_TRANSPORT", ""))
-    if not request.pin:
-        prepare_known_hosts(request.known_hosts)
+    text = "" if request.pin else read_known_hosts(request.known_hosts)
+    if text and not text.endswith("\n"):  # ssh would write on in that line
+        append_known_host(request.known_hosts, "\n")
     return transport(request)
 
 

@@ -127,6 +127,10 @@ SSH_ALGORITHMS: dict[str, Any] = {
                        "aes128-gcm@openssh.com,aes256-ctr,aes128-ctr".split(","),
     "mac_algs": "hmac-sha2-256-etm@openssh.com,hmac-sha2-512-etm@openssh.com".split(","),
     "compression_algs": ["none"],
+    "signature_algs": [
+        "ssh-ed25519", "sk-ssh-ed25519@openssh.com", "ecdsa-sha2-nistp256", "ecdsa-sha2-nistp384",
+        "ecdsa-sha2-nistp521", "sk-ecdsa-sha2-nistp256@openssh.com", "rsa-sha2-512",
+        "rsa-sha2-256"],
 }
 HTTP_CONNECTIONS = 100
 HTTP_SECONDS = 10.0
@@ -3826,10 +3830,13 @@ class SshServer:
 
     def algorithms(self) -> dict[str, Any]:
         """Those of SSH_ALGORITHMS that this asyncssh has."""
-        from asyncssh import encryption, kex, mac  # noqa: PLC0415
+        from asyncssh import encryption, kex, mac, public_key  # noqa: PLC0415
         have = {"kex_algs": kex.get_kex_algs(), "encryption_algs": encryption.get_encryption_algs(),
-                "mac_algs": mac.get_mac_algs()}
-        return {name: [a for a in wanted if name not in have or a.encode() in have[name]]
+                "mac_algs": mac.get_mac_algs(), "signature_algs": public_key.get_public_key_algs()}
+        # Without strict key exchange, this one is open to Terrapin (CVE-2023-48795).
+        bad = () if version_of(self.asyncssh) >= (2, 14, 2) else ("chacha20-poly1305@openssh.com",)
+        return {name: [a for a in wanted if a not in bad
+                       and (name not in have or a.encode() in have[name])]
                 for name, wanted in SSH_ALGORITHMS.items()}
 
     def _heartbeat(self) -> None:
@@ -3899,6 +3906,7 @@ class SshServer:
             return
         client.sessions += 1
         status = 1
+        bound_input(process.channel)
         try:
             status = await self.obey(process, client)
         except (BrokenPipeError, ConnectionError, self.asyncssh.Error):
@@ -4062,6 +4070,22 @@ class SshServer:
                 target.close()
             if not data:
                 break
+
+
+def bound_input(channel: Any) -> None:
+    """Grant the client no more than a window of input that nobody has read yet.
+
+    asyncssh forgets what waits in its buffer: 200 MB for a slow reader took 100 MB of memory.
+    """
+    if not hasattr(channel, "_init_recv_window"):
+        return
+    deliver, window = channel._deliver_data, channel._init_recv_window
+
+    def deliver_data(data: bytes, datatype: Any = None) -> None:
+        channel._init_recv_window = window - sum(len(waiting) for waiting, _ in channel._recv_buf)
+        deliver(data, datatype)
+
+    channel._deliver_data = deliver_data
 
 
 async def ready(descriptor: int, writing: bool = False) -> None:

@@ -310,9 +310,9 @@ def _machine() -> Iterator[None]:
     docker("rmi", "-f", IMAGE)
 
 
-@pytest.fixture
-def lab() -> Iterator[Lab]:
-    """A lab of the test's own. Its folder can be entered by the services' users."""
+@contextlib.contextmanager
+def make_lab() -> Iterator[Lab]:
+    """A lab whose folder can be entered by the services' users; it is cleaned up at the end."""
     folder = Path(tempfile.mkdtemp(prefix="pgotest-"))
     folder.chmod(0o755)
     made = Lab(folder)
@@ -325,6 +325,13 @@ def lab() -> Iterator[Lab]:
             made.end()
         finally:
             shutil.rmtree(folder)
+
+
+@pytest.fixture
+def lab() -> Iterator[Lab]:
+    """A lab of the test's own."""
+    with make_lab() as made:
+        yield made
 
 
 # ---- Service -----------------------------------------------------------------------------------
