@@ -61,7 +61,13 @@ COMMANDS = {
     "git pull": "fetch the newest commit and deploy it",
     "git hash": "print the commit that runs",
     "ping": "see whether pgod answers",
+    "plan": "say what would be done now, and why",
+    "status": "say what runs, since when, and why not the newest commit",
+    "history": "list the last deploys",
+    "hold": "stop deploys and heals, until release or --for a time",
+    "release": "end a hold",
     "journal": "is disabled; pgod says so",
+    "help": "list the commands and their options",
 }
 READS_STDIN = frozenset({"exec"})  # another would eat the list of a shell's `while read` loop
 

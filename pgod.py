@@ -742,9 +742,10 @@ def parse_configuration(text: str) -> tuple[Service, ...]:
 
 
 def configuration_seal(path: Path) -> str:
-    """A hash of pgo.toml and of each env_file and deploy_key that it names; files that are gone count too."""
+    """A hash of pgo.toml and of each env_file and deploy_key that it names, gone or not."""
     digest = hashlib.sha256(path.read_bytes())
-    for name in sorted(re.findall(rb'(?:env_file|deploy_key)\s*=\s*["\']([^"\']+)', path.read_bytes())):
+    named = re.findall(rb'(?:env_file|deploy_key)\s*=\s*["\']([^"\']+)', path.read_bytes())
+    for name in sorted(named):
         with contextlib.suppress(OSError):
             digest.update(name + b"\0" + Path(os.fsdecode(name)).read_bytes())
     return digest.hexdigest()
@@ -987,7 +988,8 @@ class Metrics:
         with self._lock:
             self._values[name][tuple(labels.items())] = value
 
-    def replace(self, name: str, service: str, rows: Iterable[tuple[dict[str, str], float]]) -> None:
+    def replace(self, name: str, service: str,
+                rows: Iterable[tuple[dict[str, str], float]]) -> None:
         """Set a service's rows of a gauge and forget the ones it had."""
         with self._lock:
             kept = {key: value for key, value in self._values[name].items()
@@ -1275,7 +1277,8 @@ class Git:
     def git(self, *words: str, deadline: str = "git", folder: Path | None = Path(),
             env: Mapping[str, str] | None = None) -> bytes:
         """Run git on the git folder (or on none); its standard output. Raises Fault."""
-        where = [] if folder is None else [f"--git-dir={self.folder if folder == Path() else folder}"]
+        git_dir = self.folder if folder == Path() else folder
+        where = [] if folder is None else [f"--git-dir={git_dir}"]
         subcommand = "pull" if words[0] == "fetch" else words[0]
         result = self.children.run(
             ["git", *where, *words], account=self.account, env=self.environment() | dict(env or {}),
@@ -1623,8 +1626,8 @@ def model_differences(old: Model, new: Model) -> dict[str, str]:
         if name not in before:
             changes[name] = "created"
             continue
-        keys = sorted(key for key in {*service, *before[name]} - {"build", "pull_policy", "profiles"}
-                      if service.get(key) != before[name].get(key))
+        counting = {*service, *before[name]} - {"build", "pull_policy", "profiles"}
+        keys = sorted(key for key in counting if service.get(key) != before[name].get(key))
         if keys == ["labels"] and label_of(service) != label_of(before[name]):
             changes[name] = "recreated: a file that it binds changed"
         elif keys:
@@ -1771,7 +1774,8 @@ def security_opt_rule(where: str, value: Any, around: Surroundings) -> Found:
 
 
 def network_mode_rule(where: str, value: Any, around: Surroundings) -> Found:
-    if value not in (None, "", "none", "bridge", "default") and not str(value).startswith("service:"):
+    own = value in (None, "", "none", "bridge", "default") or str(value).startswith("service:")
+    if not own:
         yield Violation(where, "network_mode", str(value), "is a network that is not its own",
                         f"network_mode:{value}")
 
@@ -1801,7 +1805,8 @@ def logging_rule(where: str, value: Any, around: Surroundings) -> Found:
 def container_name_rule(where: str, value: Any, around: Surroundings) -> Found:
     taken = any(value == other.name or str(value).startswith(other.name + "-")
                 or value in targets(other) for other in around.others)
-    if value and taken and not around.owns(str(value), "-") and value not in targets(around.service):
+    own = around.owns(str(value), "-") or value in targets(around.service)
+    if value and taken and not own:
         yield Violation(where, "container_name", str(value), "is a neighbour's name",
                         f"container_name:{value}")
 
@@ -1821,7 +1826,8 @@ def port_range(value: Any) -> tuple[int, int]:
 
 
 def ports_rule(where: str, value: Any, around: Surroundings) -> Found:
-    allowed = [port_range(entry[6:]) for entry in around.service.allow if entry.startswith("ports:")]
+    allowed = [port_range(entry[6:]) for entry in around.service.allow
+               if entry.startswith("ports:")]
     for item in value or ():
         published = item.get("published") if isinstance(item, dict) else item
         first, last = port_range(published)
@@ -1903,7 +1909,8 @@ def build_paths_rule(where: str, build: Mapping[str, Any], around: Surroundings)
     context = str(build.get("context", ""))
     paths = [("context", context)]
     if not build.get("dockerfile_inline"):
-        paths.append(("dockerfile", os.path.join(context, str(build.get("dockerfile", "Dockerfile")))))
+        dockerfile = str(build.get("dockerfile", "Dockerfile"))
+        paths.append(("dockerfile", os.path.join(context, dockerfile)))
     for source in (build.get("additional_contexts") or {}).values():
         if not str(source).startswith(("service:", "docker-image://")):
             paths.append(("additional_contexts", str(source)))
@@ -1914,7 +1921,7 @@ def build_paths_rule(where: str, build: Mapping[str, Any], around: Surroundings)
     for key in ("cache_from", "cache_to"):
         for item in build.get(key) or ():
             if "type=" in str(item) and "type=registry" not in str(item):
-                yield Violation(where, f"build.{key}", str(item), "reads or writes the host's files")
+                yield Violation(where, f"build.{key}", str(item), "uses files of the host")
 
 
 def outside_commit(path: str, around: Surroundings) -> str:
@@ -2073,7 +2080,8 @@ def check_networks(model: Model, around: Surroundings) -> Found:
             yield Violation("networks", key, shown(network["driver_opts"]),
                             "reaches into the host's network", f"network:{key}_driver_opts")
         ipam = network.get("ipam") or {}
-        if ipam.get("config") or ipam.get("driver") not in (None, "", "default") or ipam.get("options"):
+        own_driver = ipam.get("driver") in (None, "", "default")
+        if ipam.get("config") or ipam.get("options") or not own_driver:
             yield Violation("networks", key, shown(ipam), "takes addresses that may be another's",
                             f"network:{key}_ipam")
 
@@ -3511,9 +3519,8 @@ class Order:
 
     def audited(self) -> str:
         """The command without the values of -e."""
-        hidden = ["***" if previous in ("-e", "--env") else
-                  "--env=***" if option.startswith(("--env=", "-e")) and option != "-e" and
-                  not option == "--env" else option
+        hidden = ["***" if previous == "-e" else
+                  "--env=***" if option.startswith("--env=") else option
                   for previous, option in zip(("", *self.options), self.options, strict=False)]
         return shlex.join((*self.command.split(), *hidden, *self.operands))
 
@@ -3541,7 +3548,8 @@ def parse_order(text: str) -> Order:
     return check_operands(Order(service, command, options, operands))
 
 
-def parse_options(command: str, arguments: Sequence[str]) -> tuple[tuple[str, ...], tuple[str, ...]]:
+def parse_options(command: str,
+                  arguments: Sequence[str]) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """Options by the table, one word or two each, and the operands. Raises Refused.
 
     All that follows exec's first operand belongs to the command that it runs.
@@ -3613,6 +3621,10 @@ def option_value(order: Order, name: str) -> str | None:
         if word == name:
             return order.options[position + 1]
     return None
+
+
+def answer_ping(worker: Worker, order: Order, by: str) -> str:
+    return "pong"
 
 
 def answer_hash(worker: Worker, order: Order, by: str) -> str:
@@ -3731,7 +3743,7 @@ def answer_release(worker: Worker, order: Order, by: str) -> str:
 
 
 ANSWERS: dict[str, Callable[[Worker, Order, str], str]] = {
-    "ping": lambda worker, order, by: "pong", "git hash": answer_hash, "status": answer_status,
+    "ping": answer_ping, "git hash": answer_hash, "status": answer_status,
     "history": answer_history, "hold": answer_hold, "release": answer_release,
     "journal": answer_journal, "help": answer_help,
 }
@@ -4239,7 +4251,7 @@ class HttpHandler(http.server.BaseHTTPRequestHandler):
         if self.command != "HEAD":
             self.wfile.write(data)
 
-    def log_message(self, format: str, *args: Any) -> None:  # noqa: A002
+    def log_message(self, format: str, *args: Any) -> None:
         log.debug("HTTP: %s: %s", self.address_string(), format % args)
 
 
@@ -4630,8 +4642,9 @@ class Demo:
         assert settings.ssh and settings.metric
         ctl = Path(__file__).resolve().with_name("pgoctl.py")
         words = f"python3 {ctl} -i {self.folder}/id_demo -p {settings.ssh[1]} localhost:demo//"
-        print(DEMO_TRY.format(repository=self.folder / "demo.git", work=self.folder / "work",
-                              ctl=words, metric=settings.metric[1]).replace("// ", "//"), flush=True)
+        text = DEMO_TRY.format(repository=self.folder / "demo.git", work=self.folder / "work",
+                               ctl=words, metric=settings.metric[1])
+        print(text.replace("// ", "//"), flush=True)
 
     def clean(self) -> None:
         """Containers, network, images and files."""

@@ -7,22 +7,30 @@ the lab removes it at the end, also when the test failed.
 
 from __future__ import annotations
 
+import base64
+import configparser
 import contextlib
-import functools
+import grp
+import http.server
 import json
 import os
 import pwd
+import random
 import re
 import secrets
+import shlex
 import shutil
 import signal
 import socket
+import ssl
 import subprocess
 import sys
 import tempfile
+import threading
 import time
+import urllib.parse
 import urllib.request
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -334,6 +342,922 @@ def lab() -> Iterator[Lab]:
         yield made
 
 
+ASYNCSSH = ("newest", "2.10.1", "2.20.0")
+SECRET = "pgotest-secret-8c1f"
+
+
+@contextlib.contextmanager
+def a_lab() -> Iterator[Lab]:
+    """A lab that several tests share."""
+    folder = Path(tempfile.mkdtemp(prefix="pgotest-"))
+    folder.chmod(0o755)
+    made = Lab(folder)
+    try:
+        yield made
+    finally:
+        try:
+            made.end()
+        finally:
+            shutil.rmtree(folder)
+
+
+def asyncssh_environment(version: str) -> dict[str, str]:
+    """What makes pgod run on that asyncssh."""
+    folder = HERE / ".venv" / f"asyncssh-{version}"
+    assert version == "newest" or folder.is_dir(), f"{folder} is missing: run .ci/test"
+    return {} if version == "newest" else {"PYTHONPATH": str(folder)}
+
+
+def memory(lab: Lab, field: str = "VmHWM") -> int:
+    """Bytes of pgod's memory, from proc(5)."""
+    status = Path(f"/proc/{lab.daemon.process.pid}/status").read_text()
+    return int(re.findall(rf"{field}:\s+(\d+)", status)[0]) << 10
+
+
+@pytest.fixture(scope="module", params=ASYNCSSH)
+def shared(request: pytest.FixtureRequest) -> Iterator[Lab]:
+    """A started pgod on each asyncssh: service `a` for key `id`, `b` for key `other`."""
+    with a_lab() as lab:
+        names = [lab.service("a", env=[f"PGOTEST_SECRET={SECRET}"]), lab.service("b", key="other")]
+        lab.start(env=asyncssh_environment(request.param))
+        for name in names:
+            lab.runs(name, lab.repositories[name].git("rev-parse", "HEAD"))
+        yield lab
+
+
+def listens(port: int) -> bool:
+    with socket.socket() as sock:
+        return sock.connect_ex(("127.0.0.1", port)) == 0
+
+
+def serve(lab: Lab, port: int, *words: str | Path, **options: Any) -> None:
+    """A server until the end of the test; it listens already."""
+    log = lab.folder / f"server-{port}.log"
+    with log.open("wb") as file:
+        process = subprocess.Popen([str(word) for word in words], stdin=subprocess.DEVNULL,
+                                   stdout=file, stderr=file, **options)
+    lab.exits.callback(process.wait, 10)
+    lab.exits.callback(process.terminate)
+    until(lambda: listens(port) or process.poll() is not None, f"{words[0]} listens")
+    assert process.poll() is None, log.read_text()
+
+
+@contextlib.contextmanager
+def seen_command_lines() -> Iterator[set[bytes]]:
+    """The command line of every process of this machine that is there meanwhile."""
+    seen, over = set[bytes](), threading.Event()
+
+    def look() -> None:
+        while not over.wait(0.002):
+            for path in Path("/proc").glob("[0-9]*/cmdline"):
+                with contextlib.suppress(OSError):
+                    seen.add(path.read_bytes().replace(b"\0", b" "))
+
+    thread = threading.Thread(target=look)
+    thread.start()
+    try:
+        yield seen
+    finally:
+        over.set()
+        thread.join()
+
+
+def assert_nowhere(lab: Lab, seen: set[bytes], *secrets: str) -> None:
+    """No secret on a command line, in DIR, in pgod's log or on its metrics page."""
+    files = [path for path in lab.directory.rglob("*") if path.is_file() and not path.is_symlink()]
+    assert files
+    places = {str(path): path.read_bytes() for path in (*files, lab.daemon.log_file)}
+    places |= {"metrics": lab.metrics().encode(), "command lines": b"\n".join(seen)}
+    for where, data in places.items():
+        for secret in secrets:
+            assert secret.encode() not in data, f"{secret} in {where}"
+
+
+def counts(lab: Lab, name: str) -> dict[tuple[str, str], int]:
+    """pgo_command_count of a service, by command and subcommand."""
+    pattern = rf'^pgo_command_count\{{service="{name}",cmd="(.*?)",subcmd="(.*?)"\}} (\d+)$'
+    return {(cmd, sub): int(n) for cmd, sub, n in re.findall(pattern, lab.metrics(), re.M)}
+
+
+def logged(lab: Lab, text: str) -> Any:
+    return until(lambda: text in lab.daemon.log(), f"logged {text!r}")
+
+
+def deploys(lab: Lab, name: str, files: Mapping[str, str | bytes | None]) -> set[str]:
+    """Push, have it deployed; the compose services whose container is another one now."""
+    before = lab.containers(name)
+    commit = lab.push(name, files)
+    done = lab.ssh(f"{name}//git pull")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert lab.state(name)["commit"] == commit
+    return changed(name, before, lab.containers(name))
+
+
+def changed(name: str, before: Mapping[str, str], after: Mapping[str, str]) -> set[str]:
+    """Compose services with a container that came, went or is another one."""
+    different = {key for key in {*before, *after} if before.get(key) != after.get(key)}
+    return {key.removeprefix(f"{name}-").rpartition("-")[0] for key in different}
+
+
+def new_start(lab: Lab) -> Pgod:
+    """What systemd does after pgo.toml was changed: status 2, and a new start."""
+    assert lab.daemon.process.wait(PATIENCE) == 2, lab.daemon.log()
+    return lab.start()
+
+
+def program(folder: Path, name: str, text: str) -> None:
+    """A shell script in a folder of the PATH."""
+    folder.mkdir(exist_ok=True)
+    (folder / name).write_text(f"#!/bin/sh\n{text}\n")
+    (folder / name).chmod(0o755)
+
+
+def real(name: str) -> str:
+    found = shutil.which(name, path=os.environ["PATH"] + ":/usr/sbin")
+    assert found, f"{name} is not installed: run .ci/test"
+    return found
+
+
+# ---- Configuration -----------------------------------------------------------------------------
+
+
+ENTRY = '[[services]]\nname = "app"\nuser = "root"\nrepository = "/srv/app.git"\n'
+
+
+def configuration_errors(text: str) -> str:
+    try:
+        pgod.parse_configuration(text)
+    except pgod.ConfigurationError as error:
+        return str(error)
+    return ""
+
+
+@pytest.mark.parametrize(("text", "told"), [
+    ("", ["no [[services]]"]),
+    ("[[services]\n", ["not TOML", "line 1"]),
+    ("services = 3", ["[[services]]"]),
+    ("[services]\nname = 'a'", ["[[services]]"]),
+    ("debug = true\n" + ENTRY, ["'debug'"]),
+    ("[[service]]\nname = 'a'", ["'service'", '"services"']),
+    ("[[services]]\nname = 'a'", ["'a'", "user is missing", "repository is missing"]),
+    ("[[services]]\nuser = 'root'", ["service 1", "name is missing", "repository is missing"]),
+    (ENTRY + ENTRY, ["'app'", "2 times"]),
+    (ENTRY + "branche = 'x'", ["'app'", "'branche'", '"branch"']),
+    (ENTRY + "color = 1", ["'app'", "unknown key 'color'"]),
+    (ENTRY.replace('"app"', '"My App"'), ["name", "'My App'", "a-z"]),
+    (ENTRY.replace('"app"', '"../x"'), ["name", "'../x'"]),
+    (ENTRY.replace('"app"', "7"), ["name", "string"]),
+    (ENTRY.replace('"root"', '"no-such"'), ["'app'", "user", "'no-such'", "useradd"]),
+    (ENTRY.replace("/srv/app.git", "ftp://x/y"), ["'app'", "repository", "https, ssh or git"]),
+    (ENTRY.replace("/srv/app.git", "http://x/y"), ["repository", "https"]),
+    (ENTRY.replace("/srv/app.git", "srv/app.git"), ["repository", "absolute path"]),
+    (ENTRY.replace("/srv/app.git", "https:///y"), ["repository", "no host"]),
+    (ENTRY.replace("/srv/app.git", "ssh://git:geheim1@x/y"), ["repository", "deploy_key"]),
+    (ENTRY.replace("/srv/app.git", "ext::sh -c x"), ["repository"]),
+    (ENTRY.replace("/srv/app.git", "ssh://-oProxyCommand=x/y"), ["repository", "host"]),
+    (ENTRY + "branch = '-x'", ["branch", "'-x'"]),
+    (ENTRY + "branch = 'a..b'", ["branch", "'a..b'"]),
+    (ENTRY + "registries = ['geheim1']", ["registries", "user:token@registry"]),
+    (ENTRY + "registries = ['u:geheim1@']", ["registries", "user:token@registry"]),
+    (ENTRY + "registries = 'u:geheim1@r'", ["registries", "list"]),
+    (ENTRY + "compose = '/etc/x.yaml'", ["compose", "'/etc/x.yaml'", "inside the repository"]),
+    (ENTRY + "compose = ['a.yaml', '../b']", ["compose", "'../b'"]),
+    (ENTRY + "compose = 1", ["compose", "list"]),
+    (ENTRY + "env = ['geheim1']", ["env", "entry 1", "NAME=VALUE"]),
+    (ENTRY + "env = ['A=1', '2=geheim1']", ["env", "entry 2"]),
+    (ENTRY + "env_file = '/no/such'", ["env_file", "'/no/such'", "No such file"]),
+    (ENTRY + "env_file = 'a'", ["env_file", "absolute"]),
+    (ENTRY + "deploy_key = '/no/such'", ["deploy_key", "'/no/such'", "No such file"]),
+    (ENTRY + "urls = ['a']", ["urls", "table"]),
+    (ENTRY + "urls = {'a b' = 'x:1'}", ["urls", "'a b'", "host name"]),
+    (ENTRY + 'urls = {"a\\n}" = "x:1"}', ["urls", "host name"]),
+    (ENTRY + "urls = {'a' = 'x'}", ["urls", "'x'", "pgo:5006"]),
+    (ENTRY + "urls = {'a' = 'x:1 }'}", ["urls", "'x:1 }'"]),
+    (ENTRY + "urls = {'a' = 'x:1'}\n" + ENTRY.replace("app", "two") + "urls = {'a' = 'y:1'}",
+     ["'two'", "urls", "a belongs to 'app'"]),
+    (ENTRY + "urls = {'a' = 'x:99999'}", ["urls", "'x:99999'"]),
+    (ENTRY + "networks = 'n'", ["networks", "list"]),
+    (ENTRY + "networks = ['a b']", ["networks", "'a b'"]),
+    (ENTRY + "import = '/etc/caddy/x'", ["import", "inside the repository"]),
+    (ENTRY + "import = 'x'\nreload = 'caddy exec'", ["reload", "localhost:SERVICE//exec"]),
+    (ENTRY + "import = 'x'\nreload = 'localhost:app//exec \"a'", ["reload", "quot"]),
+    (ENTRY + "import = 'x'\nreload = 'localhost:ap//exec a'", ["reload", "'ap'", '"app"']),
+    (ENTRY + "reload = 'localhost:app//exec a'", ["reload", "import"]),
+    (ENTRY + "mount = 'server:/x'", ["mount", "nfs://server/path"]),
+    (ENTRY + "mount = 'nfs://s/x,exec'", ["mount", "nfs://server/path"]),
+    (ENTRY + "profiles = 'x'", ["profiles", "list"]),
+    (ENTRY + "allow = ['priviledged']", ["allow", "'priviledged'", '"privileged"']),
+    (ENTRY + "allow = ['ports:http']", ["allow", "'ports:http'", "'ports:80'"]),
+    (ENTRY + "wait = '2 minutes'", ["wait", "'2 minutes'", "90s"]),
+    (ENTRY + "wait = '0s'", ["wait", "1s"]),
+    (ENTRY + "wait = 120", ["wait", "string"]),
+    (ENTRY + "rollback = 'no'", ["rollback", "true or false"]),
+])
+def test_wrong_configuration_says_what_and_where(text: str, told: list[str]) -> None:
+    errors = configuration_errors(text)
+    assert all(word in errors for word in told), errors
+    assert "geheim" not in errors
+
+
+def test_all_errors_of_a_configuration_come_at_once() -> None:
+    text = (ENTRY + "brnch = 'x'\nwait = 1\n" + ENTRY.replace("app", "two") + "compose = ''\n"
+            + "[[services]]\nname = 'three'\n")
+    lines = configuration_errors(text).splitlines()
+    assert [line.split(":")[0] for line in lines] == [
+        "service 'app'", "service 'app'", "service 'two'", "service 'three'", "service 'three'"]
+
+
+def entry(**keys: Any) -> pgod.Service:
+    """The Service of an entry with these keys."""
+    lines = "".join(f"{key.rstrip('_')} = {toml_value(value)}\n" for key, value in keys.items())
+    head = "".join(line for line in ENTRY.splitlines(True)
+                   if line.split(" = ")[0] not in keys)
+    (service,) = pgod.parse_configuration(head + lines)
+    return service
+
+
+BASIC = base64.b64encode(b"me:p@ss/w:rd").decode()
+
+
+@pytest.mark.parametrize(("key", "value", "attribute", "parsed"), [
+    ("branch", "release/1.0", "branch", "release/1.0"),
+    ("registries", ["u:t@r.example", "t2@r:5000", ":t3@r", "u:a:b@c@r/team"], "registries",
+     (pgod.Registry("r.example", "u", "t"), pgod.Registry("r:5000", "root", "t2"),
+      pgod.Registry("r", "root", "t3"), pgod.Registry("r/team", "u", "a:b@c"))),
+    ("compose", "deploy/my.yaml", "compose", ("deploy/my.yaml",)),
+    ("compose", ["a.yaml", "b.yaml"], "compose", ("a.yaml", "b.yaml")),
+    ("env", ["A=1=2", "B=", "C= x\ny"], "env", (("A", "1=2"), ("B", ""), ("C", " x\ny"))),
+    ("urls", {"b.example": "b:1", "*.a.example": "a_1.x-y:65535"}, "urls",
+     (("*.a.example", "a_1.x-y:65535"), ("b.example", "b:1"))),
+    ("urls", {"http://a.example:8080": "a:1"}, "urls", (("http://a.example:8080", "a:1"),)),
+    ("networks", ["reverse_proxy"], "networks", ("reverse_proxy",)),
+    ("import", "caddy/Caddyfile-import", "import_file", "caddy/Caddyfile-import"),
+    ("mount", "nfs://nas.example/srv/a", "mount", "nfs://nas.example/srv/a"),
+    ("profiles", ["a", "b"], "profiles", ("a", "b")),
+    ("allow", ["ports:80", "bind:/srv/media:ro"], "allow", ("ports:80", "bind:/srv/media:ro")),
+    ("wait", "1h1m1.5s", "wait", 3661.5),
+    ("rollback", False, "rollback", False),
+    ("repository", "https://me:p%40ss%2Fw:rd@h.example:8443/a.git", "repository",
+     pgod.Remote("https://h.example:8443/a.git", f"Authorization: Basic {BASIC}",
+                 tuple(sorted({BASIC, "p%40ss%2Fw:rd", "p@ss/w:rd", "p%40ss%2Fw%3Ard"})))),
+    ("repository", "git@h.example:a/b.git", "repository", pgod.Remote("git@h.example:a/b.git")),
+    ("repository", "ssh://git@h:22/a", "repository", pgod.Remote("ssh://git@h:22/a")),
+    ("repository", "git://h/a", "repository", pgod.Remote("git://h/a")),
+    ("repository", "file:///srv/a", "repository", pgod.Remote("/srv/a")),
+])
+def test_every_key_is_understood(key: str, value: Any, attribute: str, parsed: Any) -> None:
+    assert getattr(entry(**{key: value}), attribute) == parsed
+
+
+@pytest.mark.parametrize(("text", "words"), [
+    ("localhost:app//exec caddy reload --config /etc/caddy/Caddyfile",
+     ("caddy", "reload", "--config", "/etc/caddy/Caddyfile")),
+    ("app//exec caddy", ("caddy",)),
+    ("""[::1]:app//exec sh -c 'a "b  c"' d\\ e""", ("sh", "-c", 'a "b  c"', "d e")),
+])
+def test_reload_is_split_as_a_shell_would(text: str, words: tuple[str, ...]) -> None:
+    assert entry(**{"import": "x", "reload": text}).reload == pgod.Reload("app", words)
+
+
+def test_env_wins_over_env_file(tmp_path: Path) -> None:
+    path = tmp_path / "env"
+    path.write_text("# secrets\n\nA=file\nexport B='x y'\nC=\"=\"\n")
+    assert dict(entry(env=["A=toml"], env_file=str(path)).env) == {
+        "A": "toml", "B": "x y", "C": "="}
+    path.write_text("A=1\ngeheim1\n")
+    errors = configuration_errors(f"{ENTRY}env_file = '{path}'")
+    assert "line 2" in errors
+    assert "geheim1" not in errors
+
+
+@pytest.mark.parametrize(("text", "seconds"), [
+    ("90s", 90), ("5m0s", 300), ("1h30m", 5400), ("1.5h", 5400), ("250ms", 0.25)])
+def test_durations_are_those_of_go(text: str, seconds: float) -> None:
+    assert pgod.parse_duration(text) == seconds
+    for wrong in ("", "5", "m", "5 m", "-1s", "5m 3s", "5x"):
+        with pytest.raises(ValueError, match="duration"):
+            pgod.parse_duration(wrong)
+
+
+@pytest.mark.parametrize(("text", "address"), [
+    ("", None), (":2222", ("", 2222)), ("127.0.0.1:0", ("127.0.0.1", 0)),
+    ("[::1]:22", ("::1", 22))])
+def test_addresses_are_those_of_go(text: str, address: tuple[str, int] | None) -> None:
+    assert pgod.parse_address(text) == address
+    for wrong in ("2222", "host:", "host:http", ":70000"):
+        with pytest.raises(ValueError, match="address"):
+            pgod.parse_address(wrong)
+
+
+def check(path: Path) -> subprocess.CompletedProcess[str]:
+    return run(sys.executable, HERE / "pgod.py", "--check", "-c", path, check=False)
+
+
+def test_check_tells_right_from_wrong_by_its_status(tmp_path: Path) -> None:
+    path = tmp_path / "pgo.toml"
+    path.write_text(ENTRY)
+    assert check(path).returncode == 0
+    path.write_text(ENTRY + "wiat = '1s'\n[[services]]\n")
+    wrong = check(path)
+    assert wrong.returncode == 1
+    assert '"wait"' in wrong.stderr
+    assert "name is missing" in wrong.stderr
+    assert "Traceback" not in check(tmp_path / "none").stderr
+    assert check(tmp_path / "none").returncode == 1
+
+
+def test_example_shows_every_key_and_is_valid(tmp_path: Path) -> None:
+    example = HERE / "pgo.toml.example"
+    done = check(example)
+    assert done.returncode == 0, done.stderr
+    text = example.read_text()
+    for key in pgod.SERVICE_KEYS:
+        assert re.search(rf"^(# )?{key} = ", text, re.M), f"the example lacks {key}"
+    (tmp_path / "secret").touch()
+    whole = re.sub(r"^# (\w+ = )", r"\1", text, flags=re.M)
+    whole = re.sub(r"^(env_file|deploy_key) = .*", rf'\1 = "{tmp_path}/secret"', whole, flags=re.M)
+    services = pgod.parse_configuration(whole)
+    assert {user.user for user in services} <= {"root", "nobody", "www-data"}
+
+
+# ---- Git ---------------------------------------------------------------------------------------
+
+
+TOKEN = "t@k:n/%41+z"
+
+
+class GitOverHttps(http.server.BaseHTTPRequestHandler):
+    """git http-backend behind Basic authentication, as its manual page sets it up."""
+
+    root: Path
+    protocol_version = "HTTP/1.1"
+    login = base64.b64encode(f"robot:{TOKEN}".encode()).decode()
+
+    def do_GET(self) -> None:
+        if self.headers.get("Authorization") != f"Basic {self.login}":
+            self.send_response(401)
+            self.send_header("WWW-Authenticate", 'Basic realm="git"')
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+            return
+        path, _, query = self.path.partition("?")
+        env = {"GIT_PROJECT_ROOT": str(self.root), "GIT_HTTP_EXPORT_ALL": "1", "PATH_INFO": path,
+               "QUERY_STRING": query, "REQUEST_METHOD": self.command, "REMOTE_USER": "robot",
+               "CONTENT_TYPE": self.headers.get("Content-Type", ""),
+               "HTTP_CONTENT_ENCODING": self.headers.get("Content-Encoding", ""),
+               "GIT_PROTOCOL": self.headers.get("Git-Protocol", "")}
+        body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        done = subprocess.run(["git", "http-backend"], input=body, env=os.environ | env,
+                              capture_output=True, check=True)
+        head, _, content = done.stdout.partition(b"\r\n\r\n")
+        fields = dict(line.split(": ", 1) for line in head.decode().splitlines())
+        self.send_response(int(fields.pop("Status", "200").split()[0]))
+        for name, value in fields.items():
+            self.send_header(name, value)
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        self.wfile.write(content)
+
+    do_POST = do_GET
+
+    def log_message(self, *words: Any) -> None:
+        """Nothing."""
+
+
+def git_over_https(lab: Lab, root: Path) -> tuple[int, Path]:
+    """A server of the repositories in a folder; its port and its certificate."""
+    port, certificate, key = free_port(), lab.folder / "tls.pem", lab.folder / "tls.key"
+    run("openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256",
+        "-nodes", "-keyout", key, "-out", certificate, "-subj", "/CN=127.0.0.1",
+        "-addext", "subjectAltName=IP:127.0.0.1")
+    handler = type("Handler", (GitOverHttps,), {"root": root})
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", port), handler)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(certificate, key)
+    server.socket = context.wrap_socket(server.socket, server_side=True)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    lab.exits.callback(server.server_close)
+    lab.exits.callback(server.shutdown)
+    return port, certificate
+
+
+def git_over_ssh(lab: Lab, key: Path) -> int:
+    """An OpenSSH server that this key opens; its port."""
+    Path("/run/sshd").mkdir(exist_ok=True)
+    port, host_key, keys = free_port(), lab.key("host"), lab.folder / "authorized"
+    shutil.copy(key.with_suffix(".pub"), keys)
+    words = ("-D", "-e", "-f", "/dev/null", "-p", str(port), "-h", host_key)
+    options = ("ListenAddress=127.0.0.1", f"AuthorizedKeysFile={keys}", "PidFile=none",
+               "PermitRootLogin=prohibit-password", "StrictModes=no")
+    serve(lab, port, real("sshd"), *words, *(f"-o{option}" for option in options))
+    return port
+
+
+ASKED = ("git", "ls-remote")
+
+
+def await_polls(lab: Lab, names: Iterable[str]) -> dict[str, dict[tuple[str, str], int]]:
+    """Wait until each service has asked its remote once more; all counts."""
+    before = {name: counts(lab, name) for name in names}
+    until(lambda: all(counts(lab, name)[ASKED] > before[name][ASKED] for name in before), "polls")
+    return {name: counts(lab, name) for name in before}
+
+
+def test_repositories_are_followed_over_every_transport_and_no_token_leaks(lab: Lab) -> None:
+    lab.duration = "1s"
+    root, git_port = lab.folder / "repositories", free_port()
+    names = {kind: lab.service(kind) for kind in ("daemon", "https", "ssh", "path")}
+    core = run("git", "--exec-path").stdout.strip()
+    serve(lab, git_port, f"{core}/git-daemon", "--listen=127.0.0.1", f"--port={git_port}",
+          f"--base-path={root}", "--export-all", env=os.environ | {"HOME": str(lab.home)})
+    https_port, certificate = git_over_https(lab, root)
+    ssh_port = git_over_ssh(lab, lab.key("deploy"))
+    quoted = urllib.parse.quote(TOKEN, safe="")
+    for kind, keys in {
+            "daemon": {"repository": f"git://127.0.0.1:{git_port}/{names['daemon']}/bare.git"},
+            "https": {"repository": f"https://robot:{quoted}@127.0.0.1:{https_port}"
+                                    f"/{names['https']}/bare.git"},
+            "ssh": {"repository": f"ssh://root@127.0.0.1:{ssh_port}{root}/{names['ssh']}/bare.git",
+                    "deploy_key": str(lab.key("deploy"))}}.items():
+        lab.services[names[kind]] |= keys
+    lab.write_config()
+    with seen_command_lines() as seen:
+        lab.start("--debug", env={"GIT_SSL_CAINFO": str(certificate)})
+        for name in names.values():
+            lab.runs(name, lab.repositories[name].git("rev-parse", "HEAD"))
+        for name, commit in [(name, lab.push(name, {"new": "file"})) for name in names.values()]:
+            lab.runs(name, commit)
+            git_folder = lab.directory / ".pgod" / name / "git"
+            depth = run("git", "-c", "safe.directory=*", f"--git-dir={git_folder}", "rev-list",
+                        "--count", commit).stdout
+            assert depth.strip() == "1", "the whole history was fetched"
+        await_polls(lab, names.values())  # what belongs to the deploy is counted then
+        before = await_polls(lab, names.values())
+        await_polls(lab, names.values())
+        for name, old in before.items():
+            more = {key for key, number in counts(lab, name).items() if number > old.get(key, 0)}
+            assert more == {ASKED}, "a poll that finds nothing does more than ask"
+    assert any(b"ls-remote https://127.0.0.1" in line for line in seen), "not looked often enough"
+    login = GitOverHttps.login
+    assert_nowhere(lab, seen, TOKEN, quoted, login, login.rstrip("="))
+
+
+def test_rewritten_history_is_followed(lab: Lab) -> None:
+    lab.duration = "1h"
+    name = lab.service("", branch="release/1")
+    repository = lab.repositories[name]
+    repository.git("push", "-q", "origin", "HEAD:release/1")
+    repository.branch = "release/1"
+    lab.start()
+    lab.runs(name, repository.git("rev-parse", "HEAD"))
+    before = lab.containers(name)
+    repository.git("commit", "-q", "--amend", "-m", "amended")
+    amended = repository.send()
+    assert lab.ssh(f"{name}//git pull").returncode == 0
+    assert lab.state(name)["commit"] == amended
+    repository.git("push", "-q", "origin", ":release/1")
+    gone = lab.ssh(f"{name}//git pull")
+    assert gone.returncode != 0
+    assert "no branch 'release/1'" in gone.stdout + gone.stderr
+    repository.git("checkout", "-q", "--orphan", "other")
+    assert deploys(lab, name, {"other": "history"}) == set()
+    assert lab.containers(name) == before
+
+
+ODD = {"a b/c d": "1", "ünï/cødé ☃": "1", "new\nline\t\"q'": "1", "-rf": "1", "a*?[x]\\": "1"}
+
+
+def differences(lab: Lab, name: str) -> str:
+    """What git finds different in the tracked files of the work tree."""
+    return lab.repositories[name].git("--work-tree", str(lab.directory / name), "diff",
+                                      "--name-status", "--no-renames", "HEAD")
+
+
+def test_work_tree_follows_in_place_and_untracked_files_are_never_touched(lab: Lab) -> None:
+    lab.duration = "1h"
+    name = lab.service("")
+    repository, tree = lab.repositories[name], lab.directory / name
+    (repository.work / "link").symlink_to("a b")
+    (repository.work / "run.sh").touch(0o755)
+    (repository.work / "run.sh").chmod(0o755)
+    lab.push(name, ODD | {
+        "compose.yaml": compose_file(volumes=["./data:/data", "./bare:/bare:ro"]),
+        "data/tracked": "1", "bare/only": "1", "file": "1", "folder/in/it": "1",
+        "folder/too": "1", ".gitignore": "ignored\n", "plain.sh": "1", "becomes-link": "1"})
+    lab.start()
+    lab.runs(name, repository.git("rev-parse", "HEAD"))
+    assert differences(lab, name) == ""
+    web = f"{name}-web-1"
+    docker("exec", web, "sh", "-c", "echo of the container > /data/own")
+    (tree / "ignored").write_text("mine")
+    (tree / "untracked").mkdir()
+    (tree / "untracked" / "x").write_text("mine")
+    user = pwd.getpwnam(USERS[0]).pw_uid
+    for path in ("untracked", "untracked/x"):
+        os.chown(tree / path, user, 0)
+    numbers = {path: (tree / path).stat().st_ino for path in ("data", "bare", "a b")}
+    repository.git("rm", "-q", "link", "becomes-link", "file", "-r", "folder")
+    (repository.work / "becomes-link").symlink_to("data/tracked")
+    (repository.work / "plain.sh").chmod(0o755)
+    (repository.work / "run.sh").chmod(0o644)
+    (repository.work / "link").symlink_to("/etc/passwd")
+    assert deploys(lab, name, dict.fromkeys(ODD, "2") | {
+        "data/tracked": None, "bare/only": None, "file/now/folder": "2", "folder": "2"}) == set()
+    assert differences(lab, name) == ""
+    assert (tree / "file/now/folder").read_text() == "2"
+    assert not (tree / "data/tracked").exists()
+    assert {path: (tree / path).stat().st_ino for path in numbers} == numbers
+    assert docker("exec", web, "ls", "/data", "/bare").split() == ["/bare:", "/data:", "own"]
+    kept = {path: (tree / path).read_text() for path in ("ignored", "untracked/x", "data/own")}
+    assert kept == {"ignored": "mine", "untracked/x": "mine", "data/own": "of the container\n"}
+    commit = lab.push(name, {"untracked/x": "theirs", "compose.yaml": compose_file("sleep 9")})
+    refused = lab.ssh(f"{name}//git pull")
+    assert refused.returncode != 0
+    assert "overwrite untracked files" in refused.stderr
+    assert "untracked/x" in refused.stderr
+    assert (tree / "untracked/x").read_text() == "mine"
+    assert lab.state(name)["commit"] != commit
+    (tree / "untracked/x").unlink()
+    os.chown(tree / "untracked", 0, 0)
+    refused = lab.ssh(f"{name}//up")
+    assert "untracked/x cannot be written: its folder belongs to another" in refused.stderr
+    os.chown(tree / "untracked", user, 0)
+    up = lab.ssh(f"{name}//up")
+    assert up.returncode == 0, up.stdout + up.stderr
+    assert (tree / "untracked/x").read_text() == "theirs"
+
+
+def test_folder_with_untracked_files_does_not_become_a_file(tmp_path: Path) -> None:
+    folder = tmp_path / "root" / "folder"
+    (folder / "deep").mkdir(parents=True)
+    for name in ("tracked", "own", "deep/own"):
+        (folder / name).touch()
+    found = pgod.worktree_conflicts(tmp_path / "root", tmp_path, ["folder/tracked"],
+                                    {"folder": ("100644", "")})
+    assert sorted(found) == ["folder/deep/own", "folder/own"]
+
+
+def test_damaged_git_folder_heals_itself(lab: Lab) -> None:
+    lab.duration = "1h"
+    name = lab.service("")
+    lab.start()
+    lab.runs(name, lab.repositories[name].git("rev-parse", "HEAD"))
+    folder = lab.directory / ".pgod" / name / "git"
+
+    def truncate_objects() -> None:
+        for path in (folder / "objects").rglob("*"):
+            if path.is_file():
+                os.truncate(path, 0)
+
+    def leave_locks() -> None:
+        for lock in ("index.lock", "export.index.lock", "shallow.lock", "config.lock",
+                     "refs/pgod/wanted.lock", "packed-refs.lock"):
+            (folder / lock).touch()
+
+    def lose_it() -> None:
+        shutil.rmtree(folder / "refs")
+        (folder / "HEAD").write_bytes(b"")
+
+    for number, damage in enumerate((truncate_objects, leave_locks, lose_it)):
+        damage()
+        assert deploys(lab, name, {"new": str(number)}) == set(), damage
+        assert differences(lab, name) == ""
+
+
+# ---- Decisions ---------------------------------------------------------------------------------
+
+
+def seen(**facts: Any) -> pgod.Observed:
+    """In sync, unless said otherwise."""
+    return pgod.Observed(**{"wanted": "c1", "running": "c1", "digest": "d", "running_digest": "d"}
+                         | facts)
+
+
+def container(**facts: Any) -> pgod.Container:
+    fields: dict[str, Any] = {"identity": "i", "compose_service": "web", "name": "p-web-1",
+                              "status": "running", "exit_code": 0, "health": "", "restarts": 0,
+                              "policy": "no", "image": "", "started": ""}
+    return pgod.Container(**fields | facts)
+
+
+def looked(*containers: pgod.Container, **facts: Any) -> pgod.Observed:
+    return seen(containers=containers, expected={"web": 1}, **facts)
+
+
+@pytest.mark.parametrize(("observed", "action", "reason"), [
+    (seen(), "nothing", "in sync"),
+    (seen(hold="stopped by x", wanted="c2"), "nothing", "stopped by x"),
+    (seen(hold="stopped by x", asked=True), "nothing", "stopped by x"),
+    (seen(wanted="", running=""), "nothing", "could not be reached"),
+    (seen(wanted="", running="", asked=True), "nothing", "could not be reached"),
+    (seen(wanted=""), "nothing", "in sync"),
+    (seen(wanted="c1", running="", running_digest=""), "deploy", "first deploy of c1"),
+    (seen(wanted="c2"), "deploy", "new commit c2"),
+    (seen(digest="e"), "deploy", "configuration changed"),
+    (seen(deploying="c1"), "deploy", "interrupted"),
+    (seen(deploying="c2", wanted="c2"), "deploy", "interrupted"),
+    (seen(asked=True), "deploy", "asked for"),
+    (seen(wanted="c2", failed=("c2", "d", False)), "nothing", "c2 failed"),
+    (seen(wanted="c2", failed=("c2", "d", True)), "deploy", "new commit"),
+    (seen(wanted="c2", failed=("c2", "old", False)), "deploy", "new commit"),
+    (seen(wanted="c3", failed=("c2", "d", False)), "deploy", "new commit c3"),
+    (seen(wanted="c2", failed=("c2", "d", False), asked=True), "deploy", "asked for"),
+    (seen(wanted="c2", failed=("c2", "d", False), owes_rollback=True), "rollback", "rollback"),
+    (seen(wanted="c3", failed=("c2", "d", False), owes_rollback=True), "deploy", "new commit c3"),
+    (seen(wanted="c2", waiting="c2"), "nothing", "waits for up"),
+    (seen(wanted="c2", waiting="c2", asked=True), "deploy", "asked for"),
+    (looked(container()), "nothing", "in sync"),
+    (looked(), "heal", "1 of 1 containers missing"),
+    (looked(container(status="restarting", exit_code=1)), "nothing", "in sync"),
+    (looked(container(status="paused")), "nothing", "in sync"),
+    (looked(container(status="created")), "heal", "never started"),
+    (looked(container(status="exited")), "nothing", "in sync"),
+    (looked(container(status="exited", policy="always")), "heal", "was stopped"),
+    (looked(container(status="exited"), by_hand=frozenset("i")), "heal", "stopped by hand"),
+    (looked(container(status="exited", exit_code=3)), "heal", "ended with 3"),
+    (looked(container(status="dead", exit_code=1)), "heal", "ended with 1"),
+    (looked(container(status="exited", exit_code=3), hold="held"), "nothing", "held"),
+    (looked(wanted="c2"), "deploy", "new commit"),
+])
+def test_what_is_done_follows_from_what_is_seen(observed: pgod.Observed, action: str,
+                                                reason: str) -> None:
+    decision = pgod.decide(observed)
+    assert decision.action == action
+    assert reason in "; ".join(decision.reasons)
+
+
+@pytest.mark.parametrize(("containers", "verdict", "why"), [
+    ([container()], "good", ""),
+    ([container(health="healthy")], "good", ""),
+    ([container(status="exited")], "good", ""),
+    ([container(health="starting")], "wait", "is starting"),
+    ([container(status="created")], "wait", "is created"),
+    ([], "wait", "web has no container"),
+    ([container(health="unhealthy")], "bad", "unhealthy"),
+    ([container(status="exited", exit_code=2)], "bad", "ended with 2"),
+    ([container(status="restarting", exit_code=2)], "bad", "restarts"),
+    ([container(restarts=1)], "bad", "restarts"),
+    ([container(restarts=1, identity="old")], "good", ""),
+    ([container(status="exited", exit_code=2, identity="same")], "good", ""),
+])
+def test_a_bad_deploy_is_told_from_a_good_one(containers: list[pgod.Container], verdict: str,
+                                              why: str) -> None:
+    judged = pgod.judge(containers, {"web": 1}, {"old": 1}, frozenset({"same"}))
+    assert judged[0] == verdict
+    assert why in judged[1]
+
+
+def test_pauses_grow_to_an_hour_at_most() -> None:
+    delays = [pgod.retry_delay(300, failures, 0.5) for failures in range(40)]
+    assert delays[:4] == [375, 375, 750, 1500]
+    assert max(delays) == pgod.retry_delay(300, 10 ** 6, 1.0) == pgod.BACKOFF_CEILING
+
+
+# ---- Engine ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("compose", "there", "files"), [
+    ((), "compose.yaml compose.yml docker-compose.yml", "compose.yaml"),
+    ((), "docker-compose.yaml docker-compose.yml compose.yml", "compose.yml"),
+    ((), "docker-compose.yaml docker-compose.yml", "docker-compose.yml"),
+    ((), "docker-compose.yaml", "docker-compose.yaml"),
+    (("a/b.yaml",), "compose.yaml a/b.yaml", "a/b.yaml"),
+    (("b.yaml", "a.yaml"), "a.yaml b.yaml compose.yaml", "b.yaml a.yaml"),
+])
+def test_compose_file_is_the_one_that_compose_would_take(
+        compose: tuple[str, ...], there: str, files: str) -> None:
+    service = pgod.Service("app", "root", pgod.Remote("/x"), compose=compose)
+    places = pgod.Places("app", Path("/lib"), Path("/data"))
+    engine = pgod.Engine(service, places, pgod.Children(pgod.Metrics()), ("docker", "compose"))
+    found = engine.compose_files(dict.fromkeys(there.split(), ("100644", "")))
+    assert found == [str(places.export / name) for name in files.split()]
+    with pytest.raises(pgod.Refused, match=re.escape((compose or pgod.COMPOSE_FILES)[0])):
+        engine.compose_files({"other.yaml": ("100644", "")})
+
+
+def sleeper(**keys: Any) -> dict[str, Any]:
+    """A compose service that does nothing."""
+    return {"image": IMAGE, "command": "sleep 100000", "init": True,
+            "stop_grace_period": "1s"} | keys
+
+
+def test_exactly_the_containers_whose_inputs_changed_are_recreated(lab: Lab) -> None:
+    lab.duration = "1h"
+    name = lab.service("", env=["FROM_PGO=1", "TAG=1"])
+    services = {
+        "extending": {"extends": {"file": "base.yaml", "service": "base"}},
+        "filed": sleeper(env_file="filed.env"),
+        "passed": sleeper(environment=["FROM_PGO"]),
+        "interpolated": sleeper(environment={"X": "tag-${TAG}-$$HOME"}),
+        "bound": sleeper(volumes=["./conf/bound.conf:/bound.conf:ro"]),
+        "configured": sleeper(configs=["app"]),
+        "secretive": sleeper(secrets=["key"]),
+        "folder": sleeper(volumes=["./folder:/folder:ro"])}
+    top = {"include": ["included.yaml"], "configs": {"app": {"file": "./app.conf"}},
+           "secrets": {"key": {"file": "./key.secret"}}}
+    base = json.dumps({"services": {"base": sleeper()}})
+    commit = lab.push(name, {
+        "compose.yaml": compose_file(services=services, top=top), "base.yaml": base,
+        "included.yaml": json.dumps({"services": {"included": sleeper()}}), "filed.env": "A=1\n",
+        "conf/bound.conf": "1", "app.conf": "1", "key.secret": "1", "folder/file": "1"})
+    lab.start()
+    lab.runs(name, commit)
+    assert docker("exec", f"{name}-interpolated-1", "sh", "-c", "echo $X") == "tag-1-$HOME"
+    later = {"environment": ["LATER=1"]}
+    assert deploys(lab, name, {
+        "included.yaml": json.dumps({"services": {"included": sleeper(**later)}}),
+        "filed.env": "A=2\n", "app.conf": "2"}) == {"included", "filed", "configured"}
+    assert docker("exec", f"{name}-configured-1", "cat", "/app") == "2"
+    assert deploys(lab, name, {
+        "base.yaml": json.dumps({"services": {"base": sleeper(**later)}}),
+        "conf/bound.conf": "2", "key.secret": "2"}) == {"extending", "bound", "secretive"}
+    assert docker("exec", f"{name}-bound-1", "cat", "/bound.conf") == "2"
+    assert deploys(lab, name, {"folder/file": "2", "README": "2"}) == set()
+    assert docker("exec", f"{name}-folder-1", "cat", "/folder/file") == "2"
+    before, state = lab.containers(name), lab.state(name)
+    lab.services[name]["env"] = ["FROM_PGO=2", "TAG=1"]
+    lab.write_config()
+    new_start(lab)
+    until(lambda: lab.state(name)["digest"] != state["digest"], "the new env is deployed")
+    assert changed(name, before, lab.containers(name)) == {"passed"}
+    assert docker("exec", f"{name}-passed-1", "sh", "-c", "echo $FROM_PGO") == "2"
+    before = lab.containers(name)
+    assert lab.daemon.stop() == 0
+    lab.start()
+    assert lab.ssh(f"{name}//git pull").returncode == 0
+    assert lab.containers(name) == before
+    assert not {sub for _, sub in counts(lab, name)} & {"pull", "up", "build"}, "it did something"
+
+
+def test_compose_runs_as_the_user_and_alone_has_the_docker_group(lab: Lab) -> None:
+    record, tools = lab.folder / "record", lab.folder / "tools"
+    record.touch()
+    record.chmod(0o666)
+    for tool in ("git", "docker", "prlimit"):
+        program(tools, tool, f'echo "$(id -u) $(id -G) {tool} $*" >> {record}\n'
+                             f'exec {real(tool)} "$@"')
+    run("groupadd", lab.name)
+    lab.exits.callback(run, "groupdel", lab.name)
+    run("usermod", "-aG", lab.name, USERS[0])
+    name = lab.service("")
+    lab.start(env={"PATH": f"{tools}:{os.environ['PATH']}"})
+    lab.runs(name, lab.repositories[name].git("rev-parse", "HEAD"))
+    user, docker_gid = pwd.getpwnam(USERS[0]), grp.getgrnam("docker").gr_gid
+    groups = set(os.getgrouplist(USERS[0], user.pw_gid))
+    assert grp.getgrnam(lab.name).gr_gid in groups
+    lines = re.findall(r"^(\d+) ([\d ]+) (git|docker|prlimit) (.*)", record.read_text(), re.M)
+    seen = set()
+    for uid, ids, tool, words in lines:
+        if name not in words:  # of pgod itself, as root: the version, the events
+            continue
+        rendering = tool == "docker" and " config --format json" in words
+        expected = groups | {docker_gid} if tool == "docker" and not rendering else groups
+        assert (int(uid), set(map(int, ids.split()))) == (user.pw_uid, expected), f"{tool} {words}"
+        seen.add("rendering" if rendering else tool)
+    assert seen == {"git", "docker", "prlimit", "rendering"}
+
+
+def test_profiles_builds_jobs_orphans_and_lists_of_files_work(lab: Lab) -> None:
+    lab.duration = "1h"
+    rich = lab.service("rich", profiles=["extra"])
+    services = {"extra": sleeper(profiles=["extra"]), "never": sleeper(profiles=["never"]),
+                "job": {"image": IMAGE, "command": "true"},
+                "built": sleeper(image=f"{rich}-built", build="./build")}
+    dockerfile = f"FROM {IMAGE}\nCOPY content /content\n"
+    first = lab.push(rich, {"compose.yaml": None,
+                            "compose.yml": compose_file(services=services),
+                            "docker-compose.yml": "not: valid", "build/Dockerfile": dockerfile,
+                            "build/content": "1"})
+    listed = lab.service("list", compose=["deploy/a.yaml", "deploy/b.yaml"])
+    waiting = {"services": {"web": {"environment": ["X=1"]}}, "x-pgo": {"reload": False}}
+    second = lab.push(listed, {"compose.yaml": None, "deploy/a.yaml": compose_file(),
+                               "deploy/b.yaml": json.dumps(waiting)})
+    lab.start()
+    lab.runs(rich, first)
+    lab.runs(listed, second)
+    assert set(lab.containers(rich)) == {f"{rich}-{key}-1" for key in
+                                         ("web", "extra", "job", "built")}
+    assert docker("exec", f"{rich}-built-1", "cat", "/content") == "1"
+    assert docker("exec", f"{listed}-web-1", "sh", "-c", "echo $X") == "1"
+    assert deploys(lab, rich, {"build/content": "2"}) == {"built"}
+    assert docker("exec", f"{rich}-built-1", "cat", "/content") == "2"
+    del services["extra"]
+    assert deploys(lab, rich, {"compose.yml": compose_file(services=services)}) == {"extra"}
+    before = lab.containers(listed)
+    later = lab.push(listed, {"deploy/a.yaml": compose_file("sleep 200000")})
+    assert lab.ssh(f"{listed}//git pull").returncode == 0
+    assert lab.state(listed)["waiting"] == later
+    assert lab.containers(listed) == before
+    assert lab.ssh(f"{listed}//up").returncode == 0
+    assert lab.state(listed)["commit"] == later
+    assert lab.containers(listed) != before
+
+
+def test_standalone_compose_serves_where_the_plugin_is_missing(lab: Lab) -> None:
+    tools = lab.folder / "tools"
+    program(tools, "docker", f'[ "$1" != compose ] || {{ echo "unknown command" >&2; exit 1; }}\n'
+                             f'exec {real("docker")} "$@"')
+    program(tools, "docker-compose", "echo 1.29.2")
+    name = lab.service("")
+    path = f"{tools}:{os.environ['PATH']}"
+    old = lab.start(ready=False, env={"PATH": path})
+    assert old.process.wait(PATIENCE) == 1
+    assert "docker-compose 1.29.2 is too old; docker compose 2 is needed" in old.log()
+    (tools / "docker-compose").unlink()
+    (tools / "docker-compose").symlink_to(real("docker-compose"))
+    lab.start(env={"PATH": path})
+    lab.runs(name, lab.repositories[name].git("rev-parse", "HEAD"))
+
+
+def test_checkout_of_the_go_program_is_taken_over_as_it_runs(lab: Lab) -> None:
+    name = lab.service("")
+    repository, tree = lab.repositories[name], lab.directory / name
+    files = {"bound.conf": "1", "data/tracked": "1", "compose.yaml": compose_file(
+        volumes=["./bound.conf:/bound.conf:ro", "./data:/data"],
+        services={"other": sleeper(environment=["FROM_PGO"])})}
+    repository.push(files)
+    lab.services[name]["env"] = ["FROM_PGO=1"]
+    lab.write_config()
+    lab.directory.mkdir()
+    run("git", "clone", "-q", repository.bare, tree)
+    run("chown", "-R", USERS[0], tree)
+    run("docker", "compose", "-p", name, "up", "-d", cwd=tree,
+        env=os.environ | {"FROM_PGO": "1"})
+    (tree / "data" / "untracked").write_text("mine")
+    before = lab.containers(name)
+    lab.start()
+    lab.runs(name, repository.git("rev-parse", "HEAD"))
+    assert deploys(lab, name, {"README": "new"}) == set()
+    assert lab.containers(name) == before
+    assert deploys(lab, name, {"bound.conf": "2", "data/tracked": "2"}) == {"web"}
+    assert (tree / "data" / "untracked").read_text() == "mine"
+    assert (tree / "data" / "tracked").read_text() == "2"
+    assert not (tree / ".git").exists()
+
+
+def registry(lab: Lab, logins: Mapping[str, str]) -> int:
+    """Docker's registry with these users and tokens; its port."""
+    port, folder = free_port(), lab.folder / "registry"
+    folder.mkdir()
+    entries = [run(real("htpasswd"), "-Bbn", *login).stdout for login in logins.items()]
+    (folder / "htpasswd").write_text("".join(entries))
+    (folder / "config.yml").write_text(json.dumps({
+        "version": 0.1, "storage": {"filesystem": {"rootdirectory": str(folder)}},
+        "http": {"addr": f"127.0.0.1:{port}"},
+        "auth": {"htpasswd": {"realm": "test", "path": str(folder / "htpasswd")}}}))
+    serve(lab, port, real("docker-registry"), "serve", folder / "config.yml")
+    return port
+
+
+def upload(lab: Lab, image: str, user: str, token: str) -> None:
+    """The test's image to a registry, and away from the engine again."""
+    options = ("--config", str(lab.folder / "uploader"))
+    run("docker", *options, "login", "-u", user, "--password-stdin", image.partition("/")[0],
+        input=token)
+    docker("tag", IMAGE, image)
+    docker(*options, "push", "-q", image)
+    docker("rmi", image)
+
+
+def test_two_logins_for_one_registry_do_not_race_and_no_token_leaks(lab: Lab) -> None:
+    logins = {"ann": "geheim-ann-$1 é", "ben": "geheim:ben@2"}
+    port, lab.duration = registry(lab, logins), "1s"
+    images, names = {}, {}
+    for user, token in logins.items():
+        images[user] = f"127.0.0.1:{port}/{lab.name}-{user}:1"
+        upload(lab, images[user], user, token)
+        names[user] = lab.service(user, registries=[f"{user}:{token}@127.0.0.1:{port}"])
+        lab.push(names[user], {"compose.yaml": compose_file(image=images[user])})
+    wrong = lab.service("wrong", registries=[f"ann:geheim-wrong@127.0.0.1:{port}"])
+    with seen_command_lines() as seen:
+        lab.start("--debug")
+        for name in (*names.values(), wrong):
+            lab.runs(name, lab.repositories[name].git("rev-parse", "HEAD"))
+        before = lab.containers(wrong)
+        late, absent = (f"127.0.0.1:{port}/{lab.name}-{key}:1" for key in ("late", "absent"))
+        commits = {name: lab.push(name, {"compose.yaml": compose_file(image=image)})
+                   for name, image in ((wrong, absent), (names["ann"], late))}
+        reason = lab.failed(wrong, commits[wrong])
+        assert absent in reason
+        assert f"login to 127.0.0.1:{port} failed" in reason
+        reason = lab.failed(names["ann"], commits[names["ann"]])
+        assert late in reason
+        assert "manifest unknown" in reason
+        assert lab.containers(wrong) == before
+        upload(lab, late, "ben", logins["ben"])
+        lab.runs(names["ann"], commits[names["ann"]])
+        assert lab.state(wrong)["commit"] != commits[wrong]
+    for user, token in logins.items():
+        stored = (lab.directory / ".pgod" / names[user] / "docker" / "config.json").read_text()
+        (login,) = json.loads(stored)["auths"].values()
+        assert base64.b64decode(login["auth"]).decode() == f"{user}:{token}"
+    assert_nowhere(lab, seen, *logins.values(), "geheim-wrong")
+    account = pwd.getpwnam(USERS[0])
+    for path in (lab.directory / ".pgod" / wrong / "docker").rglob("*"):
+        assert path.stat().st_uid != account.pw_uid
+        assert not path.stat().st_mode & 0o022
+
+
 # ---- Service -----------------------------------------------------------------------------------
 
 
@@ -352,3 +1276,1306 @@ def test_pushed_commit_runs_and_is_steered_over_ssh(lab: Lab) -> None:
     after = lab.containers(name)
     assert list(after) == list(before)
     assert after != before
+
+
+def fetch(port: int, host: str) -> str:
+    """What a proxy on this port answers for a host; nothing while it cannot."""
+    request = urllib.request.Request(f"http://127.0.0.1:{port}/", headers={"Host": host})
+    try:
+        with urllib.request.urlopen(request, timeout=5) as page:
+            return str(page.read().decode().strip())
+    except OSError:
+        return ""
+
+
+def caddy_image(lab: Lab) -> str:
+    """Debian's caddy with the libraries that it needs, and busybox."""
+    caddy, folder = real("caddy"), lab.folder / "caddy"
+    folder.mkdir()
+    busybox_tar(folder)
+    root = folder / "root"
+    shutil.copy(caddy, root / "bin/caddy")
+    for library in re.findall(r"(/\S+\.so\S*)", run("ldd", caddy).stdout):
+        (root / library[1:]).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(library, root / library[1:])
+    run("tar", "-C", root, "-cf", folder / "caddy.tar", ".")
+    docker("import", str(folder / "caddy.tar"), f"{lab.name}-caddy:1")
+    return f"{lab.name}-caddy:1"
+
+
+CADDYFILE = "{\n\tauto_https off\n}\nimport site/*.import\n"
+
+
+def test_urls_are_reached_through_caddy_and_reload_is_retried(lab: Lab) -> None:
+    network, port, app = f"{lab.name}-proxy", free_port(), f"{lab.name}-app"
+    for name in (network, f"{lab.name}-other"):
+        docker("network", "create", name)
+    joined = {"networks": {"proxy": {"aliases": [app]}}, "top": {
+        "networks": {"proxy": {"external": True, "name": network}}}}
+    first = compose_file("sh -c 'mkdir /www; echo hello > /www/index.html; "
+                         "exec httpd -f -p 8000 -h /www'", **joined)
+    lab.service("app", {"compose.yaml": first}, networks=[network],
+                urls={"http://one.example:8080": f"{app}:8000"})
+    caddy = lab.service("caddy", {"caddy/Caddyfile": CADDYFILE, "compose.yaml": compose_file(
+        top=joined["top"], services={"caddy": sleeper(
+            image=caddy_image(lab), command="caddy run --config /etc/caddy/Caddyfile",
+            ports=[f"127.0.0.1:{port}:8080"], volumes=["./caddy:/etc/caddy:ro"],
+            networks=["proxy"])})}, **{
+        "import": "caddy/site/pgod.import", "reload": f"localhost:{lab.name}-caddy//exec caddy "
+        "sh -c 'test ! -e /etc/caddy/broken && caddy reload --config /etc/caddy/Caddyfile'"})
+    lab.start()
+    until(lambda: fetch(port, "one.example") == "hello", "one.example is reached")
+    lab.runs(caddy, lab.repositories[caddy].git("rev-parse", "HEAD"))
+    logged(lab, "reloaded")
+    before = lab.containers(caddy)
+    assert fetch(port, "two.example") != "hello"
+    (lab.directory / caddy / "caddy" / "broken").touch()
+    lab.services[app]["urls"] |= {"http://two.example:8080": f"{app}:8000"}
+    lab.write_config()
+    new_start(lab)
+    logged(lab, "reload failed, will be tried again")
+    assert fetch(port, "two.example") != "hello"
+    (lab.directory / caddy / "caddy" / "broken").unlink()
+    logged(lab, "reloaded")
+    assert fetch(port, "two.example") == "hello"
+    assert lab.containers(caddy) == before
+    running = lab.containers(app)
+    elsewhere = lab.push(app, {"compose.yaml": first.replace(network, f"{lab.name}-other")})
+    reason = lab.failed(app, elsewhere)
+    assert f"{lab.name}-other" in reason
+    assert f'networks = ["{network}"]' in reason
+    assert lab.containers(app) == running
+    assert fetch(port, "one.example") == "hello"
+
+
+# ---- Faults ------------------------------------------------------------------------------------
+
+
+WAIT: dict[str, Any] = {"wait": "20s"}
+TWO = {"db": {"image": IMAGE, "command": "sleep 100000", "init": True, "stop_grace_period": "1s"}}
+
+
+def deployed(lab: Lab, *names: str) -> None:
+    """Start pgod and wait until all run."""
+    lab.start()
+    for name in names:
+        lab.runs(name, lab.repositories[name].git("rev-parse", "HEAD"))
+
+
+def polls(lab: Lab, name: str) -> int:
+    match = re.search(rf'pgo_command_count{{service="{name}",cmd="git",subcmd="ls-remote"}} (\d+)',
+                      lab.metrics())
+    return int(match[1]) if match else 0
+
+
+def files_of(folder: Path) -> dict[str, tuple[int, bytes]]:
+    """Inode and content of every file beneath it."""
+    return {str(path): (path.lstat().st_ino, path.read_bytes())
+            for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+class GitServer:
+    """git daemon on a loopback port, which can be ended and started."""
+
+    def __init__(self, lab: Lab) -> None:
+        self.lab, self.port = lab, free_port()
+        self.process: subprocess.Popen[bytes] | None = None
+        lab.exits.callback(self.stop)
+
+    def url(self, name: str) -> str:
+        return f"git://127.0.0.1:{self.port}/{name}/bare.git"
+
+    def start(self) -> None:
+        base = self.lab.folder / "repositories"
+        self.process = subprocess.Popen(
+            ["git", "-c", "safe.directory=*", "daemon", "--export-all", "--reuseaddr",
+             "--listen=127.0.0.1", f"--port={self.port}", f"--base-path={base}", str(base)],
+            stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+            start_new_session=True, env=os.environ | {"GIT_CONFIG_COUNT": "1",
+            "GIT_CONFIG_KEY_0": "safe.directory", "GIT_CONFIG_VALUE_0": "*"})
+
+        def answers() -> bool:
+            with socket.socket() as sock:
+                return sock.connect_ex(("127.0.0.1", self.port)) == 0
+        until(answers, "git daemon listens")
+
+    def stop(self) -> None:
+        if self.process:
+            os.killpg(self.process.pid, signal.SIGKILL)
+            self.process.wait()
+            self.process = None
+
+
+def test_remote_down_for_long_touches_nothing_and_is_followed_again(lab: Lab) -> None:
+    name, server = lab.service("a"), GitServer(lab)
+    lab.services[name]["repository"] = server.url(name)
+    lab.write_config()
+    lab.duration = "300ms"
+    server.start()
+    deployed(lab, name)
+    before, files = lab.containers(name), files_of(lab.directory / name)
+    server.stop()
+    commit = lab.push(name, {"compose.yaml": compose_file("sleep 5555")})
+    count = polls(lab, name)
+    until(lambda: polls(lab, name) >= count + 4, "polled in vain")
+    assert (lab.containers(name), files_of(lab.directory / name)) == (before, files)
+    status = json.loads(lab.ssh(f"{name}//status --json").stdout)
+    assert "git ls-remote" in status["why"] + status["last_error"]
+    server.start()
+    lab.runs(name, commit)
+
+
+def test_remote_down_at_the_first_start_is_waited_for(lab: Lab) -> None:
+    name, server = lab.service("a"), GitServer(lab)
+    lab.services[name]["repository"] = server.url(name)
+    lab.write_config()
+    lab.duration = "300ms"
+    lab.start()
+    until(lambda: polls(lab, name) >= 2, "polled in vain")
+    server.start()
+    lab.runs(name, lab.repositories[name].git("rev-parse", "HEAD"))
+
+
+@pytest.mark.parametrize("bad", [
+    {"command": "sh -c 'exit 3'"},
+    {"command": "sh -c 'exit 3'", "restart": "always"},
+    {"healthcheck": {"test": ["CMD", "false"], "interval": "1s", "retries": 1}},
+    {"command": "no-such-program"},
+], ids=["exits", "restarts", "unhealthy", "cannot start"])
+def test_bad_commit_is_rolled_back_and_neighbours_stay_up(lab: Lab, bad: dict[str, Any]) -> None:
+    name = lab.service("a", {"compose.yaml": compose_file(services=TWO), "site/index": "good"},
+                       **WAIT)
+    deployed(lab, name)
+    first, before = lab.state(name)["commit"], lab.containers(name)
+    commit = lab.push(name, {"compose.yaml": compose_file(**({"command": "sleep 9"} | bad),
+                                                          services=TWO), "site/index": "bad"})
+    asked = lab.ssh(f"{name}//up")
+    assert asked.returncode == 1
+    assert "rolled back to" in asked.stderr and "away for" in asked.stderr
+    reason = lab.failed(name, commit)
+    assert reason.split("(")[0] in asked.stderr
+    after = lab.containers(name, "--filter", "status=running")
+    assert after.keys() == before.keys()
+    assert after[f"{name}-db-1"] == before[f"{name}-db-1"]
+    assert lab.state(name)["commit"] == first
+    assert (lab.directory / name / "site/index").read_text() == "good"
+    count = polls(lab, name)
+    until(lambda: polls(lab, name) >= count + 2, "polled again")
+    assert lab.containers(name) == after, "the bad commit was tried again by itself"
+    status = json.loads(lab.ssh(f"{name}//status --json").stdout)
+    assert (status["in_sync"], commit[:10] in status["why"]) == (False, True)
+    good_again = lab.push(name, {"compose.yaml": compose_file("sleep 123", services=TWO)})
+    lab.runs(name, good_again)
+
+
+def test_images_of_the_good_commit_survive_pruning_and_a_moved_tag(lab: Lab) -> None:
+    image = f"{lab.name}-app:1"
+    docker("tag", IMAGE, image)
+    name = lab.service("a", {"compose.yaml": compose_file(image=image)}, **WAIT)
+    deployed(lab, name)
+    good = docker("image", "inspect", "--format", "{{.Id}}", image)
+    (lab.folder / "Dockerfile").write_text(f'FROM {IMAGE}\nCMD ["false"]\nENV X={lab.name}\n')
+    run("docker", "build", "-q", "-t", image, lab.folder, env=os.environ | {"DOCKER_BUILDKIT": "0"})
+    commit = lab.push(name, {"compose.yaml": json.dumps({"services": {"web": {"image": image}}})})
+    lab.failed(name, commit)
+    assert docker("image", "inspect", "--format", "{{.Id}}", image) == good
+    running = docker("inspect", "--format", "{{.Image}} {{.State.Running}}", f"{name}-web-1")
+    assert running == f"{good} true"
+    lab.daemon.stop()
+    docker("rmi", "-f", image)
+    docker("rm", "-f", f"{name}-web-1")
+    lab.start()
+    until(lambda: lab.containers(name, "--filter", "status=running"), "healed without the tag")
+
+
+def test_failed_rollback_is_said_loudly_and_tried_again(lab: Lab) -> None:
+    image = f"{lab.name}-app:1"
+    docker("tag", IMAGE, image)
+    (lab.folder / "Dockerfile").write_text(f"FROM {IMAGE}\nENV X={lab.name}\n")
+    run("docker", "build", "-q", "-t", image, lab.folder, env=os.environ | {"DOCKER_BUILDKIT": "0"})
+    name = lab.service("a", {"compose.yaml": compose_file(image=image)}, **WAIT)
+    deployed(lab, name)
+    docker("rm", "-f", f"{name}-web-1", check=False)
+    lab.daemon.stop()
+    run("docker", "save", "-o", lab.folder / "image.tar", image)
+    docker("rm", "-f", f"{name}-web-1", check=False)
+    kept = docker("image", "ls", "--format", "{{.Repository}}:{{.Tag}}", f"pgod.keep/{name}")
+    docker("rmi", "-f", *kept.split(), image)
+    commit = lab.push(name, {"compose.yaml": compose_file("false")})
+    lab.start()
+    until(lambda: "ROLLBACK" in lab.daemon.log() and "FAILED" in lab.daemon.log(), "said loudly")
+    assert lab.state(name)["owes_rollback"]
+    run("docker", "load", "-i", lab.folder / "image.tar")
+    lab.failed(name, commit)
+    until(lambda: lab.containers(name, "--filter", "status=running"), "rolled back at last")
+
+
+@pytest.mark.parametrize("fault", [["rm", "-f"], ["stop", "-t", "0"], ["kill"]], ids=lambda w: w[0])
+def test_fallen_container_is_brought_back_at_once(lab: Lab, fault: list[str]) -> None:
+    name = lab.service("a", {"compose.yaml": compose_file(services=TWO)})
+    lab.duration = "1h"
+    deployed(lab, name)
+    other = lab.containers(name)[f"{name}-db-1"]
+    until(lambda: "brings back" not in lab.daemon.log())
+    docker(*fault, f"{name}-web-1")
+    until(lambda: len(lab.containers(name, "--filter", "status=running")) == 2, "back", 20)
+    assert lab.containers(name)[f"{name}-db-1"] == other
+
+
+def test_container_that_crashes_for_ever_makes_no_storm(lab: Lab) -> None:
+    name = lab.service("a", {"compose.yaml": compose_file(
+        "sh -c 'test -e /tmp/crash && exit 1; touch /tmp/crash; sleep 8; exit 1'", services=TWO)})
+    lab.duration = "1h"
+    deployed(lab, name)
+    until(lambda: "brings back" in lab.daemon.log(), "brought back once")
+    until(lambda: not lab.containers(name, "--filter", "status=running",
+                                     "--filter", f"name={name}-web-1"), "crashed again")
+    docker("kill", f"{name}-db-1")  # an event that makes pgod look again
+    until(lambda: len(lab.containers(name, "--filter", "status=running")) >= 1
+          and lab.daemon.log().count("brings back") >= 2, "looked again")
+    assert lab.daemon.log().count(f"{name}-web-1 ended with 1") <= 2
+
+
+def test_one_shot_container_is_never_started_again_by_itself(lab: Lab) -> None:
+    job = {"job": {"image": IMAGE, "command": "true"}}
+    name = lab.service("a", {"compose.yaml": compose_file(services=job)})
+    deployed(lab, name)
+    started = docker("inspect", "--format", "{{.State.StartedAt}}", f"{name}-job-1")
+    docker("rm", "-f", f"{name}-web-1")
+    until(lambda: len(lab.containers(name, "--filter", "status=running")) == 1, "healed")
+    lab.daemon.stop()
+    lab.start()
+    until(lambda: polls(lab, name) >= 2)
+    assert docker("inspect", "--format", "{{.State.StartedAt}}", f"{name}-job-1") == started
+
+
+@pytest.mark.parametrize(("command", "end", "running"), [
+    ("down", "up", 0), ("stop", "start", 0), ("hold not now", "release", 1)])
+def test_hold_of_an_operator_lasts(lab: Lab, command: str, end: str, running: int) -> None:
+    name = lab.service("a")
+    lab.duration = "300ms"
+    deployed(lab, name)
+    lab.ssh(f"{name}//{command}", check=True)
+    held = lab.containers(name)
+    assert len(lab.containers(name, "--filter", "status=running")) == running
+    commit = lab.push(name, {"compose.yaml": compose_file("sleep 321")})
+    lab.daemon.stop()
+    lab.start()
+    until(lambda: polls(lab, name) >= 4, "polled while held")
+    assert lab.containers(name) == held
+    status = json.loads(lab.ssh(f"{name}//status --json").stdout)
+    assert status["hold"]["by"].startswith("id@test from 127.0.0.1")
+    assert 'pgo_service_held{service="' + name + '"} 1' in lab.metrics()
+    lab.ssh(f"{name}//{end}", check=True)
+    until(lambda: len(lab.containers(name, "--filter", "status=running")) == 1, "runs again")
+    lab.runs(name, commit)
+
+
+def test_hold_ends_when_its_time_is_over(lab: Lab) -> None:
+    name = lab.service("a")
+    lab.duration = "300ms"
+    deployed(lab, name)
+    assert "lunch" in lab.ssh(f"{name}//hold lunch --for 3s", check=True).stdout
+    commit = lab.push(name, {"compose.yaml": compose_file("sleep 321")})
+    assert lab.ssh(f"{name}//up").returncode == 1
+    lab.runs(name, commit)
+
+
+def test_file_made_by_hand_holds_a_service_down(lab: Lab) -> None:
+    name = lab.service("a")
+    lab.directory.mkdir()
+    (lab.directory / f"{name}.stop").touch()
+    lab.duration = "300ms"
+    lab.start()
+    until(lambda: polls(lab, name) >= 2)
+    assert not lab.containers(name)
+    lab.ssh(f"{name}//up", check=True)
+    assert lab.containers(name)
+
+
+def test_plan_says_what_would_be_done_and_does_nothing(lab: Lab) -> None:
+    name = lab.service("a", {"compose.yaml": compose_file(services=TWO)})
+    lab.duration = "1h"
+    deployed(lab, name)
+    before, files = lab.containers(name), files_of(lab.directory / name)
+    assert "in sync" in lab.ssh(f"{name}//plan", check=True).stdout
+    lab.push(name, {"compose.yaml": compose_file("sleep 1", services={
+        "new": {"image": f"{lab.name}-nowhere:1"}})})
+    plan = lab.ssh(f"{name}//plan", check=True).stdout
+    for text in ("new commit", "web: recreated: command changed", "db: removed", "new: created",
+                 f"image to pull: {lab.name}-nowhere:1"):
+        assert text in plan
+    lab.push(name, {"compose.yaml": compose_file(privileged=True)})
+    refused = lab.ssh(f"{name}//plan")
+    assert refused.returncode == 1
+    assert "privileged" in refused.stdout + refused.stderr
+    assert (lab.containers(name), files_of(lab.directory / name)) == (before, files)
+
+
+def test_history_tells_who_deployed_what(lab: Lab) -> None:
+    name = lab.service("a", **WAIT)
+    lab.duration = "1h"
+    deployed(lab, name)
+    lab.push(name, {"compose.yaml": compose_file("false")})
+    lab.ssh(f"{name}//up")
+    lines = json.loads(lab.ssh(f"{name}//history --json", check=True).stdout)
+    assert [(line["outcome"], line["by"]) for line in lines] == [
+        ("failed", "id@test from 127.0.0.1"), ("deployed", "timer")]
+    assert all(line["subject"] == "change" and line["author"] for line in lines)
+    assert "failed" in lab.ssh(f"{name}//history -n 1", check=True).stdout
+
+
+@pytest.mark.parametrize("damage", ["", "{", "[]", '{"commit": 3, "from the future": true}', None])
+def test_damaged_state_recreates_nothing(lab: Lab, damage: str | None) -> None:
+    name = lab.service("a", {"compose.yaml": compose_file(volumes=["./conf:/conf:ro"]),
+                             "conf": "x"})
+    deployed(lab, name)
+    commit, before = lab.state(name)["commit"], lab.containers(name)
+    lab.daemon.stop(signal.SIGKILL)
+    state = lab.directory / ".pgod" / name / "state.json"
+    if damage is None:
+        for path in (state, state.with_name("tracked.json"), state.with_name("model.json")):
+            path.unlink()
+    else:
+        state.write_text(damage)
+    lab.start()
+    lab.runs(name, commit)
+    assert lab.containers(name) == before
+
+
+class Registry(http.server.BaseHTTPRequestHandler):
+    """Answers every pull as the image's name says."""
+
+    def do_GET(self) -> None:
+        status = next((int(part) for part in self.path.split("/") if part in ("401", "429", "500")),
+                      404 if "manifests" in self.path else 200)
+        self.send_response(status)
+        self.send_header("Content-Length", "0")
+        self.end_headers()
+
+    do_HEAD = do_GET
+
+    def log_message(self, format: str, *args: Any) -> None:
+        pass
+
+
+@pytest.mark.parametrize("image", ["app/401", "app/429", "app/500", "app/unknown"])
+def test_image_that_cannot_be_pulled_takes_nothing_down(lab: Lab, image: str) -> None:
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Registry)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    lab.exits.callback(server.server_close)
+    lab.exits.callback(server.shutdown)
+    name = lab.service("a")
+    lab.duration = "300ms"
+    deployed(lab, name)
+    before, files = lab.containers(name), files_of(lab.directory / name)
+    reference = f"127.0.0.1:{server.server_port}/{image}:1"
+    commit = lab.push(name, {"compose.yaml": compose_file(image=reference)})
+    reason = lab.failed(name, commit)
+    assert reference in reason
+    assert (lab.containers(name), files_of(lab.directory / name)) == (before, files)
+    docker("tag", IMAGE, reference)
+    lab.exits.callback(docker, "rmi", "-f", reference)
+    lab.runs(name, commit)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_end_at_any_moment_of_a_deploy_converges(lab: Lab, number: int) -> None:
+    name = lab.service("a", {"compose.yaml": compose_file(services=TWO)}, **WAIT)
+    deployed(lab, name)
+    chance, db = random.Random(lab.name), lab.containers(name)[f"{name}-db-1"]
+    print(f"seed {lab.name}")
+    for turn in range(10):
+        commit = lab.push(name, {"compose.yaml": compose_file(f"sleep 1000{turn}", services=TWO)})
+        time.sleep(chance.uniform(0, 4))  # the moment is what is tried
+        began = time.monotonic()
+        lab.daemon.stop(number)
+        assert time.monotonic() - began < 30
+        assert lab.containers(name, "--filter", "status=running")
+        lab.start()
+        lab.runs(name, commit)
+        running = lab.containers(name)
+        assert sorted(running) == [f"{name}-db-1", f"{name}-web-1"]
+        assert running[f"{name}-db-1"] == db, "recreated in vain"
+    lab.daemon.stop()
+    lab.start()
+    until(lambda: polls(lab, name) >= 2)
+    assert lab.containers(name) == running
+
+
+def test_full_disk_leaves_the_old_state_or_the_new(lab: Lab) -> None:
+    lab.directory.mkdir()
+    run("mount", "-t", "tmpfs", "-o", "size=8m,mode=755", "tmpfs", lab.directory)
+    lab.exits.callback(run, "umount", "-l", lab.directory)
+    name = lab.service("a", {"file": "old"})
+    lab.duration = "300ms"
+    deployed(lab, name)
+    before = lab.containers(name)
+    (lab.directory / "ballast").write_bytes(b"x")
+    with contextlib.suppress(OSError), (lab.directory / "ballast").open("wb", 0) as file:
+        while True:
+            file.write(bytes(1 << 12))
+    commit = lab.push(name, {"file": "new", "big": "x" * 3_000_000})
+    until(lambda: "No space" in lab.daemon.log(), "noticed")
+    assert (lab.directory / name / "file").read_text() == "old"
+    assert lab.containers(name) == before
+    (lab.directory / "ballast").unlink()
+    lab.runs(name, commit)
+    assert (lab.directory / name / "file").read_text() == "new"
+    assert lab.containers(name) == before
+
+
+def test_hung_remote_delays_nobody_else(lab: Lab) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        hung, other = lab.service("hung"), lab.service("other")
+        lab.services[hung]["repository"] = f"git://127.0.0.1:{silent.getsockname()[1]}/x"
+        lab.write_config()
+        deployed(lab, other)
+        assert lab.ssh(f"{other}//ping").stdout == "pong\n"
+        assert lab.daemon.stop() == 0
+
+
+def test_child_that_hangs_is_ended_with_all_it_started() -> None:
+    children = pgod.Children(pgod.Metrics(), "PGOD_RUN=test")
+    words = ["sh", "-c", "trap '' TERM; sleep 98765 & setsid --fork true; sleep 98765"]
+    result = children.run(words, deadline=0.5, kind=("", "", ""))
+    assert "longer than" in result.complaint
+    assert not [p for p in Path("/proc").glob("[0-9]*/cmdline")
+                if b"98765" in (p.read_bytes() if p.exists() else b"")]
+
+
+class Engine:
+    """A Docker engine of the test's own, which it may stop and kill."""
+
+    def __init__(self, lab: Lab) -> None:
+        self.folder, self.name = lab.folder / "engine", lab.name
+        self.folder.mkdir()
+        self.host = f"unix://{self.folder}/docker.sock"
+        lab.exits.callback(self.unmount)
+        self.start()
+        lab.exits.callback(self.stop, signal.SIGTERM)
+        tar = busybox_tar(lab.folder)
+        self.docker("import", str(tar), IMAGE)
+        lab.exits.callback(self.clean)
+
+    def docker(self, *words: str, check: bool = True) -> str:
+        return run("docker", "--host", self.host, *words, check=check).stdout.strip()
+
+    def start(self) -> None:
+        """In a network of its own: without a bridge it would remove that of the other engine."""
+        with (self.folder / "log").open("ab") as log:
+            self.process = subprocess.Popen(
+                ["unshare", "--net", "dockerd", "--data-root", str(self.folder / "data"), "--exec-root",
+                 str(self.folder / "exec"), "--host", self.host, "--pidfile",
+                 str(self.folder / "pid"), "--iptables=false", "--ip6tables=false",
+                 "--bridge=none", "--containerd-namespace", self.name,
+                 "--containerd-plugins-namespace", f"{self.name}-plugins"],
+                stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True)
+        until(lambda: run("docker", "--host", self.host, "info", check=False).returncode == 0,
+              "the engine answers")
+
+    def stop(self, number: int) -> None:
+        self.process.send_signal(number)
+        self.process.wait(60)
+        with contextlib.suppress(FileNotFoundError):
+            (self.folder / "pid").unlink()
+
+    def unmount(self) -> None:
+        """What an engine leaves mounted that was killed."""
+        mounts = [line.split()[1] for line in Path("/proc/mounts").read_text().splitlines()]
+        for mount in sorted((m for m in mounts if m.startswith(str(self.folder))), reverse=True):
+            run("umount", "-l", mount)
+
+    def clean(self) -> None:
+        if names := self.docker("ps", "-aq"):
+            self.docker("rm", "-f", *names.split())
+        self.docker("network", "prune", "-f")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_engine_that_ends_in_the_middle_of_a_deploy_leaves_no_duplicates(lab: Lab,
+                                                                         number: int) -> None:
+    engine = Engine(lab)
+    name = lab.service("a", {"compose.yaml": compose_file(services=TWO)}, **WAIT)
+    lab.duration = "1s"
+    lab.start(env={"DOCKER_HOST": engine.host})
+    lab.runs(name, lab.repositories[name].git("rev-parse", "HEAD"))
+    commit = lab.push(name, {"compose.yaml": compose_file("sleep 4321", services=TWO)})
+    until(lambda: "Recreate" in lab.daemon.log(), "in the middle of up")
+    engine.stop(number)
+    engine.start()
+    lab.runs(name, commit)
+    until(lambda: sorted(engine.docker("ps", "--format", "{{.Names}}").split())
+          == [f"{name}-db-1", f"{name}-web-1"], "both run")
+    assert len(engine.docker("ps", "-aq").split()) == 2
+
+
+def test_jump_of_the_wall_clock_neither_hurries_nor_delays_a_poll(lab: Lab) -> None:
+    name, offset = lab.service("a"), lab.folder / "offset"
+    offset.write_text("0")
+    (lab.folder / "sitecustomize.py").write_text(
+        "import time\nreal = time.time\n"
+        f"time.time = lambda: real() + float(open({str(offset)!r}).read() or 0)\n")
+    lab.duration = "1s"
+    lab.start(env={"PYTHONPATH": str(lab.folder)})
+    lab.runs(name, lab.repositories[name].git("rev-parse", "HEAD"))
+    for number, days in enumerate((-400, 400)):
+        offset.write_text(str(days * 86400))
+        lab.runs(name, lab.push(name, {"compose.yaml": compose_file(f"sleep 999{number}")}))
+    status = json.loads(lab.ssh(f"{name}//status --json").stdout)
+    assert status["since"] > time.time() + 300 * 86400, "the clock did not jump"
+
+
+# ---- Commands ----------------------------------------------------------------------------------
+
+
+REFUSED_ORDERS = (
+    "a//exec --privileged web id", "a//exec --priv web id", "a//exec --privileged=true web id",
+    "a//exec -Tp web id", "a//exec -e", "a//ps --project-directory /", "a//ps --file /x",
+    "a//ps -f x", "a//logs --file=/x", "a//up --env-file /x", "a//up --build", "a//up -p x",
+    "a//ps --profile x", "a//down --rmi all", "a//down -v", "a//down --volumes", "a//down -vt",
+    "a//ps --dry-run", "a//ps --dry", "a//ps --all=", "a//logs -ft=1", "a//ps -- --dry-run",
+    "a//restart -- -v", "a//stop ../x", "a//exec web", "a//exec -- --privileged id", "a//ping x",
+    "a//git", "a//git push", "a//git hash x", "a//nothing", "a/ping", "//ping", "a//", "", " ",
+    "a//exec web 'x", "a//exec web " + "x " * 300, "a//exec web " + "x" * 70_000,
+)
+
+
+@pytest.mark.parametrize("text", REFUSED_ORDERS, ids=lambda text: text[:40])
+def test_what_the_table_does_not_list_is_refused(text: str) -> None:
+    with pytest.raises(pgod.Refused):
+        pgod.parse_order(text)
+
+
+@pytest.mark.parametrize(("text", "words"), [
+    ("a//logs -fn 5 web", ["logs", "-f", "-n", "5", "--", "web"]),
+    ("a//logs -n5 --since=1h", ["logs", "-n", "5", "--since=1h", "--"]),
+    ("a//exec -Tit -eA=1 -u 0 web sh -c 'a  b' --privileged",
+     ["exec", "-T", "-e", "A=1", "-u", "0", "--", "web", "sh", "-c", "a  b", "--privileged"]),
+    ("a//down -t -5", ["down", "-t", "-5", "--"]),
+])
+def test_orders_reach_compose_as_they_were_given(text: str, words: list[str]) -> None:
+    assert pgod.compose_command(pgod.parse_order(text), terminal=False) == words
+
+
+def test_no_order_smuggles_an_option_to_compose() -> None:
+    dice = random.Random(1)
+    pieces = ["-", "--", "-T", "-e", "--privileged", "--env=A", "-ex", "=", "web", "--file", "'",
+              '"', "\\", "\0", "-Tpf", "--index", "1", "é", "\n", "-it", "--tail=3"]
+    for _ in range(20_000):
+        command = dice.choice(list(pgod.COMMANDS))
+        text = f"a//{command} " + " ".join(dice.choices(pieces, k=dice.randrange(7)))
+        with contextlib.suppress(pgod.Refused):
+            order = pgod.parse_order(text)
+            table, values = pgod.COMMANDS[order.command].options, iter(order.options)
+            for option in values:
+                name, mark, _ = option.partition("=")
+                assert name in table, text
+                if table[name] and not (mark and name.startswith("--")):
+                    next(values)
+            names = order.operands[:1] if order.command == "exec" else order.operands
+            assert (pgod.COMMANDS[order.command].where != "compose"
+                    or not any(name.startswith("-") for name in names)), text
+
+
+@pytest.mark.parametrize("text", [
+    f"a//exec -e A={SECRET} web id", f"a//exec -eA={SECRET} web id",
+    f"a//exec --env A={SECRET} web id", f"a//exec --env=A={SECRET} web id"])
+def test_audit_line_hides_values_of_environment(text: str) -> None:
+    audited = pgod.parse_order(text).audited()
+    assert SECRET not in audited
+    assert "web id" in audited
+
+
+# ---- SSH ---------------------------------------------------------------------------------------
+
+
+def audit_lines(lab: Lab) -> list[dict[str, Any]]:
+    return [json.loads(line)
+            for line in (lab.directory / ".pgod" / "audit.log").read_text().splitlines()]
+
+
+@pytest.mark.parametrize(("request_", "status", "output"), [
+    ("ping", 0, "pong\n"), ("git hash", 0, r"[0-9a-f]{40}\n"), ("ps", 0, r"(?s).*-web-1 .*"),
+    ("logs", 0, ""), ("load", 0, r"(?s).*"), ("journal", 1, ""), ("help", 0, r"(?s).*exec.*"),
+    ("exec -T web echo hi", 0, "hi\n"), ("exec web sh -c 'exit 7'", 7, ""),
+    ("exec web sh -c 'exit 255'", 255, ""), ("exec web sh -c 'kill -TERM $$'", 143, ""),
+    ("exec web sh -c 'echo no >&2'", 0, ""), ("exec nobody id", 1, ""),
+    ("exec --privileged web id", 2, ""), ("nothing", 2, ""), ("restart -t 0 web", 0, ""),
+])
+def test_command_answers_with_output_and_status(shared: Lab, request_: str, status: int,
+                                                output: str) -> None:
+    done = shared.ssh(f"{shared.name}-a//{request_}")
+    assert done.returncode == status, done.stderr
+    assert re.fullmatch(output, done.stdout), done.stdout
+    assert not (status and not done.stderr and "exit" not in request_ and "kill" not in request_)
+
+
+def test_stranger_and_neighbour_learn_nothing(shared: Lab) -> None:
+    """An unknown service and somebody else's get the same answer."""
+    foreign, unknown = f"{shared.name}-b", f"{shared.name}-z"
+    answers = [shared.ssh(f"{name}//ping") for name in (foreign, unknown)]
+    assert [a.returncode for a in answers] == [1, 1]
+    assert answers[0].stderr.replace(foreign, "X") == answers[1].stderr.replace(unknown, "X")
+    assert shared.ssh("").stdout == f"{shared.name}-a\n"
+    assert shared.ssh(f"{foreign}//ping", key="other").stdout == "pong\n"
+    denied = shared.ssh("", "-v", "-o", "LogLevel=DEBUG1", key="stranger")
+    assert denied.returncode == 255
+    offered = re.findall(r"Authentications that can continue: (.*)", denied.stderr)
+    assert {o.strip() for o in offered} == {"publickey"}
+
+
+@pytest.mark.parametrize("direction", ["in", "out"])
+def test_200_megabytes_arrive_whole_and_take_no_memory(shared: Lab, direction: str) -> None:
+    size, before = 200_000_123, memory(shared, "VmRSS")
+    script = "wc -c" if direction == "in" else f"head -c {size} /dev/zero"
+    ssh = shlex.join(shared.ssh_words(f"{shared.name}-a//exec -T web {script}"))
+    pipe = f"head -c {size} /dev/zero | {ssh}" if direction == "in" else f"{ssh} | wc -c"
+    assert run("sh", "-c", pipe).stdout.strip() == str(size)
+    assert memory(shared, "VmRSS") < before + (64 << 20)
+
+
+def test_short_inputs_arrive_whole_every_time(shared: Lab) -> None:
+    text = "".join(f"{number}\n" for number in range(150_000))
+    for _ in range(5):
+        done = shared.ssh(f"{shared.name}-a//exec -T web cat", input=text)
+        assert done.stdout == text
+
+
+def test_output_streams_while_the_command_runs(shared: Lab) -> None:
+    words = shared.ssh_words(f"{shared.name}-a//exec -T web sh -c 'echo one; cat; echo two >&2'")
+    with subprocess.Popen(words, stdin=-1, stdout=-1, stderr=-1, text=True) as child:
+        assert child.stdin
+        assert child.stdout
+        assert child.stdout.readline() == "one\n"
+        assert child.poll() is None
+        child.stdin.write("three\n")
+        child.stdin.flush()
+        assert child.stdout.readline() == "three\n"
+        assert child.communicate(timeout=PATIENCE) == ("", "two\n")
+
+
+def test_terminal_has_size_and_type(shared: Lab) -> None:
+    done = shared.ssh(f"{shared.name}-a//exec web sh -c 'tty; exit 5'", "-tt")
+    assert done.returncode == 5
+    assert "/dev/pts/" in done.stdout
+
+
+def test_client_that_goes_takes_its_command_along(shared: Lab) -> None:
+    marker = f"4242{secrets.randbelow(10**6):06}"
+    words = shared.ssh_words(f"{shared.name}-a//exec -T web sh -c 'echo on; sleep {marker}'")
+    with subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as child:
+        assert child.stdout
+        assert child.stdout.readline() == b"on\n"
+        assert run("pgrep", "-f", f"sleep {marker}", check=False).stdout
+        child.kill()
+    until(lambda: not run("pgrep", "-f", f"sleep {marker}", check=False).stdout, "all is gone")
+
+
+def test_audit_log_has_one_line_a_command_and_no_values(shared: Lab) -> None:
+    before = len(audit_lines(shared))
+    shared.ssh(f"{shared.name}-a//exec -e TOKEN={SECRET}2 web sh -c 'exit 3'")
+    line, = audit_lines(shared)[before:]
+    assert (line["service"], line["status"], line["comment"]) == (f"{shared.name}-a", 3, "id@test")
+    assert line["key"].startswith("SHA256:")
+    assert line["address"] == "127.0.0.1"
+    assert SECRET not in json.dumps(line)
+    assert SECRET not in shared.daemon.log()
+
+
+@pytest.mark.parametrize("options", [
+    ("-N", "-o", "ExitOnForwardFailure=yes", "-R", "0:127.0.0.1:1"), ("-W", "127.0.0.1:{metric}"),
+    ("-s",)])
+def test_nothing_is_forwarded(shared: Lab, options: tuple[str, ...]) -> None:
+    options = tuple(o.format(metric=shared.metric_port) for o in options)
+    *words, target, _ = shared.ssh_words("sftp", *options)
+    tail = ["sftp"] if options == ("-s",) else []
+    assert run(*words, target, *tail, check=False, timeout=PATIENCE).returncode != 0
+
+
+def test_agent_x11_environment_and_copies_are_refused(shared: Lab, tmp_path: Path) -> None:
+    agent = run("ssh-agent", "-s").stdout
+    pid = re.findall(r"SSH_AGENT_PID=(\d+)", agent)[0]
+    try:
+        socket_ = re.findall(r"SSH_AUTH_SOCK=([^;]+)", agent)[0]
+        done = shared.ssh(f"{shared.name}-a//exec -T web env", "-A", "-o", "SetEnv=PGOTEST_X=1",
+                          env=os.environ | {"SSH_AUTH_SOCK": socket_})
+    finally:
+        os.kill(int(pid), signal.SIGTERM)
+    assert "PATH=" in done.stdout
+    assert not re.search("SSH_AUTH|PGOTEST_X", done.stdout)
+    for protocol in ("-O", "-s"):
+        copy = run("scp", protocol, "-F", "/dev/null", "-P", str(shared.ssh_port), "-i",
+                   shared.key(), "-o", "BatchMode=yes", "-o", "StrictHostKeyChecking=no", "-o",
+                   f"UserKnownHostsFile={tmp_path}/k", "x@127.0.0.1:/etc/passwd", tmp_path / "p",
+                   check=False)
+        assert copy.returncode != 0
+    assert not (tmp_path / "p").exists()
+
+
+def test_key_that_was_removed_stops_on_an_open_connection(lab: Lab) -> None:
+    name = lab.service("a")
+    lab.key("new")
+    lab.start()
+    lab.runs(name, lab.repositories[name].git("rev-parse", "HEAD"))
+    control = ("-o", "ControlMaster=auto", "-o", f"ControlPath={lab.folder}/c")
+    assert lab.ssh(f"{name}//ping", *control, "-o", "ControlPersist=60").stdout == "pong\n"
+    lab.exits.callback(lab.ssh, "", *control, "-O", "exit")
+    lab.push(name, {"ssh/id.pub": lab.key("new").with_suffix(".pub").read_text()})
+    until(lambda: lab.ssh(f"{name}//ping", *control).returncode == 1, "the key is refused")
+    assert lab.ssh(f"{name}//ping", key="new").stdout == "pong\n"
+
+
+def test_host_key_stays(lab: Lab) -> None:
+    """StrictHostKeyChecking would refuse another one."""
+    lab.service("a")
+    prints = set()
+    for _ in range(2):
+        daemon = lab.start()
+        until(lambda: lab.ssh("").returncode == 0, "the key is known")
+        prints |= set(re.findall(r"host key: (SHA256:\S+)", daemon.log()))
+        assert daemon.stop() == 0
+    shown = run("ssh-keygen", "-l", "-f", lab.directory / ".pgod" / "ssh_host_ed25519_key").stdout
+    assert len(prints) == 1
+    assert prints.pop() in shown
+
+
+def test_weak_keys_and_certificates_open_nothing(shared: Lab) -> None:
+    """A certificate of an unknown authority, over the very key that is permitted."""
+    certificate = shared.folder / "key-cert-only"
+    shutil.copy(shared.key("id"), certificate)
+    shutil.copy(shared.key("id").with_suffix(".pub"), f"{certificate}.pub")
+    run("ssh-keygen", "-q", "-s", shared.key("ca"), "-I", "x", "-n", "any", f"{certificate}.pub")
+    done = shared.ssh("", "-o", f"CertificateFile={certificate}-cert.pub", "-o",
+                      "PubkeyAcceptedAlgorithms=ssh-ed25519-cert-v01@openssh.com")
+    assert done.returncode == 255
+
+
+@pytest.mark.parametrize("words", [("rsa", "1024"), ("rsa", "2048"), ("ecdsa", "256")],
+                         ids="".join)
+def test_key_kinds(lab: Lab, words: tuple[str, str]) -> None:
+    path = lab.folder / "key-id"
+    if words[1] == "1024":
+        run("openssl", "genrsa", "-traditional", "-out", path, words[1])
+    else:
+        run("ssh-keygen", "-q", "-t", words[0], "-b", words[1], "-N", "", "-f", path)
+    path.chmod(0o600)
+    path.with_suffix(".pub").write_text(run("ssh-keygen", "-y", "-f", path).stdout)
+    name = lab.service("a")
+    lab.start()
+    lab.runs(name, lab.repositories[name].git("rev-parse", "HEAD"))
+    done = lab.ssh("", "-o", "RequiredRSASize=1024")
+    assert (done.returncode == 0) == (words[1] != "1024"), done.stderr
+    sha1 = lab.ssh("", "-o", "PubkeyAcceptedAlgorithms=ssh-rsa", "-o", "RequiredRSASize=1024")
+    assert sha1.returncode == 255
+
+
+def test_key_that_was_offered_but_not_proven_opens_nothing(shared: Lab) -> None:
+    """OpenSSH probes with the victim's public key, lacks its private half, then uses its own."""
+    bait = shared.folder / "bait.pub"
+    shutil.copy(shared.key("other").with_suffix(".pub"), bait)
+    words = shared.ssh_words(f"{shared.name}-b//ping", "-v", "-o", "LogLevel=DEBUG1",
+                             "-o", f"IdentityFile={bait}")
+    at = words.index("-i")
+    own = words[at:at + 2]
+    del words[at:at + 2]
+    words[-2:-2] = own  # the bait comes first
+    done = run(*words, check=False)
+    assert done.returncode == 1, done.stderr
+    assert done.stdout == ""
+    assert f"Server accepts key: {bait}" in done.stderr
+
+
+def test_bytes_before_authentication_are_bounded(shared: Lab) -> None:
+    before = memory(shared, "VmRSS")
+    with socket.create_connection(("127.0.0.1", shared.ssh_port), PATIENCE) as sock:
+        sock.sendall(b"SSH-2.0-x\r\n")
+        flood = (b"\0\0\x80\0" + b"x" * 32768) * 10_000
+        with pytest.raises(OSError):
+            sock.sendall(flood)
+    assert memory(shared, "VmRSS") < before + (20 << 20)
+
+
+HOSTILE_CLIENT = """
+import asyncio, asyncssh, sys
+async def main(port, key, name, what):
+    async with asyncssh.connect("127.0.0.1", port, client_keys=[key], known_hosts=None) as c:
+        if what == "packet":
+            def make(*a, **k):
+                channel = create(*a, **k); channel._recv_pktsize = 0; return channel
+            import asyncssh.connection as m
+            create = m.SSHClientChannel; m.SSHClientChannel = make
+            try:
+                await asyncio.wait_for(c.run(name + "//help"), 3)
+            except Exception as error:
+                print(type(error).__name__)
+        else:
+            runs = [await c.create_process(name + "//exec -T web cat") for _ in range(15)]
+            await asyncio.sleep(1)
+            print(sum(r.exit_status is not None for r in runs))
+asyncio.run(main(int(sys.argv[1]), *sys.argv[2:]))
+"""
+
+
+def hostile(lab: Lab, what: str) -> str:
+    return run(sys.executable, "-c", HOSTILE_CLIENT, str(lab.ssh_port), lab.key(),
+               f"{lab.name}-a", what).stdout.strip()
+
+
+def test_packet_size_of_zero_does_not_hang_the_others(shared: Lab) -> None:
+    hostile(shared, "packet")
+    assert shared.ssh(f"{shared.name}-a//ping", timeout=10).stdout == "pong\n"
+
+
+def test_sessions_of_a_connection_are_limited(shared: Lab) -> None:
+    assert hostile(shared, "sessions") == str(15 - pgod.SSH_SESSIONS)
+
+
+def test_crowd_does_not_keep_a_key_holder_out(shared: Lab) -> None:
+    """500 idle connections, wrong keys and a client that never reads."""
+    before = memory(shared, "VmRSS")
+    words = shared.ssh_words(f"{shared.name}-a//exec -T web cat /dev/zero")
+    with contextlib.ExitStack() as stack:
+        deaf = stack.enter_context(subprocess.Popen(words, stdin=-1, stdout=-1))
+        stack.callback(deaf.kill)
+        for number in range(500):
+            sock = stack.enter_context(socket.socket())
+            sock.bind((f"127.0.0.{2 + number % 50}", 0))
+            sock.connect(("127.0.0.1", shared.ssh_port))
+        wrong = [subprocess.Popen(shared.ssh_words("", key="stranger"), stdin=-3, stdout=-3,
+                                  stderr=-3) for _ in range(40)]
+        for child in wrong:
+            assert child.wait(PATIENCE) == 255
+        began = time.monotonic()
+        assert shared.ssh(f"{shared.name}-a//ping", timeout=20).stdout == "pong\n"
+        assert time.monotonic() < began + 2
+        assert memory(shared, "VmRSS") < before + (50 << 20)
+
+
+def test_ssh_audit_finds_no_failure(shared: Lab) -> None:
+    audit = Path(sys.executable).with_name("ssh-audit")
+    done = run(audit, "-j", "--skip-rate-test", "-p", str(shared.ssh_port), "127.0.0.1",
+               check=False)
+    report = json.loads(done.stdout)
+    notes = [(kind, item["algorithm"], item["notes"]) for kind in ("kex", "key", "enc", "mac")
+             for item in report[kind]]
+    assert not [note for note in notes if "fail" in note[2]]
+    # For clients without ML-KEM (OpenSSH before 9.9) there has to be one that is not post-quantum.
+    assert {name for _, name, levels in notes if "warn" in levels} <= {
+        "curve25519-sha256", "curve25519-sha256@libssh.org"}
+
+
+def test_server_says_nothing_untoward(shared: Lab) -> None:
+    """Last of the shared ones: no traceback and no warning of Python's in the log."""
+    assert not re.search(r"Traceback|Warning|Exception", shared.daemon.log()), shared.daemon.log()
+
+
+# ---- HTTP --------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def quiet() -> Iterator[Lab]:
+    """A started pgod without SSH, on every address, with one service."""
+    with a_lab() as lab:
+        name = lab.service("a", env=[f"PGOTEST_SECRET={SECRET}"])
+        lab.start("--ssh", "", "--metric", f":{lab.metric_port}")
+        lab.runs(name, lab.repositories[name].git("rev-parse", "HEAD"))
+        yield lab
+
+
+def test_promtool_finds_no_fault(quiet: Lab) -> None:
+    done = run("promtool", "check", "metrics", input=quiet.metrics(), check=False)
+    lint = [line for line in (done.stdout + done.stderr).splitlines()
+            if not line.startswith("pgo_command_")]  # their names are the Go program's
+    assert not lint
+
+
+@pytest.mark.parametrize(("host", "method", "path", "status"), [
+    ("127.0.0.1", "GET", "/healthz", 200), ("[::1]", "GET", "/metrics", 200),
+    ("127.0.0.1", "GET", "/", 404), ("127.0.0.1", "HEAD", "/metrics", 200)])
+def test_pages(quiet: Lab, host: str, method: str, path: str, status: int) -> None:
+    done = run("curl", "-sg", *(["-I"] if method == "HEAD" else []), "-m", "10", "-w",
+               "\n%{http_code}", f"http://{host}:{quiet.metric_port}{path}")
+    assert done.stdout.endswith(f"\n{status}")
+
+
+def test_slow_clients_do_not_blind_the_monitoring(quiet: Lab) -> None:
+    with contextlib.ExitStack() as stack:
+        for number in range(200):
+            sock = stack.enter_context(
+                socket.create_connection(("127.0.0.1", quiet.metric_port), PATIENCE))
+            with contextlib.suppress(OSError):
+                sock.sendall(b"GET /metrics HTTP/1.1\r\nX: " + b"y" * number)
+        assert "pgo_build_info" in quiet.metrics()
+
+
+# ---- Life --------------------------------------------------------------------------------------
+
+
+def test_configuration_cut_at_any_byte_never_goes_on_silently(lab: Lab) -> None:
+    """A prefix either is an error or has every service that it began."""
+    lab.service("a")
+    lab.service("b")
+    text = lab.config.read_bytes()
+    for end in range(len(text)):
+        lab.config.write_bytes(text[:end])
+        with contextlib.suppress(pgod.ConfigurationError):
+            names = pgod.read_configuration(lab.config).names
+            assert len(names) == text[:end].count(b"[[services]]"), text[:end]
+
+
+@pytest.mark.parametrize("content", ["", "[[services]]\nname = \"", "\0", "[[services]]\n", None])
+def test_broken_configuration_changes_nothing(quiet: Lab, content: str | None) -> None:
+    name, old = f"{quiet.name}-a", quiet.config.read_text()
+    before = quiet.containers(name)
+    try:
+        quiet.config.unlink()
+        if content is not None:
+            quiet.config.write_text(content)
+        until(lambda: "\npgo_configuration_valid 0\n" in quiet.metrics(), "it is reported")
+        until(lambda: "the old configuration goes on" in quiet.daemon.log(), "and logged")
+    finally:
+        quiet.config.write_text(old)
+        quiet.config.chmod(0o600)
+    until(lambda: "\npgo_configuration_valid 1\n" in quiet.metrics(), "it is good again")
+    assert quiet.daemon.process.poll() is None
+    assert quiet.containers(name) == before
+
+
+def test_second_pgod_on_a_folder_says_who_holds_it(quiet: Lab) -> None:
+    """It must not end the first one's children either."""
+    second = Pgod(quiet, "--ssh", "", "--metric", "")
+    assert second.stop(0) == 1
+    assert f"process {quiet.daemon.process.pid}" in second.log()
+    assert quiet.daemon.process.poll() is None
+
+
+def test_secrets_are_not_logged(quiet: Lab) -> None:
+    assert SECRET not in quiet.daemon.log()
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 0), (signal.SIGHUP, 2)])
+def test_signal_ends_it_and_containers_stay(lab: Lab, number: int, status: int) -> None:
+    name = lab.service("a")
+    lab.start("--ssh", "")
+    lab.runs(name, lab.repositories[name].git("rev-parse", "HEAD"))
+    before = lab.containers(name, "--filter", "status=running")
+    assert lab.daemon.stop(number) == status
+    assert lab.containers(name, "--filter", "status=running") == before
+    lab.start("--ssh", "")
+    until(lambda: "pgo_service_in_sync" in lab.metrics())
+    assert lab.containers(name, "--filter", "status=running") == before
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_end_in_the_middle_of_a_deploy_is_made_good(lab: Lab, number: int) -> None:
+    name = lab.service("a")
+    lab.start("--ssh", "")
+    until(lambda: lab.containers(name) or "Creating" in lab.daemon.log(), "it is at it")
+    began = time.monotonic()
+    assert lab.daemon.stop(number) == (0 if number == signal.SIGTERM else -number)
+    assert time.monotonic() < began + 30
+    lab.start("--ssh", "")
+    lab.runs(name, lab.repositories[name].git("rev-parse", "HEAD"))
+    assert list(lab.containers(name)) == [f"{name}-web-1"]
+
+
+def test_new_configuration_ends_it_with_2(lab: Lab) -> None:
+    lab.service("a")
+    daemon = lab.start("--ssh", "")
+    lab.service("b")
+    assert daemon.process.wait(PATIENCE) == 2
+
+
+def test_systemd_is_told_of_start_life_and_end(lab: Lab) -> None:
+    address = lab.folder / "notify"
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
+        sock.bind(str(address))
+        sock.settimeout(PATIENCE)
+        lab.service("a")
+        daemon = lab.start("--ssh", "", env={"NOTIFY_SOCKET": str(address),
+                                             "JOURNAL_STREAM": "8:1"})
+        heard = [sock.recv(100), sock.recv(100)]
+        assert daemon.stop() == 0
+        while heard[-1] != b"STOPPING=1":
+            heard.append(sock.recv(100))
+    assert heard[:2] == [b"READY=1", b"WATCHDOG=1"]
+    assert all(re.match("<[3467]>", line) for line in daemon.log().splitlines())
+
+
+def test_service_that_left_the_configuration_ends_without_losing_data(lab: Lab) -> None:
+    stale, kept = lab.service("stale"), lab.service("kept")
+    lab.push(stale, {"compose.yaml": compose_file(
+        volumes=["data:/data"], top={"volumes": {"data": {}}})})
+    foreign = lab.directory / "foreign"
+    foreign.mkdir(parents=True)
+    (foreign / "compose.yaml").write_text(compose_file())
+    project = f"{lab.name}-foreign"
+    run("docker", "compose", "-p", project, "up", "-d", cwd=foreign)
+    lab.start()
+    for name in (stale, kept):
+        lab.runs(name, lab.repositories[name].git("rev-parse", "HEAD"))
+    docker("exec", f"{stale}-web-1", "sh", "-c", "echo mine > /data/x")
+    (lab.directory / stale / "untracked").write_text("mine")
+    others = lab.containers(kept) | lab.containers(project)
+    del lab.services[stale]
+    lab.write_config()
+    new_start(lab)
+    until(lambda: not (lab.directory / stale).exists(), "the stale service is removed")
+    assert lab.containers(stale) == {}
+    networks = docker("network", "ls", "--format", "{{.Name}}").split()
+    assert f"{stale}_default" not in networks
+    assert f"{kept}_default" in networks
+    assert docker("run", "--rm", "--network", "none", "-v", f"{stale}_data:/data", IMAGE,
+                  "cat", "/data/x") == "mine"
+    (removed,) = (lab.directory / ".pgod" / "removed").iterdir()
+    assert removed.name.startswith(stale)
+    assert (removed / "worktree" / "untracked").read_text() == "mine"
+    assert lab.ssh(f"{kept}//git pull").returncode == 0
+    assert lab.containers(kept) | lab.containers(project) == others
+    assert (foreign / "compose.yaml").exists()
+
+
+# ---- Command line ------------------------------------------------------------------------------
+
+
+def test_unit_is_one_that_systemd_takes(tmp_path: Path) -> None:
+    unit = tmp_path / "pgod.service"
+    unit.write_text(run(sys.executable, HERE / "pgod.py", "--unit").stdout)
+    parser = configparser.ConfigParser(strict=False, interpolation=None)
+    parser.optionxform = str  # type: ignore[assignment,method-assign]
+    parser.read(unit)
+    assert parser["Service"]["Type"] == "notify"
+    if shutil.which("systemd-analyze"):
+        done = run("systemd-analyze", "verify", "--man=no", unit, check=False)
+        assert "pgod.service" not in done.stderr, done.stderr
+
+
+def test_missing_parts_are_named_in_one_line(lab: Lab) -> None:
+    """asyncssh, docker and root."""
+    lab.service("a")
+    bare: list[str | Path] = [sys.executable, "-S", HERE / "pgod.py", "-c", lab.config,
+                              "-d", lab.directory]
+    without = run(*bare, check=False)
+    assert (without.returncode, without.stderr.count("\n")) == (1, 1)
+    assert "asyncssh" in without.stderr
+    empty = lab.folder / "bin"
+    empty.mkdir()
+    (empty / "git").symlink_to(str(shutil.which("git")))
+    engineless = run(*bare, "-s", "", check=False, env={"PATH": str(empty)})
+    assert (engineless.returncode, engineless.stderr.count("\n")) == (1, 1)
+    assert "docker compose 2 is needed" in engineless.stderr
+    lab.config.chmod(0o644)
+    shutil.copy(HERE / "pgod.py", lab.folder)
+    nobody = run("/usr/bin/python3", "-S", lab.folder / "pgod.py", *bare[3:], "-s", "",
+                 check=False, user=USERS[1])
+    assert nobody.returncode == 1
+    assert "must be root" in nobody.stderr
+
+
+# ---- pgoctl ------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def steered() -> Iterator[tuple[Lab, str]]:
+    """A running pgod with one service, for tests that change nothing of it."""
+    with make_lab() as shared:
+        name = shared.service("ctl")
+        shared.duration = "1h"
+        shared.start()
+        shared.runs(name, shared.repositories[name].git("rev-parse", "HEAD"))
+        yield shared, name
+
+
+@pytest.fixture(params=["ssh", "asyncssh"])
+def transport(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+def ctl_words(lab: Lab, *words: str, key: str | None = "id") -> list[str]:
+    identity = ["-i", str(lab.key(key))] if key else []
+    return [sys.executable, str(HERE / "pgoctl.py"), *identity, "-p", str(lab.ssh_port), *words]
+
+
+def ctl(lab: Lab, transport: str, *words: str, key: str | None = "id", home: Path | None = None,
+        env: Mapping[str, str] | None = None, **more: Any) -> subprocess.CompletedProcess[str]:
+    """pgoctl with a home of its own."""
+    environment = process_environment(HOME=str(home or lab.home), PGOCTL_TRANSPORT=transport,
+                                      **(env or {}))
+    return run(*ctl_words(lab, *words, key=key), check=False, env=environment, **more)
+
+
+def test_pgoctl_streams_and_ends_as_the_command_does(steered: tuple[Lab, str],
+                                                     transport: str) -> None:
+    lab, name = steered
+    target = f"127.0.0.1:{name}//"
+    assert ctl(lab, transport, target + "ping").stdout == "pong\n"
+    assert ctl(lab, transport, "127.0.0.1").stdout == f"{name}\n"
+    done = ctl(lab, transport, target + "exec", "web", "sh", "-c", "echo out; echo err >&2; exit 7")
+    assert (done.returncode, done.stdout, done.stderr) == (7, "out\n", "err\n")
+    fed = ctl(lab, transport, target + "exec", "-T", "web", "cat", input="a\0b\n")
+    assert fed.stdout == "a\0b\n"
+    refused = ctl(lab, transport, target + "exec", "--privileged", "web", "true")
+    assert (refused.returncode, "--privileged" in refused.stderr) == (2, True)
+    assert ctl(lab, transport, f"127.0.0.1:{name}x//ps").returncode == 1
+
+
+@pytest.mark.parametrize("argument", ["", " ", "a b", "'", '"', "$HOME", "\\", "a\nb", "ü€", "*",
+                                      "--", "-x", ";true", "`id`", "\t", "#"])
+def test_argument_arrives_as_it_was_given(steered: tuple[Lab, str], transport: str,
+                                          argument: str) -> None:
+    lab, name = steered
+    done = ctl(lab, transport, f"127.0.0.1:{name}//exec", "web", "printf", "[%s]", argument, "end")
+    assert done.stdout == f"[{argument}][end]", done.stderr
+
+
+@pytest.mark.parametrize(("target", "words"), [
+    ("host", "no such host"),
+    ("host:svc", "//"), ("host://ps", "service"), ("host:svc//", "command"),
+    (":svc//ps", "host"), ("a,b:svc//ps", "several"), ("-x", ""), ("ho st:a//ps", "host")])
+def test_wrong_target_gets_a_remedy(lab: Lab, transport: str, target: str, words: str) -> None:
+    lab.key()
+    done = ctl(lab, transport, target)
+    assert done.returncode in (2, 255) and not done.stdout
+    assert words in done.stderr and "Traceback" not in done.stderr
+
+
+def test_refused_connection_says_what_to_look_at(lab: Lab, transport: str) -> None:
+    done = ctl(lab, transport, "127.0.0.1:a//ps")
+    assert done.returncode == 255
+    assert "refused" in done.stderr and "pgod" in done.stderr
+
+
+def test_key_that_opens_nothing_is_explained(steered: tuple[Lab, str], transport: str) -> None:
+    lab, name = steered
+    done = ctl(lab, transport, f"127.0.0.1:{name}//ps", key="stranger")
+    assert done.returncode == 255
+    assert "ssh/" in done.stderr
+
+
+def test_key_comes_from_the_environment_in_ci(steered: tuple[Lab, str], transport: str) -> None:
+    lab, name = steered
+    key = lab.key().read_text()
+    for text in (key, key.rstrip("\n"), key.replace("\n", "\r\n"), key.replace("\n", "\\n")):
+        done = ctl(lab, transport, f"127.0.0.1:{name}//ping", key=None, env={"PGOCTL_ID": text})
+        assert done.stdout == "pong\n", done.stderr
+    broken = ctl(lab, transport, f"127.0.0.1:{name}//ping", key=None, env={"PGOCTL_ID": "secret"})
+    assert broken.returncode != 0 and "PGOCTL_ID" in broken.stderr
+    assert "secret" not in broken.stderr
+
+
+def test_key_comes_from_an_agent(steered: tuple[Lab, str], transport: str) -> None:
+    lab, name = steered
+    sock = str(lab.folder / f"agent-{transport}")
+    agent = subprocess.Popen(["ssh-agent", "-D", "-a", sock], stdout=subprocess.DEVNULL)
+    try:
+        until(lambda: Path(sock).exists())
+        run("ssh-add", "-q", lab.key(), env=os.environ | {"SSH_AUTH_SOCK": sock})
+        done = ctl(lab, transport, f"127.0.0.1:{name}//ping", key=None, env={"SSH_AUTH_SOCK": sock})
+    finally:
+        agent.terminate()
+        agent.wait()
+    assert done.stdout == "pong\n", done.stderr
+
+
+def test_changed_host_key_stops_the_connection(steered: tuple[Lab, str], transport: str) -> None:
+    lab, name = steered
+    home = Path(tempfile.mkdtemp(dir=lab.folder))
+    assert ctl(lab, transport, f"127.0.0.1:{name}//ping", home=home).returncode == 0
+    known = home / ".ssh" / "known_hosts"
+    line = known.read_text()
+    assert line.startswith(f"[127.0.0.1]:{lab.ssh_port} ssh-ed25519 ")
+    assert ctl(lab, transport, f"127.0.0.1:{name}//ping", home=home).returncode == 0
+    assert known.read_text() == line
+    other = " ".join(lab.key("other").with_suffix(".pub").read_text().split()[:2])
+    known.write_text(f"{line.split()[0]} {other}\n")
+    done = ctl(lab, transport, f"127.0.0.1:{name}//ping", home=home)
+    assert done.returncode == 255
+    assert "ssh-keygen -R" in done.stderr
+    right = " ".join(line.split()[1:3])
+    for pin, status in ((right, 0), (other, 255)):
+        done = ctl(lab, transport, f"127.0.0.1:{name}//ping", home=home,
+                   env={"PGOCTL_HOSTKEY": pin})
+        assert done.returncode == status, done.stderr
+    assert known.read_text() == f"{line.split()[0]} {other}\n"
+
+
+@pytest.mark.parametrize("direction", ["in", "out"])
+def test_gigabyte_streams_at_constant_memory(steered: tuple[Lab, str], transport: str,
+                                             direction: str) -> None:
+    lab, name = steered
+    size = 1 << 30 if transport == "ssh" else 1 << 28  # asyncssh's ciphers are a fifth as fast
+    remote = ["wc", "-c"] if direction == "in" else ["head", "-c", str(size), "/dev/zero"]
+    words = ctl_words(lab, f"127.0.0.1:{name}//exec", "-T", "web", *remote)
+    env = process_environment(HOME=str(lab.home), PGOCTL_TRANSPORT=transport)
+    source = subprocess.Popen(["head", "-c", str(size if direction == "in" else 0), "/dev/zero"],
+                              stdout=subprocess.PIPE)
+    client = subprocess.Popen(words, stdin=source.stdout, stdout=subprocess.PIPE, env=env)
+    assert source.stdout and client.stdout
+    source.stdout.close()
+    count, peak, last = 0, 0, b""
+    while data := os.read(client.stdout.fileno(), 1 << 20):
+        count, last = count + len(data), data[-32:]
+        for process in (client.pid, lab.daemon.process.pid):
+            with contextlib.suppress(OSError, TypeError):
+                peak = max(peak, int(re.search(r"VmRSS:\s+(\d+)", Path(
+                    f"/proc/{process}/status").read_text())[1]))  # type: ignore[index]
+    client.stdout.close()
+    assert (client.wait(60), source.wait(60)) == (0, 0)
+    assert size == (int(last) if direction == "in" else count)
+    assert peak < 200_000, f"{peak} KiB"
+
+
+def test_no_transport_at_all_says_how_to_get_one(lab: Lab) -> None:
+    python = "/usr/bin/python3" if run("/usr/bin/python3", "-c", "import asyncssh",
+                                       check=False).returncode else None
+    assert python, "Debian's python3 has asyncssh here"
+    done = run(python, HERE / "pgoctl.py", "-i", lab.key(), "h:a//ps", check=False,
+               env={"PATH": "/nonexistent", "HOME": str(lab.home)})
+    assert done.returncode == 255
+    assert "openssh-client" in done.stderr and "asyncssh" in done.stderr
+
+
+def test_output_that_nobody_reads_ends_quietly(steered: tuple[Lab, str], transport: str) -> None:
+    lab, name = steered
+    words = ctl_words(lab, f"127.0.0.1:{name}//exec", "web", "yes")
+    client = subprocess.Popen(words, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+                              stderr=subprocess.PIPE, env=process_environment(
+                                  HOME=str(lab.home), PGOCTL_TRANSPORT=transport))
+    assert client.stdout and client.stderr
+    assert client.stdout.read(4) == b"y\ny\n"
+    client.stdout.close()
+    client.wait(30)
+    assert b"Traceback" not in client.stderr.read()
+    client.stderr.close()
+
+
+# ---- Documents ---------------------------------------------------------------------------------
+
+
+def test_client_and_server_know_the_same_commands() -> None:
+    assert list(pgoctl.COMMANDS) == list(pgod.COMMANDS)
+
+
+@pytest.mark.parametrize("names", [
+    pgod.COMMANDS, pgod.SERVICE_KEYS, pgod.METRICS, pgod.ALLOW, pgoctl.ENVIRONMENT,
+    [name for names, _ in pgod.OPTIONS for name in names],
+    [a.partition("@")[0] for key in ("kex_algs", "encryption_algs", "mac_algs")
+     for a in pgod.SSH_ALGORITHMS[key]]],
+    ids=["commands", "keys", "metrics", "allow", "environment", "options", "algorithms"])
+def test_readme_has_every_name_of_the_tables(names: Any) -> None:
+    text = (HERE / "README.md").read_text()
+    missing = [name for name in names
+               if not re.search(rf"(?<![\w-]){re.escape(name)}(?![\w-])", text)]
+    assert not missing
+
+
+@pytest.mark.parametrize("program", ["pgod.py", "pgoctl.py"])
+def test_program_names_its_sections_in_their_order(program: str) -> None:
+    text = (HERE / program).read_text()
+    banners = re.findall(r"^# [-=]{4} (.+?) [-=]+$", text, re.MULTILINE)
+    head = text.split('"""')[1]
+    named = [re.search(rf"(^ +|[:,]\s){re.escape(banner)}\b", head, re.M) for banner in banners]
+    assert banners and all(named)
+    positions = [match.start() for match in named if match]
+    assert positions == sorted(positions)
