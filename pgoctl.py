@@ -99,12 +99,13 @@ DEFAULT_KEYS = ("id_ed25519", "id_ecdsa", "id_rsa")
 # ssh takes the first value that it meets, so these win over ~/.ssh/config. Nobody sees the log: it
 # tells which keys were offered, whether a status came, and of writes that failed.
 SSH_OPTIONS = (
-    "BatchMode=yes", "PreferredAuthentications=publickey", "ClearAllForwardings=yes",
-    "ForwardAgent=no", "ForwardX11=no", "Tunnel=no", "PermitLocalCommand=no", "RemoteCommand=none",
-    "ControlMaster=no", "ControlPath=none", f"ConnectTimeout={CONNECT_SECONDS}",
-    f"ServerAliveInterval={ALIVE_SECONDS}", f"ServerAliveCountMax={ALIVE_COUNT}", "CheckHostIP=no",
-    "HashKnownHosts=no", "UpdateHostKeys=no", "VerifyHostKeyDNS=no", "LogLevel=DEBUG2",
-    "NoHostAuthenticationForLocalhost=no", "GlobalKnownHostsFile=/dev/null",
+    "BatchMode=yes", "PubkeyAuthentication=yes", "PreferredAuthentications=publickey",
+    "ClearAllForwardings=yes", "ForwardAgent=no", "ForwardX11=no", "Tunnel=no",
+    "PermitLocalCommand=no", "RemoteCommand=none", "ControlMaster=no", "ControlPath=none",
+    f"ConnectTimeout={CONNECT_SECONDS}", f"ServerAliveInterval={ALIVE_SECONDS}",
+    f"ServerAliveCountMax={ALIVE_COUNT}", "CheckHostIP=no", "HashKnownHosts=no",
+    "UpdateHostKeys=no", "VerifyHostKeyDNS=no", "NoHostAuthenticationForLocalhost=no",
+    "GlobalKnownHostsFile=/dev/null", "LogLevel=DEBUG2",
 )
 FAILURES = (  # what ssh's log or asyncssh's exception says, what pgoctl says; the first one counts
     ("lost after login",
@@ -355,20 +356,6 @@ def known_keys(text: str, name: str) -> set[str]:
     return {f"{line[1]} {line[2]}" for line in lines if line[2:] and name_matches(line[0], name)}
 
 
-def read_known_hosts(path: str) -> str:
-    """Its text, and a folder for it; what cannot be read would make every host a new one."""
-    with contextlib.suppress(OSError):
-        os.makedirs(os.path.dirname(path), mode=0o700, exist_ok=True)
-    try:
-        with open(path, encoding="utf-8", errors="replace") as file:
-            return file.read()
-    except FileNotFoundError:
-        return ""
-    except OSError as error:
-        raise ControlError(f"{path}: {error.strerror}: no host can be told from an "
-                           "impostor") from None
-
-
 def append_known_host(path: str, line: str) -> None:
     """Append a line in one piece, whoever else does so."""
     try:
@@ -378,14 +365,33 @@ def append_known_host(path: str, line: str) -> None:
         say(UNREMEMBERED.format(path))
 
 
-def is_right_host(request: Request, key: str) -> bool:
-    """Whether a host's key is the pinned one, a known one, or the first one, which is kept."""
+def load_known_keys(request: Request) -> set[str]:
+    """The keys that a host may have: the pinned one, else those of known_hosts, if it is there.
+
+    One that cannot be read is an error, for every host would be new.
+    """
     if request.pin:
-        return key == request.pin
-    known = known_keys(read_known_hosts(request.known_hosts), request.known_name)
+        return {request.pin}
+    try:
+        os.makedirs(request.folder, mode=0o700, exist_ok=True)
+        with open(request.known_hosts, encoding="utf-8", errors="replace") as file:
+            text = file.read()
+    except OSError as error:
+        if not os.path.exists(request.known_hosts):
+            return set()
+        raise ControlError(f"{request.known_hosts}: {error.strerror}: no host can be told from an "
+                           "impostor") from None
+    if text and not text.endswith("\n"):
+        append_known_host(request.known_hosts, "\n")  # ssh would write on in that line
+    return known_keys(text, request.known_name)
+
+
+def is_right_host(request: Request, known: set[str], key: str) -> bool:
+    """Whether a host's key is a known one or the first one, which is kept."""
     if not known:
         append_known_host(request.known_hosts, f"{request.known_name} {key}\n")
-    return not known or key in known
+        known.add(key)
+    return key in known
 
 
 # ==== Failures explained ==========================================================================
@@ -411,6 +417,7 @@ def explain(request: Request, words: str, keys: Sequence[str] = ()) -> ControlEr
 # ==== OpenSSH =====================================================================================
 
 OFFERED = re.compile(r"Offering public key: (.+?) \S+ (SHA256:\S+)")
+WRITE_FAILED = "channel 0: write failed"
 CHATTER = ("debug1", "Authenticated to ", "Warning: Permanently added", "Transferred: ",
            "Bytes per second: ")
 
@@ -448,9 +455,9 @@ class SshLog:
         with contextlib.suppress(BlockingIOError):
             while data := os.read(self.reader, CHUNK):
                 *lines, self.rest = (self.rest + data).split(b"\n")
-                self.output_failed |= b"debug2: channel 0: write failed" in map(bytes.strip, lines)
-                self.lines += [line.decode(errors="replace").rstrip() for line in lines
-                               if not line.startswith(b"debug2")]
+                texts = [line.decode(errors="replace").rstrip() for line in lines]
+                self.output_failed |= any(text.endswith(WRITE_FAILED) for text in texts)
+                self.lines += [text for text in texts if text and not text.startswith("debug2")]
 
     def finish(self) -> None:
         """Read the rest."""
@@ -490,12 +497,15 @@ def home_words(request: Request) -> list[str]:
             *(f"-oIdentityFile={quote_path(key)}" for key in keys)]
 
 
-def ssh_words(request: Request, log: str, key: str, hosts: str) -> list[str]:
-    """The command line of ssh; log, key and hosts are paths, and key may be empty."""
+def ssh_words(request: Request, log: str, key: str, hosts: str, known: bool) -> list[str]:
+    """The command line of ssh; log, key and hosts are paths, and key may be empty.
+
+    Of a host that is known, ssh would still take a new key if that were of another type.
+    """
     options = [
         *SSH_OPTIONS, f"HostKeyAlias={request.known_name}",
         f"UserKnownHostsFile={quote_path(hosts)}",
-        f"StrictHostKeyChecking={'yes' if request.pin else 'accept-new'}"]
+        f"StrictHostKeyChecking={'yes' if known else 'accept-new'}"]
     if key:
         options += [f"IdentityFile={quote_path(key)}", "IdentitiesOnly=yes", "IdentityAgent=none"]
     return ["ssh", "-E", log, "-l", USER, "-p", str(request.port),
@@ -508,9 +518,11 @@ def run_ssh(request: Request) -> int:
     with contextlib.ExitStack() as stack:
         log = SshLog(stack)
         key = private_file(request.key, stack) if request.key else ""
-        pinned = f"{request.known_name} {request.pin}\n" if request.pin else ""
-        hosts = private_file(pinned, stack) if pinned else request.known_hosts
-        status = run_child(ssh_words(request, log.path, key, hosts), request.stdin, log.start)
+        known, hosts = load_known_keys(request), request.known_hosts
+        if request.pin:
+            hosts = private_file(f"{request.known_name} {request.pin}\n", stack)
+        words = ssh_words(request, log.path, key, hosts, bool(known))
+        status = run_child(words, request.stdin, log.start)
         log.finish()
     if log.output_failed:
         raise output_failure()
@@ -564,9 +576,10 @@ async def connect(asyncssh: ModuleType, request: Request) -> Any:
         """Asked for every host key, as known_hosts below is empty."""
 
         def validate_host_public_key(self, host: str, addr: str, port: int, key: Any) -> bool:
-            return is_right_host(request, " ".join(key.export_public_key().decode().split()[:2]))
+            text = " ".join(key.export_public_key().decode().split()[:2])
+            return is_right_host(request, known, text)
 
-    keys = await load_keys(asyncssh, request)
+    known, keys = load_known_keys(request), await load_keys(asyncssh, request)
     try:
         async with asyncio.timeout(CONNECT_SECONDS):
             return await asyncssh.connect(
@@ -754,9 +767,6 @@ def run(words: Sequence[str], environ: Mapping[str, str]) -> int:
         return 0
     request = build_request(options, rest, environ)
     transport = choose_transport(environ.get("PGOCTL_TRANSPORT", ""))
-    text = "" if request.pin else read_known_hosts(request.known_hosts)
-    if text and not text.endswith("\n"):  # ssh would write on in that line
-        append_known_host(request.known_hosts, "\n")
     return transport(request)
 
 

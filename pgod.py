@@ -346,6 +346,20 @@ def parse_address(text: str) -> tuple[str, int] | None:
     return host.removeprefix("[").removesuffix("]"), int(port)
 
 
+def remote_with_token(parts: urllib.parse.SplitResult) -> Remote:
+    """An https address: user and token become a header that git gets by its environment."""
+    host = parts.netloc.rpartition("@")[2]
+    url = urllib.parse.urlunsplit((parts.scheme, host, parts.path, parts.query, ""))
+    if parts.username is None:
+        return Remote(url)
+    raw = [text for text in (parts.username, parts.password) if text]
+    user, token = (urllib.parse.unquote(text or "") for text in (parts.username, parts.password))
+    basic = base64.b64encode(f"{user}:{token}".encode()).decode()
+    secrets = {basic, raw[-1], urllib.parse.unquote(raw[-1]),
+               urllib.parse.quote(urllib.parse.unquote(raw[-1]), safe="")}
+    return Remote(url, f"Authorization: Basic {basic}", tuple(sorted(secrets)))
+
+
 def parse_remote(text: str) -> Remote:
     """A repository's address, with its credentials taken out of it."""
     if text.startswith("/"):
@@ -364,20 +378,6 @@ def parse_remote(text: str) -> Remote:
             raise ValueError("has a password, which only https can take; use deploy_key")
         return Remote(text)
     return remote_with_token(parts)
-
-
-def remote_with_token(parts: urllib.parse.SplitResult) -> Remote:
-    """An https address: user and token become a header that git gets by its environment."""
-    host = parts.netloc.rpartition("@")[2]
-    url = urllib.parse.urlunsplit((parts.scheme, host, parts.path, parts.query, ""))
-    if parts.username is None:
-        return Remote(url)
-    raw = [text for text in (parts.username, parts.password) if text]
-    user, token = (urllib.parse.unquote(text or "") for text in (parts.username, parts.password))
-    basic = base64.b64encode(f"{user}:{token}".encode()).decode()
-    secrets = {basic, raw[-1], urllib.parse.unquote(raw[-1]),
-               urllib.parse.quote(urllib.parse.unquote(raw[-1]), safe="")}
-    return Remote(url, f"Authorization: Basic {basic}", tuple(sorted(secrets)))
 
 
 def parse_registry(text: str, user: str) -> Registry:
@@ -657,24 +657,6 @@ SERVICE_KEYS: dict[str, tuple[str, Callable[[object], Any]]] = {
 REQUIRED_KEYS = ("name", "user", "repository")
 
 
-def parse_service(table: Mapping[str, object], label: str) -> tuple[Service | None, list[str]]:
-    """A Service, or None and every reason why not. Values of secrets are in no message."""
-    errors, fields = [], {}
-    for key, value in table.items():
-        if key not in SERVICE_KEYS:
-            errors.append(f"{label}: unknown key {key!r}{nearest(key, SERVICE_KEYS)}")
-            continue
-        name, parser = SERVICE_KEYS[key]
-        try:
-            fields[name] = parser(value)
-        except ValueError as error:
-            errors.append(f"{label}: {key}: {error}")
-    errors += [f"{label}: {key} is missing" for key in REQUIRED_KEYS if key not in table]
-    if errors:
-        return None, errors
-    return combine_fields(fields, label)
-
-
 def combine_fields(fields: dict[str, Any], label: str) -> tuple[Service | None, list[str]]:
     """What needs more than one key, or must not show its value in an error."""
     errors = []
@@ -697,6 +679,24 @@ def combine_fields(fields: dict[str, Any], label: str) -> tuple[Service | None, 
     if fields.get("reload") and not fields.get("import_file"):
         errors.append(f"{label}: reload needs an import, which is what it announces")
     return (None, errors) if errors else (Service(**fields), [])
+
+
+def parse_service(table: Mapping[str, object], label: str) -> tuple[Service | None, list[str]]:
+    """A Service, or None and every reason why not. Values of secrets are in no message."""
+    errors, fields = [], {}
+    for key, value in table.items():
+        if key not in SERVICE_KEYS:
+            errors.append(f"{label}: unknown key {key!r}{nearest(key, SERVICE_KEYS)}")
+            continue
+        name, parser = SERVICE_KEYS[key]
+        try:
+            fields[name] = parser(value)
+        except ValueError as error:
+            errors.append(f"{label}: {key}: {error}")
+    errors += [f"{label}: {key} is missing" for key in REQUIRED_KEYS if key not in table]
+    if errors:
+        return None, errors
+    return combine_fields(fields, label)
 
 
 def check_services(services: Sequence[Service]) -> list[str]:
@@ -804,6 +804,15 @@ def make_folder(path: Path, mode: int, account: Account | None = None,
     path.chmod(mode)
 
 
+def flush_folder(path: Path) -> None:
+    """Make renames in it last."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
 def write_atomic(path: Path, data: bytes, mode: int = 0o600, account: Account | None = None,
                  gid: int | None = None) -> None:
     """Old content or new content, never half of it, also after a loss of power."""
@@ -821,15 +830,6 @@ def write_atomic(path: Path, data: bytes, mode: int = 0o600, account: Account | 
             os.unlink(temporary)
         raise
     flush_folder(path.parent)
-
-
-def flush_folder(path: Path) -> None:
-    """Make renames in it last."""
-    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 FOLDER_FLAGS = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
@@ -1055,6 +1055,27 @@ def kill_all(processes: Iterable[int], number: int) -> None:
             os.kill(process, number)
 
 
+Child = subprocess.Popen[bytes]
+PIPE, DEVNULL = subprocess.PIPE, subprocess.DEVNULL
+
+
+def child_environment(extra: Mapping[str, str]) -> dict[str, str]:
+    """What a child sees of pgod's environment, and `extra`. HOME is nowhere, not in /tmp."""
+    passed = {name: os.environ[name] for name in PASSED_ENVIRONMENT if name in os.environ}
+    return {"PATH": DEFAULT_PATH, "HOME": "/nonexistent", **passed, **extra}
+
+
+def feed_lines(data: bytearray, on_line: Callable[[str], None],
+               secrets: Sequence[str]) -> bytearray:
+    """Hand on the whole lines in `data`; what is left of it."""
+    *lines, rest = data.split(b"\n")
+    for line in lines:
+        text = line.decode(errors="replace").strip()
+        if text:
+            on_line(redact(text, secrets))
+    return bytearray(rest)
+
+
 class Children:
     """The one door to other programs: argument lists, never a shell; each in its own session.
 
@@ -1079,8 +1100,8 @@ class Children:
 
     def start(self, words: Sequence[str], *, account: Account | None = None,
               env: Mapping[str, str] | None = None, folder: Path = Path("/"),
-              stdin: int = subprocess.DEVNULL, stdout: int = subprocess.PIPE,
-              stderr: int = subprocess.PIPE, session: bool = True) -> subprocess.Popen[bytes]:
+              stdin: int = DEVNULL, stdout: int = PIPE,
+              stderr: int = PIPE, session: bool = True) -> Child:
         """A running child; whoever starts it must wait for it. Raises Fault if there is none."""
         who: dict[str, Any] = {}
         if account and os.geteuid() == 0:
@@ -1098,7 +1119,7 @@ class Children:
         except (OSError, subprocess.SubprocessError) as error:
             raise Fault(f"{words[0]} cannot be started: {error}") from None
 
-    def end(self, child: subprocess.Popen[bytes], grace: float = 3.0) -> None:
+    def end(self, child: Child, grace: float = 3.0) -> None:
         """End the child's whole session: TERM, then KILL."""
         kill_all(session_processes(child.pid), signal.SIGTERM)
         patience = time.monotonic() + grace
@@ -1121,7 +1142,7 @@ class Children:
         as they come. A deadline or limit that is passed ends its session and shows in `trouble`.
         """
         child = self.start(words, account=account, env=env, folder=folder,
-                           stdin=subprocess.PIPE if stdin else subprocess.DEVNULL)
+                           stdin=PIPE if stdin else DEVNULL)
         log.debug("%s: runs: %s", kind[0] or "pgod", redact(shlex.join(words), secrets))
         try:
             stdout, stderr, trouble = self._collect(child, stdin, deadline, limit, on_line, secrets)
@@ -1136,7 +1157,7 @@ class Children:
             self.metrics.count("pgo_command_error_count", kind)
         return result
 
-    def _collect(self, child: subprocess.Popen[bytes], stdin: bytes, deadline: float, limit: int,
+    def _collect(self, child: Child, stdin: bytes, deadline: float, limit: int,
                  on_line: Callable[[str], None] | None,
                  secrets: Sequence[str]) -> tuple[bytes, bytes, str]:
         """Both outputs until their end, the child's or the deadline; and what was wrong."""
@@ -1175,22 +1196,6 @@ class Children:
         return bytes(output["stdout"]), bytes(output["stderr"]), ""
 
 
-def feed_lines(data: bytearray, on_line: Callable[[str], None],
-               secrets: Sequence[str]) -> bytearray:
-    """Hand on the whole lines in `data`; what is left of it."""
-    *lines, rest = data.split(b"\n")
-    for line in lines:
-        text = line.decode(errors="replace").strip()
-        if text:
-            on_line(redact(text, secrets))
-    return bytearray(rest)
-
-
-def child_environment(extra: Mapping[str, str]) -> dict[str, str]:
-    """What a child sees of pgod's environment, and `extra`. HOME is nowhere, not in /tmp."""
-    passed = {name: os.environ[name] for name in PASSED_ENVIRONMENT if name in os.environ}
-    return {"PATH": DEFAULT_PATH, "HOME": "/nonexistent", **passed, **extra}
-
 # ---- Git ---------------------------------------------------------------------------------------
 
 # path: (mode, blob) of everything in a commit, as `git ls-tree -r` says it.
@@ -1212,6 +1217,11 @@ class Commit:
     identity: str
     author: str = ""
     subject: str = ""
+
+
+def printable(text: str) -> str:
+    """No control characters: what a repository says must not steer a terminal or a log."""
+    return "".join(char if char.isprintable() else "?" for char in text)
 
 
 class Git:
@@ -1331,13 +1341,6 @@ class Git:
     def identity(self, ref: str) -> str:
         return self.git("rev-parse", "--verify", "--quiet", f"{ref}^{{commit}}").decode().strip()
 
-    def has(self, commit: str) -> bool:
-        """Whether the commit is in the git folder."""
-        try:
-            return bool(commit) and self.identity(commit) == commit
-        except Fault:
-            return False
-
     def mark_good(self, commit: str) -> None:
         """Keep the commit for rollbacks."""
         self.git("update-ref", "refs/pgod/good", commit)
@@ -1425,16 +1428,38 @@ class Git:
             return read_beneath(self.places.export, path)
 
 
-def printable(text: str) -> str:
-    """No control characters: what a repository says must not steer a terminal or a log."""
-    return "".join(char if char.isprintable() else "?" for char in text)
-
 # ---- Work tree ---------------------------------------------------------------------------------
 
 
 def blob_of(data: bytes) -> str:
     """The name that git gives a content (SHA-1 repositories)."""
     return hashlib.sha1(b"blob %d\0" % len(data) + data, usedforsecurity=False).hexdigest()
+
+
+def untracked_beneath(root: Path, path: str, known: set[str]) -> list[str]:
+    """Files in a folder that the last commit did not put there."""
+    with folder_beneath(root, path.split("/")) as folder:
+        return [name for top, _, files, _ in os.fwalk(".", dir_fd=folder) for file in files
+                if (name := os.path.normpath(f"{path}/{top}/{file}")) not in known]
+
+
+def read_link(root: Path, path: str) -> str:
+    *parts, name = path.split("/")
+    with folder_beneath(root, parts) as folder:
+        return os.readlink(name, dir_fd=folder)
+
+
+def same_entry(root: Path, export: Path, path: str, mode: str) -> bool:
+    """Whether the work tree has at `path` what the export has there."""
+    found = stat_beneath(root, path)
+    if found is None or stat.S_ISLNK(found.st_mode) != (mode == "120000"):
+        return False
+    if mode == "120000":
+        return read_link(root, path) == os.readlink(export / path)
+    executable = bool(found.st_mode & stat.S_IXUSR) == (mode == "100755")
+    size = (export / path).lstat().st_size
+    return (stat.S_ISREG(found.st_mode) and executable and found.st_size == size
+            and read_beneath(root, path) == (export / path).read_bytes())
 
 
 def worktree_conflicts(root: Path, export: Path, tracked: Iterable[str], new: Tree) -> list[str]:
@@ -1461,30 +1486,21 @@ def worktree_conflicts(root: Path, export: Path, tracked: Iterable[str], new: Tr
     return conflicts
 
 
-def untracked_beneath(root: Path, path: str, known: set[str]) -> list[str]:
-    """Files in a folder that the last commit did not put there."""
-    with folder_beneath(root, path.split("/")) as folder:
-        return [name for top, _, files, _ in os.fwalk(".", dir_fd=folder) for file in files
-                if (name := os.path.normpath(f"{path}/{top}/{file}")) not in known]
-
-
-def same_entry(root: Path, export: Path, path: str, mode: str) -> bool:
-    """Whether the work tree has at `path` what the export has there."""
-    found = stat_beneath(root, path)
-    if found is None or stat.S_ISLNK(found.st_mode) != (mode == "120000"):
+def same_or_absent(root: Path, export: Path, path: str, mode: str) -> bool:
+    """Nothing to write. What cannot be read, by a container's doing, is written again."""
+    try:
+        return same_entry(root, export, path, mode)
+    except PermissionError:
         return False
+
+
+def write_entry(root: Path, export: Path, path: str, mode: str) -> None:
+    """What the export has at `path`, to the work tree."""
     if mode == "120000":
-        return read_link(root, path) == os.readlink(export / path)
-    executable = bool(found.st_mode & stat.S_IXUSR) == (mode == "100755")
-    size = (export / path).lstat().st_size
-    return (stat.S_ISREG(found.st_mode) and executable and found.st_size == size
-            and read_beneath(root, path) == (export / path).read_bytes())
-
-
-def read_link(root: Path, path: str) -> str:
-    *parts, name = path.split("/")
-    with folder_beneath(root, parts) as folder:
-        return os.readlink(name, dir_fd=folder)
+        link_beneath(root, path, os.readlink(export / path))
+    else:
+        write_beneath(root, path, (export / path).read_bytes(),
+                      0o755 if mode == "100755" else 0o644)
 
 
 def update_worktree(root: Path, export: Path, tracked: Iterable[str], new: Tree,
@@ -1514,22 +1530,6 @@ def update_worktree(root: Path, export: Path, tracked: Iterable[str], new: Tree,
         remove_beneath(root, path, keep)
     return changed + len(gone)
 
-
-def same_or_absent(root: Path, export: Path, path: str, mode: str) -> bool:
-    """Nothing to write. What cannot be read, by a container's doing, is written again."""
-    try:
-        return same_entry(root, export, path, mode)
-    except PermissionError:
-        return False
-
-
-def write_entry(root: Path, export: Path, path: str, mode: str) -> None:
-    """What the export has at `path`, to the work tree."""
-    if mode == "120000":
-        link_beneath(root, path, os.readlink(export / path))
-    else:
-        write_beneath(root, path, (export / path).read_bytes(),
-                      0o755 if mode == "100755" else 0o644)
 
 # ---- Model -------------------------------------------------------------------------------------
 
@@ -1618,6 +1618,10 @@ def with_file_labels(model: Model, seals: Mapping[str, str],
     return result
 
 
+def label_of(service: Mapping[str, Any]) -> str:
+    return str((service.get("labels") or {}).get(FILES_LABEL, ""))
+
+
 def model_differences(old: Model, new: Model) -> dict[str, str]:
     """For each compose service: what `up` will do to it and why; unchanged ones are left out."""
     before, after = compose_services(old), compose_services(new)
@@ -1633,10 +1637,6 @@ def model_differences(old: Model, new: Model) -> dict[str, str]:
         elif keys:
             changes[name] = f"recreated: {', '.join(keys)} changed"
     return changes
-
-
-def label_of(service: Mapping[str, Any]) -> str:
-    return str((service.get("labels") or {}).get(FILES_LABEL, ""))
 
 
 def waits_for_up(model: Model) -> bool:
@@ -1675,6 +1675,11 @@ class Violation:
                 f"{self.why}{remedy if self.allow else ''}")
 
 
+def targets(service: Service) -> set[str]:
+    """The hosts that a service's urls lead to."""
+    return {target.rpartition(":")[0] for _, target in service.urls}
+
+
 @dataclass(frozen=True)
 class Surroundings:
     """What the policy knows besides the model."""
@@ -1701,11 +1706,6 @@ class Surroundings:
         """Names that a shared network must not answer to in our place."""
         theirs = {name for other in self.others for name in (other.name, *targets(other))}
         return theirs - {self.name, *targets(self.service)}
-
-
-def targets(service: Service) -> set[str]:
-    """The hosts that a service's urls lead to."""
-    return {target.rpartition(":")[0] for _, target in service.urls}
 
 
 Found = Iterator[Violation]
@@ -1869,6 +1869,10 @@ def tmpfs_rule(where: str, value: Any, around: Surroundings) -> Found:
                 yield from size_rule(where, "tmpfs", option[5:], around)
 
 
+DEPLOY_KEYS = frozenset(("mode replicas labels update_config rollback_config resources "
+                         "restart_policy placement endpoint_mode").split())
+
+
 def deploy_rule(where: str, value: Any, around: Surroundings) -> Found:
     for key, item in (value or {}).items():
         if key not in DEPLOY_KEYS:
@@ -1886,22 +1890,37 @@ def hooks_rule(where: str, value: Any, around: Surroundings) -> Found:
             yield Violation(where, "privileged", shown(item), "is root on the host", "privileged")
 
 
-def build_rule(where: str, value: Any, around: Surroundings) -> Found:
-    build = value if isinstance(value, dict) else {"context": value}
-    for key, item in build.items():
-        if key not in BUILD_KEYS:
-            yield Violation(where, f"build.{key}", shown(item), "is not known", f"key:{key}")
-    for key in ("privileged", "entitlements", "ssh"):
-        if build.get(key):
-            yield Violation(where, f"build.{key}", shown(build[key]), "is a power over the host",
-                            f"build:{key}")
-    if build.get("network") not in (None, "", "none", "default"):
-        yield Violation(where, "build.network", shown(build["network"]),
-                        "is a network that is not its own", f"build:network:{build['network']}")
-    for tag in build.get("tags") or ():
-        yield from built_image_rule(where, tag, around)
-    yield from shm_rule(where, build.get("shm_size") or 0, around)
-    yield from build_paths_rule(where, build, around)
+BUILD_KEYS = frozenset((
+    "context dockerfile dockerfile_inline args labels target no_cache pull tags platforms "
+    "network shm_size secrets ssh privileged entitlements additional_contexts cache_from cache_to "
+    "extra_hosts isolation ulimits provenance sbom").split())
+
+
+def beneath(path: str, root: str) -> str | None:
+    """The path relative to root (`` for root itself), or None if it lies elsewhere."""
+    if os.path.normpath(path) != path.rstrip("/") and path != root:
+        return None
+    if path.rstrip("/") == root:
+        return ""
+    return path.rstrip("/")[len(root) + 1:] if path.startswith(root + "/") else None
+
+
+def link_above(relative: str, tree: Tree) -> str:
+    """Why the commit makes a path unsafe: a symlink or submodule at it or above it."""
+    parts = relative.split("/")
+    for depth in range(1, len(parts) + 1):
+        mode, _ = tree.get("/".join(parts[:depth]), ("", ""))
+        if mode in LINK_MODES:
+            return f"leads through {LINK_MODES[mode]} ({'/'.join(parts[:depth])})"
+    return ""
+
+
+def outside_commit(path: str, around: Surroundings) -> str:
+    """Why a path is not a plain one of the commit, or nothing."""
+    relative = beneath(path, around.worktree)
+    if relative is None:
+        return "lies outside the repository"
+    return link_above(relative, around.tree)
 
 
 def build_paths_rule(where: str, build: Mapping[str, Any], around: Surroundings) -> Found:
@@ -1924,37 +1943,28 @@ def build_paths_rule(where: str, build: Mapping[str, Any], around: Surroundings)
                 yield Violation(where, f"build.{key}", str(item), "uses files of the host")
 
 
-def outside_commit(path: str, around: Surroundings) -> str:
-    """Why a path is not a plain one of the commit, or nothing."""
-    relative = beneath(path, around.worktree)
-    if relative is None:
-        return "lies outside the repository"
-    return link_above(relative, around.tree)
-
-
-def beneath(path: str, root: str) -> str | None:
-    """The path relative to root (`` for root itself), or None if it lies elsewhere."""
-    if os.path.normpath(path) != path.rstrip("/") and path != root:
-        return None
-    if path.rstrip("/") == root:
-        return ""
-    return path.rstrip("/")[len(root) + 1:] if path.startswith(root + "/") else None
-
-
-def link_above(relative: str, tree: Tree) -> str:
-    """Why the commit makes a path unsafe: a symlink or submodule at it or above it."""
-    parts = relative.split("/")
-    for depth in range(1, len(parts) + 1):
-        mode, _ = tree.get("/".join(parts[:depth]), ("", ""))
-        if mode in LINK_MODES:
-            return f"leads through {LINK_MODES[mode]} ({'/'.join(parts[:depth])})"
-    return ""
-
-
 def built_image_rule(where: str, image: str, around: Surroundings) -> Found:
     if not around.owns(str(image), "-", "/"):
         yield Violation(where, "image", str(image), "is built here and may be what others use; "
                         f"call it {around.name}-… or {around.name}/…", f"image:{image}")
+
+
+def build_rule(where: str, value: Any, around: Surroundings) -> Found:
+    build = value if isinstance(value, dict) else {"context": value}
+    for key, item in build.items():
+        if key not in BUILD_KEYS:
+            yield Violation(where, f"build.{key}", shown(item), "is not known", f"key:{key}")
+    for key in ("privileged", "entitlements", "ssh"):
+        if build.get(key):
+            yield Violation(where, f"build.{key}", shown(build[key]), "is a power over the host",
+                            f"build:{key}")
+    if build.get("network") not in (None, "", "none", "default"):
+        yield Violation(where, "build.network", shown(build["network"]),
+                        "is a network that is not its own", f"build:network:{build['network']}")
+    for tag in build.get("tags") or ():
+        yield from built_image_rule(where, tag, around)
+    yield from shm_rule(where, build.get("shm_size") or 0, around)
+    yield from build_paths_rule(where, build, around)
 
 
 def volumes_rule(where: str, value: Any, around: Surroundings) -> Found:
@@ -1988,12 +1998,6 @@ PLAIN_KEYS = (
     "entrypoint env_file environment expose extends extra_hosts healthcheck hostname image init "
     "label_file links mac_address networks platform profiles pull_policy pull_refresh_after "
     "read_only restart secrets stdin_open stop_signal tty user working_dir").split()
-DEPLOY_KEYS = frozenset(("mode replicas labels update_config rollback_config resources "
-                         "restart_policy placement endpoint_mode").split())
-BUILD_KEYS = frozenset((
-    "context dockerfile dockerfile_inline args labels target no_cache pull tags platforms "
-    "network shm_size secrets ssh privileged entitlements additional_contexts cache_from cache_to "
-    "extra_hosts isolation ulimits provenance sbom").split())
 
 # Every key of a compose service that pgod knows. One that is not here is refused by name.
 SERVICE_RULES: dict[str, Rule] = {
@@ -2154,6 +2158,16 @@ def bind_allowed(bind: Bind, service: Service) -> bool:
     return False
 
 
+def check_nested_binds(binds: Sequence[Bind], around: Surroundings) -> Found:
+    """No source beneath one that a container can write: it could put a link to /etc there."""
+    writable = {bind.source.rstrip("/") for bind in binds if not bind.read_only}
+    for bind in binds:
+        above = sorted(source for source in writable if bind.source.startswith(source + "/"))
+        if above:
+            yield Violation(bind.compose_service, bind.kind, bind.source,
+                            f"lies beneath {above[0]}, which a container can write")
+
+
 def check_binds(model: Model, around: Surroundings) -> Found:
     """Where bind mounts, configs and secrets may come from."""
     binds = binds_of(model)
@@ -2174,16 +2188,6 @@ def check_binds(model: Model, around: Surroundings) -> Found:
         if why:
             yield Violation(bind.compose_service, bind.kind, bind.source, why, entry)
     yield from check_nested_binds(binds, around)
-
-
-def check_nested_binds(binds: Sequence[Bind], around: Surroundings) -> Found:
-    """No source beneath one that a container can write: it could put a link to /etc there."""
-    writable = {bind.source.rstrip("/") for bind in binds if not bind.read_only}
-    for bind in binds:
-        above = sorted(source for source in writable if bind.source.startswith(source + "/"))
-        if above:
-            yield Violation(bind.compose_service, bind.kind, bind.source,
-                            f"lies beneath {above[0]}, which a container can write")
 
 
 def check_policy(model: Model, around: Surroundings) -> list[Violation]:
@@ -2257,6 +2261,12 @@ def load_json(path: Path, default: Any) -> Any:
     return value if isinstance(value, type(default)) else default
 
 
+def format_time(seconds: float) -> str:
+    """UTC, to the second."""
+    moment = datetime.datetime.fromtimestamp(seconds, datetime.UTC)
+    return moment.strftime("%Y-%m-%d %H:%M:%SZ")
+
+
 @dataclass(frozen=True)
 class Hold:
     """Why nothing is deployed or healed: `down` and `stop`, or `hold`."""
@@ -2272,12 +2282,6 @@ class Hold:
         reason = f": {self.reason}" if self.reason else ""
         verb = "stopped" if self.kind == "stop" else "held"
         return f"{verb} by {self.by} since {format_time(self.since)}{end}{reason}"
-
-
-def format_time(seconds: float) -> str:
-    """UTC, to the second."""
-    moment = datetime.datetime.fromtimestamp(seconds, datetime.UTC)
-    return moment.strftime("%Y-%m-%d %H:%M:%SZ")
 
 
 def load_hold(path: Path, kind: str) -> Hold | None:
@@ -2343,38 +2347,22 @@ def short(commit: str) -> str:
     return commit[:10]
 
 
-def decide(seen: Observed) -> Decision:
-    """The one place where it is decided what is done for a service. Pure."""
-    if seen.hold:
-        return Decision("nothing", reasons=(seen.hold,))
-    target = seen.wanted or seen.deploying or seen.running
-    if seen.asked and target:
-        return Decision("deploy", target, reasons=("asked for by up",))
-    if not target:
-        return Decision("nothing", reasons=("the repository could not be reached yet",))
-    if seen.owes_rollback and seen.failed[0] == target:
-        return Decision("rollback", seen.running, reasons=("the last rollback failed",))
-    reason, calm = deploy_reason(seen, target), "in sync"
-    if reason and seen.failed[:2] == (target, seen.digest) and not seen.failed[2]:
-        reason, calm = "", f"{short(target)} failed and is not tried now"
-    if reason and seen.waiting == target and seen.digest == seen.running_digest:
-        reason, calm = "", f"{short(target)} waits for up"
-    if reason:
-        return Decision("deploy", target, reasons=(reason,))
-    return decide_heal(seen, calm)
+def broken(container: Container, by_hand: bool) -> tuple[str, bool]:
+    """Why a container must be brought back, or "", and whether it ended by itself.
 
-
-def deploy_reason(seen: Observed, target: str) -> str:
-    """Why the target must be deployed, or nothing."""
-    if not seen.running:
-        return f"first deploy of {short(target)}"
-    if seen.deploying:
-        return f"the deploy of {short(seen.deploying)} was interrupted"
-    if target != seen.running:
-        return f"new commit {short(target)} (runs: {short(seen.running)})"
-    if seen.digest != seen.running_digest:
-        return "the configuration changed"
-    return ""
+    One that ended with 0 is done, unless somebody stopped it, or its restart policy says that it
+    is never done (then somebody stopped it while pgod did not look).
+    """
+    if container.status in ("running", "restarting", "paused", "removing"):
+        return "", False
+    if container.status == "created":
+        return "was never started", False
+    if by_hand:
+        return "was stopped by hand", False
+    if container.status == "exited" and container.exit_code == 0:
+        forever = container.policy in ("always", "unless-stopped")
+        return ("was stopped", False) if forever else ("", False)
+    return f"ended with {container.exit_code}", True
 
 
 def decide_heal(seen: Observed, calm: str) -> Decision:
@@ -2398,22 +2386,38 @@ def decide_heal(seen: Observed, calm: str) -> Decision:
     return Decision("heal", seen.running, tuple(sorted(needs)), tuple(needs.values()), crashed)
 
 
-def broken(container: Container, by_hand: bool) -> tuple[str, bool]:
-    """Why a container must be brought back, or "", and whether it ended by itself.
+def deploy_reason(seen: Observed, target: str) -> str:
+    """Why the target must be deployed, or nothing."""
+    if not seen.running:
+        return f"first deploy of {short(target)}"
+    if seen.deploying:
+        return f"the deploy of {short(seen.deploying)} was interrupted"
+    if target != seen.running:
+        return f"new commit {short(target)} (runs: {short(seen.running)})"
+    if seen.digest != seen.running_digest:
+        return "the configuration changed"
+    return ""
 
-    One that ended with 0 is done, unless somebody stopped it, or its restart policy says that it
-    is never done (then somebody stopped it while pgod did not look).
-    """
-    if container.status in ("running", "restarting", "paused", "removing"):
-        return "", False
-    if container.status == "created":
-        return "was never started", False
-    if by_hand:
-        return "was stopped by hand", False
-    if container.status == "exited" and container.exit_code == 0:
-        forever = container.policy in ("always", "unless-stopped")
-        return ("was stopped", False) if forever else ("", False)
-    return f"ended with {container.exit_code}", True
+
+def decide(seen: Observed) -> Decision:
+    """The one place where it is decided what is done for a service. Pure."""
+    if seen.hold:
+        return Decision("nothing", reasons=(seen.hold,))
+    target = seen.wanted or seen.deploying or seen.running
+    if seen.asked and target:
+        return Decision("deploy", target, reasons=("asked for by up",))
+    if not target:
+        return Decision("nothing", reasons=("the repository could not be reached yet",))
+    if seen.owes_rollback and seen.failed[0] == target:
+        return Decision("rollback", seen.running, reasons=("the last rollback failed",))
+    reason, calm = deploy_reason(seen, target), "in sync"
+    if reason and seen.failed[:2] == (target, seen.digest) and not seen.failed[2]:
+        reason, calm = "", f"{short(target)} failed and is not tried now"
+    if reason and seen.waiting == target and seen.digest == seen.running_digest:
+        reason, calm = "", f"{short(target)} waits for up"
+    if reason:
+        return Decision("deploy", target, reasons=(reason,))
+    return decide_heal(seen, calm)
 
 
 def judge(containers: Sequence[Container], expected: Mapping[str, int],
@@ -2489,6 +2493,28 @@ def account_of(user: str, with_docker: bool = False) -> Account:
     return Account(user, entry.pw_uid, entry.pw_gid, tuple(sorted(groups)))
 
 
+ENGINE_GONE = r"Cannot connect to the Docker daemon|error during connect|server is shutting down"
+
+
+def parse_container(facts: Mapping[str, Any]) -> Container:
+    """A Container of what `docker inspect` says."""
+    state, labels = facts["State"], facts["Config"]["Labels"] or {}
+    return Container(
+        facts["Id"], labels.get("com.docker.compose.service", ""), facts["Name"].lstrip("/"),
+        state["Status"], state["ExitCode"], (state.get("Health") or {}).get("Status", "")
+        .replace("none", ""), facts.get("RestartCount", 0),
+        facts["HostConfig"]["RestartPolicy"]["Name"] or "no", facts["Image"], state["StartedAt"])
+
+
+def render_complaint(result: Result) -> str:
+    """Why a rendering failed; a limit's own words help nobody."""
+    if "out of memory" in result.stderr or "cannot allocate memory" in result.stderr:
+        return f"it needs more than {RENDER_MEMORY >> 20} MiB of memory"
+    if result.status in (-signal.SIGXCPU, -signal.SIGKILL):
+        return f"it needs more than {RENDER_CPU} s of processor time"
+    return result.complaint
+
+
 class Engine:
     """docker and compose for one service.
 
@@ -2504,7 +2530,6 @@ class Engine:
         self.compose_words = compose
         self.account = account_of(service.user)
         self.docker_account = account_of(service.user, with_docker=True)
-        self.logged_in = False
 
     @property
     def reader_group(self) -> int | None:
@@ -2709,27 +2734,6 @@ class Engine:
             gone = re.search(ENGINE_GONE, result.stderr)
             raise (EngineGone if gone else Fault)(f"up: {result.complaint}")
 
-
-ENGINE_GONE = r"Cannot connect to the Docker daemon|error during connect|server is shutting down"
-
-
-def parse_container(facts: Mapping[str, Any]) -> Container:
-    """A Container of what `docker inspect` says."""
-    state, labels = facts["State"], facts["Config"]["Labels"] or {}
-    return Container(
-        facts["Id"], labels.get("com.docker.compose.service", ""), facts["Name"].lstrip("/"),
-        state["Status"], state["ExitCode"], (state.get("Health") or {}).get("Status", "")
-        .replace("none", ""), facts.get("RestartCount", 0),
-        facts["HostConfig"]["RestartPolicy"]["Name"] or "no", facts["Image"], state["StartedAt"])
-
-
-def render_complaint(result: Result) -> str:
-    """Why a rendering failed; a limit's own words help nobody."""
-    if "out of memory" in result.stderr or "cannot allocate memory" in result.stderr:
-        return f"it needs more than {RENDER_MEMORY >> 20} MiB of memory"
-    if result.status in (-signal.SIGXCPU, -signal.SIGKILL):
-        return f"it needs more than {RENDER_CPU} s of processor time"
-    return result.complaint
 
 # ---- Service -----------------------------------------------------------------------------------
 
@@ -3525,27 +3529,18 @@ class Order:
         return shlex.join((*self.command.split(), *hidden, *self.operands))
 
 
-def parse_order(text: str) -> Order:
-    """An exec request, `service//command argument…`. Raises Refused with what is wrong."""
-    if len(text) > SSH_COMMAND_BYTES:
-        raise Refused("the command is too long")
-    try:
-        words = shlex.split(text)
-    except ValueError as error:
-        raise Refused(f"the command cannot be split into words: {error}") from None
-    service, mark, command = words[0].partition("//") if words else ("", "", "")
-    if not mark or not service or not command:
-        raise Refused("write it like service//command; commands: " + ", ".join(COMMANDS))
-    arguments = words[1:]
-    if command == "git" and arguments:
-        command, arguments = f"git {arguments[0]}", arguments[1:]
-    if command not in COMMANDS:
-        raise Refused(f"there is no command {printable(command)!r}{nearest(command, COMMANDS)}; "
-                      f"commands: {', '.join(COMMANDS)}")
-    if len(arguments) > SSH_ARGUMENTS:
-        raise Refused(f"more than {SSH_ARGUMENTS} arguments")
-    options, operands = parse_options(command, arguments)
-    return check_operands(Order(service, command, options, operands))
+def split_option(word: str, table: Mapping[str, bool]) -> list[tuple[str, str | None]]:
+    """--name, --name=value, -x, -xVALUE or a cluster -xyz, as (option, value)."""
+    if word.startswith("--"):
+        name, mark, value = word.partition("=")
+        return [(name, value if mark else None)]
+    found: list[tuple[str, str | None]] = []
+    for position, letter in enumerate(word[1:], 1):
+        option = f"-{letter}"
+        if table.get(option):
+            return [*found, (option, word[position + 1:].removeprefix("=") or None)]
+        found.append((option, None))
+    return found
 
 
 def parse_options(command: str,
@@ -3584,20 +3579,6 @@ def parse_options(command: str,
     return tuple(options), tuple(operands)
 
 
-def split_option(word: str, table: Mapping[str, bool]) -> list[tuple[str, str | None]]:
-    """--name, --name=value, -x, -xVALUE or a cluster -xyz, as (option, value)."""
-    if word.startswith("--"):
-        name, mark, value = word.partition("=")
-        return [(name, value if mark else None)]
-    found: list[tuple[str, str | None]] = []
-    for position, letter in enumerate(word[1:], 1):
-        option = f"-{letter}"
-        if table.get(option):
-            return [*found, (option, word[position + 1:].removeprefix("=") or None)]
-        found.append((option, None))
-    return found
-
-
 def check_operands(order: Order) -> Order:
     """Names of compose services where the table has them. Raises Refused."""
     syntax = COMMANDS[order.command].words
@@ -3611,6 +3592,29 @@ def check_operands(order: Order) -> Order:
         if not re.fullmatch(r"[A-Za-z0-9._-]+", name) or name.startswith("-"):
             raise Refused(f"{order.command}: {printable(name)!r} is not a compose service")
     return order
+
+
+def parse_order(text: str) -> Order:
+    """An exec request, `service//command argument…`. Raises Refused with what is wrong."""
+    if len(text) > SSH_COMMAND_BYTES:
+        raise Refused("the command is too long")
+    try:
+        words = shlex.split(text)
+    except ValueError as error:
+        raise Refused(f"the command cannot be split into words: {error}") from None
+    service, mark, command = words[0].partition("//") if words else ("", "", "")
+    if not mark or not service or not command:
+        raise Refused("write it like service//command; commands: " + ", ".join(COMMANDS))
+    arguments = words[1:]
+    if command == "git" and arguments:
+        command, arguments = f"git {arguments[0]}", arguments[1:]
+    if command not in COMMANDS:
+        raise Refused(f"there is no command {printable(command)!r}{nearest(command, COMMANDS)}; "
+                      f"commands: {', '.join(COMMANDS)}")
+    if len(arguments) > SSH_ARGUMENTS:
+        raise Refused(f"more than {SSH_ARGUMENTS} arguments")
+    options, operands = parse_options(command, arguments)
+    return check_operands(Order(service, command, options, operands))
 
 
 def option_value(order: Order, name: str) -> str | None:
@@ -3637,16 +3641,6 @@ def answer_journal(worker: Worker, order: Order, by: str) -> str:
     raise Refused("journal is disabled; logs shows what the containers wrote")
 
 
-def answer_help(worker: Worker, order: Order, by: str) -> str:
-    rows = []
-    for name, command in COMMANDS.items():
-        options = [f"[{'|'.join(group)}]" for group in option_groups(command.options)]
-        rows.append(f"{name:<9} {command.help}")
-        rows += [f"          {' '.join([*options, command.words]).strip()}"] if (
-            options or command.words) else []
-    return "\n".join(rows)
-
-
 def option_groups(options: Mapping[str, bool]) -> list[list[str]]:
     """`-f` and `--follow` together: a short option stands before its long one in the table."""
     groups: list[list[str]] = []
@@ -3659,11 +3653,14 @@ def option_groups(options: Mapping[str, bool]) -> list[list[str]]:
     return groups
 
 
-def answer_status(worker: Worker, order: Order, by: str) -> str:
-    with contextlib.suppress(Fault):  # without an engine, what was seen last
-        worker.containers = worker.engine.containers()
-    facts = status_facts(worker, time.time())
-    return json.dumps(facts) if "--json" in order.options else render_status(facts)
+def answer_help(worker: Worker, order: Order, by: str) -> str:
+    rows = []
+    for name, command in COMMANDS.items():
+        options = [f"[{'|'.join(group)}]" for group in option_groups(command.options)]
+        rows.append(f"{name:<9} {command.help}")
+        rows += [f"          {' '.join([*options, command.words]).strip()}"] if (
+            options or command.words) else []
+    return "\n".join(rows)
 
 
 def status_facts(worker: Worker, now: float) -> dict[str, Any]:
@@ -3702,6 +3699,13 @@ def render_status(facts: Mapping[str, Any]) -> str:
         restarts = f", {container['restarts']} restarts" if container["restarts"] else ""
         lines.append(f"  {container['name']:<{width}}  {container['status']}{health}{restarts}")
     return "\n".join(lines)
+
+
+def answer_status(worker: Worker, order: Order, by: str) -> str:
+    with contextlib.suppress(Fault):  # without an engine, what was seen last
+        worker.containers = worker.engine.containers()
+    facts = status_facts(worker, time.time())
+    return json.dumps(facts) if "--json" in order.options else render_status(facts)
 
 
 def answer_history(worker: Worker, order: Order, by: str) -> str:
@@ -3776,6 +3780,85 @@ class Client:
     key: str = ""  # fingerprint, "" before it is proven
     heard: int = 0  # bytes before that
     sessions: int = 0
+
+
+def bound_input(channel: Any) -> None:
+    """Grant the client no more than a window of input that nobody has read yet.
+
+    asyncssh forgets what waits in its buffer: 200 MB for a slow reader took 100 MB of memory.
+    """
+    if not hasattr(channel, "_init_recv_window"):
+        return
+    deliver, window = channel._deliver_data, channel._init_recv_window
+
+    def deliver_data(data: bytes, datatype: Any = None) -> None:
+        channel._init_recv_window = window - sum(len(waiting) for waiting, _ in channel._recv_buf)
+        deliver(data, datatype)
+
+    channel._deliver_data = deliver_data
+
+
+def set_terminal_size(terminal: Any, columns: int, rows: int) -> None:
+    size = struct.pack("HHHH", (rows or 24) & 0xFFFF, (columns or 80) & 0xFFFF, 0, 0)
+    if terminal and os.isatty(terminal.fileno()):
+        fcntl.ioctl(terminal, termios.TIOCSWINSZ, size)
+
+
+def start_stream(engine: Engine, words: list[str], reads: bool, terminal: bool,
+                 process: Any) -> tuple[Child, dict[str, Any]]:
+    """A streaming child, and which of its ends go to the session. Raises Fault."""
+    who, env = engine.docker_account, engine.environment()
+    if not terminal:
+        child = engine.children.start(
+            words, account=who, env=env, stdin=PIPE if reads else DEVNULL)
+        if child.stdin:
+            os.set_blocking(child.stdin.fileno(), False)
+        streams = {"stdin": child.stdin, "stdout": child.stdout, "stderr": child.stderr}
+        return child, {name: stream for name, stream in streams.items() if stream}
+    master, theirs = os.openpty()
+    os.set_blocking(master, False)
+    ours = os.fdopen(master, "r+b", 0)
+    set_terminal_size(ours, *process.term_size[:2])
+    chown(theirs, who)
+    env["TERM"] = re.sub(r"[^\w.+-]", "", process.term_type or "") or "dumb"
+    try:
+        child = engine.children.start(["setsid", "--ctty", *words], account=who, env=env,
+                                      stdin=theirs, stdout=theirs, stderr=theirs, session=False)
+    except Fault:
+        ours.close()
+        raise
+    finally:
+        os.close(theirs)
+    return child, {"stdin": ours, "stdout": ours}
+
+
+async def ready(descriptor: int, writing: bool = False) -> None:
+    """Until it can be read (of a pidfd_open(2): until the process has ended) or written."""
+    loop, event = asyncio.get_running_loop(), asyncio.Event()
+    add, remove = ((loop.add_writer, loop.remove_writer) if writing
+                   else (loop.add_reader, loop.remove_reader))
+    add(descriptor, event.set)
+    try:
+        await event.wait()
+    finally:
+        remove(descriptor)
+
+
+def version_of(module: Any) -> tuple[int, ...]:
+    return tuple(int(part) for part in re.findall(r"\d+", module.__version__)[:3])
+
+
+async def write_all(descriptor: int, data: bytes) -> bool:
+    """Write to a child; false at the end of the data, or if the child reads no more."""
+    rest = memoryview(data)
+    while rest:
+        try:
+            rest = rest[os.write(descriptor, rest):]
+        except BlockingIOError:
+            await ready(descriptor, writing=True)
+        except OSError:
+            return False
+    return bool(data) or os.isatty(descriptor)
 
 
 class SshServer:
@@ -4024,14 +4107,14 @@ class SshServer:
                                       (worker.service.name, "compose", order.command))
         return 128 - status if status < 0 else status
 
-    def end_stream(self, child: subprocess.Popen[bytes], mark: str) -> None:
+    def end_stream(self, child: Child, mark: str) -> None:
         """End the child, and what it began in a container (docker does not)."""
         ended_by_itself = child.poll() is not None
         self.shared.children.end(child)
         if mark and not ended_by_itself:
             kill_all(marked_processes(mark), signal.SIGKILL)
 
-    async def tie(self, process: Any, child: subprocess.Popen[bytes],
+    async def tie(self, process: Any, child: Child,
                   streams: Mapping[str, Any], mark: str) -> int:
         """Pump until the child ends or the client goes; flow control holds both back.
 
@@ -4084,81 +4167,6 @@ class SshServer:
                 break
 
 
-def bound_input(channel: Any) -> None:
-    """Grant the client no more than a window of input that nobody has read yet.
-
-    asyncssh forgets what waits in its buffer: 200 MB for a slow reader took 100 MB of memory.
-    """
-    if not hasattr(channel, "_init_recv_window"):
-        return
-    deliver, window = channel._deliver_data, channel._init_recv_window
-
-    def deliver_data(data: bytes, datatype: Any = None) -> None:
-        channel._init_recv_window = window - sum(len(waiting) for waiting, _ in channel._recv_buf)
-        deliver(data, datatype)
-
-    channel._deliver_data = deliver_data
-
-
-async def ready(descriptor: int, writing: bool = False) -> None:
-    """Until it can be read (of a pidfd_open(2): until the process has ended) or written."""
-    loop, event = asyncio.get_running_loop(), asyncio.Event()
-    add, remove = ((loop.add_writer, loop.remove_writer) if writing
-                   else (loop.add_reader, loop.remove_reader))
-    add(descriptor, event.set)
-    try:
-        await event.wait()
-    finally:
-        remove(descriptor)
-
-
-async def write_all(descriptor: int, data: bytes) -> bool:
-    """Write to a child; false at the end of the data, or if the child reads no more."""
-    rest = memoryview(data)
-    while rest:
-        try:
-            rest = rest[os.write(descriptor, rest):]
-        except BlockingIOError:
-            await ready(descriptor, writing=True)
-        except OSError:
-            return False
-    return bool(data) or os.isatty(descriptor)
-
-
-def set_terminal_size(terminal: Any, columns: int, rows: int) -> None:
-    size = struct.pack("HHHH", (rows or 24) & 0xFFFF, (columns or 80) & 0xFFFF, 0, 0)
-    if terminal and os.isatty(terminal.fileno()):
-        fcntl.ioctl(terminal, termios.TIOCSWINSZ, size)
-
-
-def start_stream(engine: Engine, words: list[str], reads: bool, terminal: bool,
-                 process: Any) -> tuple[subprocess.Popen[bytes], dict[str, Any]]:
-    """A streaming child, and which of its ends go to the session. Raises Fault."""
-    who, env = engine.docker_account, engine.environment()
-    if not terminal:
-        child = engine.children.start(
-            words, account=who, env=env, stdin=subprocess.PIPE if reads else subprocess.DEVNULL)
-        if child.stdin:
-            os.set_blocking(child.stdin.fileno(), False)
-        streams = {"stdin": child.stdin, "stdout": child.stdout, "stderr": child.stderr}
-        return child, {name: stream for name, stream in streams.items() if stream}
-    master, theirs = os.openpty()
-    os.set_blocking(master, False)
-    ours = os.fdopen(master, "r+b", 0)
-    set_terminal_size(ours, *process.term_size[:2])
-    chown(theirs, who)
-    env["TERM"] = re.sub(r"[^\w.+-]", "", process.term_type or "") or "dumb"
-    try:
-        child = engine.children.start(["setsid", "--ctty", *words], account=who, env=env,
-                                      stdin=theirs, stdout=theirs, stderr=theirs, session=False)
-    except Fault:
-        ours.close()
-        raise
-    finally:
-        os.close(theirs)
-    return child, {"stdin": ours, "stdout": ours}
-
-
 def import_asyncssh() -> Any:
     """The module, or a Fault that says how to get it."""
     import warnings  # noqa: PLC0415
@@ -4175,10 +4183,39 @@ def import_asyncssh() -> Any:
     return asyncssh
 
 
-def version_of(module: Any) -> tuple[int, ...]:
-    return tuple(int(part) for part in re.findall(r"\d+", module.__version__)[:3])
-
 # ---- HTTP --------------------------------------------------------------------------------------
+
+
+class HttpHandler(http.server.BaseHTTPRequestHandler):
+    """Two pages."""
+
+    server: HttpServer
+    timeout = HTTP_SECONDS
+    server_version = "pgod"
+    sys_version = ""
+
+    def do_GET(self) -> None:
+        if self.path == "/metrics":
+            self.answer(200, self.server.shared.metrics.render(),
+                        "text/plain; version=0.0.4; charset=utf-8")
+        elif self.path == "/healthz":
+            self.answer(200, "ok\n")
+        else:
+            self.answer(404, "there are /metrics and /healthz\n")
+
+    do_HEAD = do_GET
+
+    def answer(self, status: int, text: str, kind: str = "text/plain; charset=utf-8") -> None:
+        data = text.encode()
+        self.send_response(status)
+        self.send_header("Content-Type", kind)
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(data)
+
+    def log_message(self, format: str, *args: Any) -> None:
+        log.debug("HTTP: %s: %s", self.address_string(), format % args)
 
 
 class HttpServer(http.server.ThreadingHTTPServer):
@@ -4223,38 +4260,6 @@ class HttpServer(http.server.ThreadingHTTPServer):
         log.debug("HTTP: %s: %s", client_address[0], sys.exc_info()[1])
 
 
-class HttpHandler(http.server.BaseHTTPRequestHandler):
-    """Two pages."""
-
-    server: HttpServer
-    timeout = HTTP_SECONDS
-    server_version = "pgod"
-    sys_version = ""
-
-    def do_GET(self) -> None:
-        if self.path == "/metrics":
-            self.answer(200, self.server.shared.metrics.render(),
-                        "text/plain; version=0.0.4; charset=utf-8")
-        elif self.path == "/healthz":
-            self.answer(200, "ok\n")
-        else:
-            self.answer(404, "there are /metrics and /healthz\n")
-
-    do_HEAD = do_GET
-
-    def answer(self, status: int, text: str, kind: str = "text/plain; charset=utf-8") -> None:
-        data = text.encode()
-        self.send_response(status)
-        self.send_header("Content-Type", kind)
-        self.send_header("Content-Length", str(len(data)))
-        self.end_headers()
-        if self.command != "HEAD":
-            self.wfile.write(data)
-
-    def log_message(self, format: str, *args: Any) -> None:
-        log.debug("HTTP: %s: %s", self.address_string(), format % args)
-
-
 def serve_http(address: tuple[str, int], shared: Shared) -> HttpServer:
     """Listen in a thread. Raises Fault."""
     try:
@@ -4281,6 +4286,16 @@ def notify(text: str) -> None:
         sock.sendto(text.encode(), "\0" + address[1:] if address[0] == "@" else address)
 
 
+def left_behind(mark: str) -> list[int]:
+    """Processes with the mark, outside of any container."""
+    def namespace(process: int | str) -> str:
+        try:
+            return os.readlink(f"/proc/{process}/ns/pid")
+        except OSError:
+            return ""
+    return [p for p in marked_processes(mark) if namespace(p) == namespace("self")]
+
+
 class Lock:
     """One pgod a folder. The file says who holds it, and by which mark its children are known."""
 
@@ -4304,16 +4319,6 @@ class Lock:
         os.fsync(self.descriptor)
 
 
-def left_behind(mark: str) -> list[int]:
-    """Processes with the mark, outside of any container."""
-    def namespace(process: int | str) -> str:
-        try:
-            return os.readlink(f"/proc/{process}/ns/pid")
-        except OSError:
-            return ""
-    return [p for p in marked_processes(mark) if namespace(p) == namespace("self")]
-
-
 class EventStream(threading.Thread):
     """One `docker events` for the whole engine: wakes the service whose container fell."""
 
@@ -4334,7 +4339,7 @@ class EventStream(threading.Thread):
         """Read events until the stream ends."""
         child = self.shared.children.start(
             ["docker", "events", "--filter", "type=container", "--format", "{{json .}}"],
-            stderr=subprocess.DEVNULL)
+            stderr=DEVNULL)
         assert child.stdout
         try:
             with selectors.DefaultSelector() as selector:
@@ -4343,7 +4348,7 @@ class EventStream(threading.Thread):
         finally:
             self.shared.children.end(child)
 
-    def read(self, child: subprocess.Popen[bytes], selector: selectors.BaseSelector) -> None:
+    def read(self, child: Child, selector: selectors.BaseSelector) -> None:
         assert child.stdout
         rest, since = b"", time.monotonic()
         while not self.shared.stopping.is_set():
@@ -4375,20 +4380,6 @@ class EventStream(threading.Thread):
             worker.wake("event")
 
 
-def remove_stale(shared: Shared) -> None:
-    """Take down what is in .pgod/ and not in pgo.toml; volumes stay, the folder is set aside."""
-    own = shared.settings.directory / ".pgod"
-    for path in sorted(own.iterdir()):
-        if path.name in shared.configuration.names or not (path / "state.json").is_file():
-            continue
-        if NAME_PATTERN.fullmatch(path.name):
-            try:
-                remove_service(shared, path)
-            except (Fault, OSError) as error:
-                log.error("%s: removal failed, will be tried at the next start: %s",
-                          path.name, error)
-
-
 def remove_service(shared: Shared, path: Path) -> None:
     """Containers and networks go; work tree and state move to .pgod/removed/."""
     name = path.name
@@ -4409,6 +4400,20 @@ def remove_service(shared: Shared, path: Path) -> None:
     (shared.settings.directory / f"{name}.stop").unlink(missing_ok=True)
     log.info("%s: removed: not in the configuration; its files are in %s, its volumes stay",
              name, aside)
+
+
+def remove_stale(shared: Shared) -> None:
+    """Take down what is in .pgod/ and not in pgo.toml; volumes stay, the folder is set aside."""
+    own = shared.settings.directory / ".pgod"
+    for path in sorted(own.iterdir()):
+        if path.name in shared.configuration.names or not (path / "state.json").is_file():
+            continue
+        if NAME_PATTERN.fullmatch(path.name):
+            try:
+                remove_service(shared, path)
+            except (Fault, OSError) as error:
+                log.error("%s: removal failed, will be tried at the next start: %s",
+                          path.name, error)
 
 
 class Daemon:
@@ -4662,6 +4667,14 @@ class Demo:
         shutil.rmtree(self.folder, ignore_errors=True)
 
 
+def announce(daemon: Daemon, example: Demo, settings: Settings) -> None:
+    """Print what to try as soon as the service runs."""
+    while not (hasattr(daemon, "shared") and daemon.shared.workers.get("demo")
+               and daemon.shared.workers["demo"].state.commit):
+        time.sleep(0.1)
+    example.explain(settings)
+
+
 def demo() -> int:
     """Run the demo until Ctrl-C. Raises Fault."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)
@@ -4676,13 +4689,6 @@ def demo() -> int:
     finally:
         example.clean()
 
-
-def announce(daemon: Daemon, example: Demo, settings: Settings) -> None:
-    """Print what to try as soon as the service runs."""
-    while not (hasattr(daemon, "shared") and daemon.shared.workers.get("demo")
-               and daemon.shared.workers["demo"].state.commit):
-        time.sleep(0.1)
-    example.explain(settings)
 
 # ---- Command line ------------------------------------------------------------------------------
 
