@@ -146,8 +146,8 @@ class UsageError(ControlError):
     status = 2
 
 
-class SignalError(ControlError):
-    """A signal ends pgoctl, or ended the command; nothing is said."""
+class SignalError(BaseException):
+    """A signal ends pgoctl, or ended the command. As with KeyboardInterrupt, no library stops it."""
 
     def __init__(self, number: int) -> None:
         super().__init__()
@@ -268,7 +268,7 @@ def say(text: str) -> None:
         write_all(2, f"pgoctl: {text}\n".encode(errors="backslashreplace"))
 
 
-def output_failure() -> ControlError:
+def output_failure() -> ControlError | SignalError:
     """What it means that standard output takes no more: its reader left, or the disk is full."""
     mode = os.fstat(1).st_mode
     if stat.S_ISFIFO(mode) or stat.S_ISSOCK(mode):
@@ -488,9 +488,13 @@ def quote_path(path: str) -> str:
 def home_words(request: Request) -> list[str]:
     """ssh asks the password database where home is; $HOME may be elsewhere, as in CI."""
     import pwd
-    with contextlib.suppress(KeyError):
-        if request.folder == os.path.join(pwd.getpwuid(os.getuid()).pw_dir, ".ssh"):
-            return []
+    try:
+        home = pwd.getpwuid(os.getuid()).pw_dir
+    except KeyError:
+        raise ControlError(f"ssh does not work for user id {os.getuid()}, which has no name here: "
+                           "use asyncssh (PGOCTL_TRANSPORT)") from None
+    if request.folder == os.path.join(home, ".ssh"):
+        return []
     config, *keys = (os.path.join(request.folder, name) for name in ("config", *DEFAULT_KEYS))
     keys = [key for key in keys if not request.key and os.path.exists(key)]
     return [*(["-F", config] if os.path.exists(config) else []),
@@ -546,7 +550,7 @@ def load_asyncssh() -> ModuleType:
     logging.disable()
     try:
         import asyncssh
-    except ImportError as error:
+    except (ImportError, AttributeError) as error:  # the latter: two packages do not fit
         raise ControlError(NO_TRANSPORT.format(f"there is no ssh to use, and {error}")) from None
     return asyncssh
 
@@ -606,7 +610,7 @@ class AsyncSession:
         self.asyncssh = load_asyncssh()
         self.loop = asyncio.new_event_loop()
         self.submit = asyncio.run_coroutine_threadsafe
-        self.ended: queue.SimpleQueue[Exception | None] = queue.SimpleQueue()
+        self.ended: queue.SimpleQueue[BaseException | None] = queue.SimpleQueue()
         start_thread(self.loop.run_forever)
 
     def call(self, work: Awaitable[Any]) -> Any:
@@ -621,7 +625,7 @@ class AsyncSession:
             while data := self.call(source.read(CHUNK)):
                 write_output(descriptor, data)
             self.ended.put(None)
-        except (ControlError, self.asyncssh.Error, OSError) as error:
+        except (ControlError, SignalError, self.asyncssh.Error, OSError) as error:
             self.ended.put(error)
 
     def feed(self, target: Any) -> None:
@@ -752,9 +756,9 @@ def open_streams() -> None:
 
 
 def interrupt(number: int, frame: FrameType | None) -> None:
-    """Let a signal unwind the stack, once."""
+    """Let a signal unwind the stack; the next one ends us at once."""
     for other in SIGNALS:
-        signal.signal(other, signal.SIG_IGN)
+        signal.signal(other, signal.SIG_DFL)
     raise SignalError(number)
 
 
@@ -778,9 +782,10 @@ def main(words: Sequence[str]) -> int:
             if signal.getsignal(number) is not signal.SIG_IGN:
                 signal.signal(number, interrupt)
         return run(words, os.environ)
+    except SignalError as error:
+        return error.status
     except ControlError as error:
-        if str(error):
-            say(str(error))
+        say(str(error))
         return error.status
 
 

@@ -346,21 +346,6 @@ ASYNCSSH = ("newest", "2.10.1", "2.20.0")
 SECRET = "pgotest-secret-8c1f"
 
 
-@contextlib.contextmanager
-def a_lab() -> Iterator[Lab]:
-    """A lab that several tests share."""
-    folder = Path(tempfile.mkdtemp(prefix="pgotest-"))
-    folder.chmod(0o755)
-    made = Lab(folder)
-    try:
-        yield made
-    finally:
-        try:
-            made.end()
-        finally:
-            shutil.rmtree(folder)
-
-
 def asyncssh_environment(version: str) -> dict[str, str]:
     """What makes pgod run on that asyncssh."""
     folder = HERE / ".venv" / f"asyncssh-{version}"
@@ -377,7 +362,7 @@ def memory(lab: Lab, field: str = "VmHWM") -> int:
 @pytest.fixture(scope="module", params=ASYNCSSH)
 def shared(request: pytest.FixtureRequest) -> Iterator[Lab]:
     """A started pgod on each asyncssh: service `a` for key `id`, `b` for key `other`."""
-    with a_lab() as lab:
+    with make_lab() as lab:
         names = [lab.service("a", env=[f"PGOTEST_SECRET={SECRET}"]), lab.service("b", key="other")]
         lab.start(env=asyncssh_environment(request.param))
         for name in names:
@@ -1679,13 +1664,13 @@ def test_image_that_cannot_be_pulled_takes_nothing_down(lab: Lab, image: str) ->
     lab.runs(name, commit)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+@pytest.mark.parametrize("number", [signal.SIGTERM] * 2 + [signal.SIGKILL] * 4)
 def test_end_at_any_moment_of_a_deploy_converges(lab: Lab, number: int) -> None:
     name = lab.service("a", {"compose.yaml": compose_file(services=TWO)}, **WAIT)
     deployed(lab, name)
     chance, db = random.Random(lab.name), lab.containers(name)[f"{name}-db-1"]
     print(f"seed {lab.name}")
-    for turn in range(10):
+    for turn in range(5):
         commit = lab.push(name, {"compose.yaml": compose_file(f"sleep 1000{turn}", services=TWO)})
         time.sleep(chance.uniform(0, 4))  # the moment is what is tried
         began = time.monotonic()
@@ -1765,8 +1750,8 @@ class Engine:
         """In a network of its own: without a bridge it would remove that of the other engine."""
         with (self.folder / "log").open("ab") as log:
             self.process = subprocess.Popen(
-                ["unshare", "--net", "dockerd", "--data-root", str(self.folder / "data"), "--exec-root",
-                 str(self.folder / "exec"), "--host", self.host, "--pidfile",
+                ["unshare", "--net", "dockerd", "--data-root", str(self.folder / "data"),
+                 "--exec-root", str(self.folder / "exec"), "--host", self.host, "--pidfile",
                  str(self.folder / "pid"), "--iptables=false", "--ip6tables=false",
                  "--bridge=none", "--containerd-namespace", self.name,
                  "--containerd-plugins-namespace", f"{self.name}-plugins"],
@@ -2176,7 +2161,7 @@ def test_server_says_nothing_untoward(shared: Lab) -> None:
 @pytest.fixture(scope="module")
 def quiet() -> Iterator[Lab]:
     """A started pgod without SSH, on every address, with one service."""
-    with a_lab() as lab:
+    with make_lab() as lab:
         name = lab.service("a", env=[f"PGOTEST_SECRET={SECRET}"])
         lab.start("--ssh", "", "--metric", f":{lab.metric_port}")
         lab.runs(name, lab.repositories[name].git("rev-parse", "HEAD"))
