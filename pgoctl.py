@@ -147,7 +147,7 @@ class UsageError(ControlError):
 
 
 class SignalError(BaseException):
-    """A signal ends pgoctl, or ended the command. As with KeyboardInterrupt, no library stops it."""
+    """A signal ends pgoctl, or ended the command; no library may catch it."""
 
     def __init__(self, number: int) -> None:
         super().__init__()
@@ -181,9 +181,9 @@ class Request(NamedTuple):
         return os.path.join(self.folder, "known_hosts")
 
 
-PRIVATE_KEY = re.compile(r"-----BEGIN ([A-Z ]*PRIVATE KEY)-----(.+?)-----END \1-----", re.DOTALL)
+PRIVATE_KEY = r"(?s)-----BEGIN ([A-Z ]*PRIVATE KEY)-----(.+?)-----END \1-----"
 OPENSSH_KEY = b"openssh-key-v1\0"  # then the cipher's length and name (PROTOCOL.key)
-HOST_NAME = re.compile(r"[A-Za-z0-9_][\w.-]*|\[[0-9A-Fa-f:.]+(%[\w.-]+)?\]", re.ASCII)
+HOST_NAME = r"(?a)\w[\w.-]*|\[[0-9A-Fa-f:.]+(%[\w.-]+)?\]"
 
 
 def decode_base64(text: str) -> bytes:
@@ -203,7 +203,7 @@ def fingerprint(key: bytes) -> str:
 
 def parse_key(text: str, name: str) -> str:
     """A private key from what a CI secret may have become: CRLF, literal \\n, all on one line."""
-    match = PRIVATE_KEY.search(text.replace("\\n", "\n"))
+    match = re.search(PRIVATE_KEY, text.replace("\\n", "\n"))
     if not match:
         public = text.startswith(("ssh-", "ecdsa-", "sk-"))
         raise ControlError(f"{name} is a public key: the private half is needed" if public else
@@ -234,7 +234,7 @@ def parse_target(text: str) -> tuple[str, str, str]:
         ("," in host, "several hosts are not supported yet, name one"),
         (not host, "the host is missing"),
         (not slashes and host.rpartition("]")[2].count(":") == 1, "//command is missing"),
-        (not HOST_NAME.fullmatch(host), "that is no host (an IPv6 address stands in brackets)"),
+        (not re.fullmatch(HOST_NAME, host), "that is no host (an IPv6 address stands in brackets)"),
         (slashes and not service, "the service is missing"),
         (slashes and not command, "the command is missing"),
     ):
@@ -416,7 +416,7 @@ def explain(request: Request, words: str, keys: Sequence[str] = ()) -> ControlEr
 
 # ==== OpenSSH =====================================================================================
 
-OFFERED = re.compile(r"Offering public key: (.+?) \S+ (SHA256:\S+)")
+OFFERED = r"Offering public key: (.+?) \S+ (SHA256:\S+)"
 WRITE_FAILED = "channel 0: write failed"
 CHATTER = ("debug1", "Authenticated to ", "Warning: Permanently added", "Transferred: ",
            "Bytes per second: ")
@@ -466,18 +466,15 @@ class SshLog:
         self.read()
 
     def failure(self, request: Request, key: str) -> ControlError | None:
-        """What to tell of a status 255, key being the path that ssh got for the one that was given.
-
-        Nothing where it is the command's own status.
-        """
+        """What to tell of a status 255 that is not the command's own; key is the path ssh got."""
         text = "\n".join(self.lines)
         if "rtype exit-status" in text:
             return None
         text = text.replace(key, request.key_name) if key else text
         words = "; ".join(line for line in text.split("\n") if not line.startswith(CHATTER))
         words = ("lost after login: " if "Authenticated to " in text else "") + words
-        offers = [f"{mark} ({name})" for name, mark in OFFERED.findall(text)]
-        return explain(request, words or "ssh failed and did not say why", offers)
+        offers = [f"{mark} ({name})" for name, mark in re.findall(OFFERED, text)]
+        return explain(request, words or "ssh failed; what it said stands above", offers)
 
 
 def quote_path(path: str) -> str:
@@ -492,7 +489,7 @@ def home_words(request: Request) -> list[str]:
         home = pwd.getpwuid(os.getuid()).pw_dir
     except KeyError:
         raise ControlError(f"ssh does not work for user id {os.getuid()}, which has no name here: "
-                           "use asyncssh (PGOCTL_TRANSPORT)") from None
+                           "PGOCTL_TRANSPORT=asyncssh does") from None
     if request.folder == os.path.join(home, ".ssh"):
         return []
     config, *keys = (os.path.join(request.folder, name) for name in ("config", *DEFAULT_KEYS))
@@ -548,6 +545,7 @@ def load_asyncssh() -> ModuleType:
     import warnings
     warnings.simplefilter("ignore")
     logging.disable()
+    os.environ.setdefault("LOGNAME", USER)  # asyncssh wants one, even where the user has no name
     try:
         import asyncssh
     except (ImportError, AttributeError) as error:  # the latter: two packages do not fit
@@ -598,9 +596,9 @@ async def connect(asyncssh: ModuleType, request: Request) -> Any:
 
 
 class AsyncSession:
-    """A command over asyncssh, whose loop has a thread of its own, which no stream may hold up.
+    """A command over asyncssh: the loop has a thread of its own, and so has each stream.
 
-    Each stream has a thread, too, that copies chunk by chunk and waits for the slower side.
+    A stream's thread copies chunk by chunk and waits for the slower side, which holds up no other.
     """
 
     def __init__(self, request: Request) -> None:

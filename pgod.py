@@ -1780,6 +1780,11 @@ def network_mode_rule(where: str, value: Any, around: Surroundings) -> Found:
                         f"network_mode:{value}")
 
 
+def ipc_rule(where: str, value: Any, around: Surroundings) -> Found:
+    if not re.fullmatch(r"|private|shareable|none|service:.*", str(value or "")):
+        yield Violation(where, "ipc", str(value), "is another's memory", f"ipc:{value}")
+
+
 def volumes_from_rule(where: str, value: Any, around: Surroundings) -> Found:
     for item in value or ():
         if str(item).startswith("container:"):
@@ -2015,7 +2020,7 @@ SERVICE_RULES: dict[str, Rule] = {
     "devices": devices_rule, "external_links": refuse("external_links", "is another's container"),
     "gpus": refuse("gpus", "is a device of the host", valued=False),
     "group_add": refuse("group_add", "may be a group of the host"),
-    "ipc": refuse("ipc", HOST_POWER, ["private", "shareable", "none"]),
+    "ipc": ipc_rule,
     "isolation": refuse("isolation", HOST_POWER, ["default"]), "labels": labels_rule,
     "logging": logging_rule, "models": refuse("models", "runs a program of the host", valued=False),
     "network_mode": network_mode_rule,
@@ -2152,15 +2157,19 @@ def bind_allowed(bind: Bind, service: Service) -> bool:
     for entry in service.allow:
         if entry.startswith("bind:"):
             path, _, mode = entry[5:].partition(":")
-            inside = beneath(bind.source, path.rstrip("/")) is not None
+            inside = path == "/" or beneath(bind.source, path.rstrip("/")) is not None
             if inside and (mode != "ro" or bind.read_only):
                 return True
     return False
 
 
 def check_nested_binds(binds: Sequence[Bind], around: Surroundings) -> Found:
-    """No source beneath one that a container can write: it could put a link to /etc there."""
-    writable = {bind.source.rstrip("/") for bind in binds if not bind.read_only}
+    """No source beneath one that a container can write: it could put a link to /etc there.
+
+    What an administrator permitted by `allow` is his to judge.
+    """
+    writable = {bind.source.rstrip("/") for bind in binds
+                if not bind.read_only and not bind_allowed(bind, around.service)}
     for bind in binds:
         above = sorted(source for source in writable if bind.source.startswith(source + "/"))
         if above:
@@ -2176,7 +2185,9 @@ def check_binds(model: Model, around: Surroundings) -> Found:
         if bind_allowed(bind, around.service):
             continue
         why, relative = "", beneath(bind.source, around.worktree)
-        if relative is None:
+        if os.path.normpath(bind.source) != (bind.source.rstrip("/") or "/"):
+            why, entry = "must be written without . and ..", ""
+        elif relative is None:
             if beneath(bind.source, around.data) is None:
                 why = f"lies neither in the repository nor in {around.data}"
         elif link_above(relative, around.tree):

@@ -909,6 +909,443 @@ def test_damaged_git_folder_heals_itself(lab: Lab) -> None:
         assert differences(lab, name) == ""
 
 
+# ---- Policy ------------------------------------------------------------------------------------
+
+
+NEIGHBOURS = (
+    pgod.Service("app-b", "root", pgod.Remote("/r"), urls=(("b.example.org", "shop:80"),)),
+    pgod.Service("app_c", "root", pgod.Remote("/r")),
+    pgod.Service("other", "root", pgod.Remote("/r"), urls=(("o.example.org", "other:80"),)),
+)
+
+
+def violations(tmp_path: Path, compose: str, files: Mapping[str, str] | None = None,
+               **keys: Any) -> list[pgod.Violation]:
+    """What the policy says of a compose file that compose itself rendered.
+
+    A file whose content begins with `->` is a symlink in the commit.
+    """
+    export = tmp_path / "export"
+    export.mkdir()
+    tree: pgod.Tree = {}
+    for name, content in ({"compose.yaml": compose} | dict(files or {})).items():
+        path = export / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        link = content.startswith("->")
+        if link:
+            path.symlink_to(content[2:])
+        else:
+            path.write_text(content)
+        tree[name] = ("120000" if link else "100644", "0" * 40)
+    done = run("docker", "compose", "--project-name", "app", "--project-directory", export,
+               "--file", export / "compose.yaml", "config", "--format", "json", env=process_environment())
+    model = pgod.moved_paths(json.loads(done.stdout), str(export), "/lib/app")
+    service = pgod.Service("app", "nobody", pgod.Remote("/r"), **keys)
+    return pgod.check_policy(model, pgod.Surroundings(service, NEIGHBOURS, "/lib/app", "/data/app",
+                                                      tree, (2222, 9112)))
+
+
+def web(text: str) -> str:
+    """A compose file with one service and some more keys of it, in YAML's flow form."""
+    return f"services: {{web: {{image: x, {text}}}}}"
+
+
+NETWORKED = "services: {{web: {{image: x, networks: {uses}}}}}\nnetworks: {{n: {network}}}"
+
+# compose file, words that the message has, the entry of `allow` that permits it ("": none).
+ATTACKS: tuple[tuple[str, str, str], ...] = (
+    (web("privileged: true"), "web: privileged", "privileged"),
+    (web("cap_add: [NET_ADMIN]"), "cap_add: NET_ADMIN", "cap_add:NET_ADMIN"),
+    (web("cap_add: [cap_sys_admin]"), "cap_add", "cap_add:SYS_ADMIN"),
+    (web("cap_add: [ALL]"), "cap_add: ALL", "cap_add:ALL"),
+    (web('devices: ["/dev/mem:/dev/mem"]'), "devices", "devices:/dev/mem"),
+    (web('device_cgroup_rules: ["c 1:3 mr"]'), "device_cgroup_rules",
+     "device_cgroup_rules:c 1:3 mr"),
+    (web("pid: host"), "pid: host", "pid:host"),
+    (web('pid: "container:x"'), "pid", "pid:container:x"),
+    (web("ipc: host"), "ipc: host", "ipc:host"),
+    (web('ipc: "container:x"'), "ipc", "ipc:container:x"),
+    (web("uts: host"), "uts: host", "uts:host"),
+    (web("userns_mode: host"), "userns_mode", "userns_mode:host"),
+    (web("cgroup: host"), "cgroup: host", "cgroup:host"),
+    (web("cgroup_parent: /"), "cgroup_parent", "cgroup_parent:/"),
+    (web("runtime: evil"), "runtime", "runtime:evil"),
+    (web("network_mode: host"), "network_mode: host", "network_mode:host"),
+    (web('network_mode: "container:x"'), "network_mode", "network_mode:container:x"),
+    (web("network_mode: other_default"), "network_mode", "network_mode:other_default"),
+    (web('security_opt: ["seccomp:unconfined"]'), "security_opt",
+     "security_opt:seccomp:unconfined"),
+    (web('security_opt: ["apparmor=unconfined"]'), "security_opt",
+     "security_opt:apparmor=unconfined"),
+    (web('security_opt: ["label:disable"]'), "security_opt", "security_opt:label:disable"),
+    (web('security_opt: ["no-new-privileges:false"]'), "security_opt",
+     "security_opt:no-new-privileges:false"),
+    (web('volumes_from: ["container:x"]'), "volumes_from", "volumes_from:container:x"),
+    (web("sysctls: {kernel.shmmax: 1}"), "sysctls: kernel.shmmax", "sysctls:kernel.shmmax"),
+    (web("sysctls: [vm.swappiness=1]"), "sysctls", "sysctls:vm.swappiness"),
+    (web("logging: {driver: syslog, options: {syslog-address: 'tcp://1.2.3.4:1'}}"), "logging",
+     "logging:syslog"),
+    (web("oom_kill_disable: true"), "oom_kill_disable", "oom_kill_disable"),
+    (web("oom_score_adj: -500"), "oom_score_adj", "oom_score_adj:-500"),
+    (web("group_add: [docker]"), "group_add", "group_add:docker"),
+    (web("external_links: [x]"), "external_links", "external_links:x"),
+    (web("blkio_config: {weight: 1000}"), "blkio_config", "blkio_config"),
+    (web("storage_opt: {size: 1G}"), "storage_opt", "storage_opt"),
+    (web("credential_spec: {file: x}"), "credential_spec", "credential_spec"),
+    (web("isolation: process"), "isolation", "isolation:process"),
+    (web("cpu_rt_runtime: 400000"), "cpu_rt_runtime", "cpu_rt_runtime"),
+    (web("annotations: {a: b}"), "annotations", "annotations"),
+    (web("deploy: {resources: {reservations: {devices: [{capabilities: [gpu], count: 1}]}}}"),
+     "devices", "gpus"),
+    (web("container_name: other"), "container_name: other", "container_name:other"),
+    (web("container_name: app-b-web-1"), "container_name", "container_name:app-b-web-1"),
+    (web("container_name: shop"), "container_name: shop", "container_name:shop"),
+    ("services: {b-web: {image: x}}", "container_name", ""),
+    (web('labels: {"com.docker.compose.project": other}'), "labels",
+     "labels:com.docker.compose.project"),
+    (web('labels: ["com.docker.compose.project=other"]'), "labels",
+     "labels:com.docker.compose.project"),
+    (web('deploy: {labels: {"com.docker.compose.x": y}}'), "labels",
+     "labels:com.docker.compose.x"),
+    (web('ports: ["80:80"]'), "ports: 80", "ports:80"),
+    (web('ports: ["127.0.0.1:443:80/udp"]'), "ports: 443", "ports:443"),
+    (web("ports: [{target: 80, published: '1000-1030'}]"), "ports", "ports:1000"),
+    (web('ports: ["2222:80"]'), "port of pgod", "ports:2222"),
+    (web('ports: ["9100-9120:9100-9120"]'), "port of pgod", "ports:9112"),
+    (web('volumes: ["/etc:/x"]'), "bind: /etc", "bind:/etc"),
+    (web('volumes: ["/etc:/x:ro"]'), "bind: /etc", "bind:/etc:ro"),
+    (web('volumes: ["/:/x"]'), "bind: /:", "bind:/"),
+    (web('volumes: ["/var/run/docker.sock:/s"]'), "docker.sock", "bind:/var/run/docker.sock"),
+    (web('volumes: ["../other:/x"]'), "neither in the repository", ""),
+    (web('volumes: ["/lib/app/../other:/x"]'), "without . and ..", ""),
+    (web('volumes: ["/lib/application:/x"]'), "/lib/application", "bind:/lib/application"),
+    (web('volumes: ["/data/app2:/x"]'), "/data/app2", "bind:/data/app2"),
+    (web('volumes: ["/lib/.pgod/app:/y"]'), "/lib/.pgod", "bind:/lib/.pgod/app"),
+    (web('volumes: [".:/x"]'), "read-only", ""),
+    (web('volumes: ["./ssh:/x"]'), "who may steer", ""),
+    (web('volumes: ["./data:/data", "./data/sub:/sub"]'), "lies beneath", ""),
+    (web("volumes: [{type: bind, source: ./a, target: /a, bind: {propagation: shared}}]"),
+     "propagates", ""),
+    (web("volumes: [{type: bind, source: ./a, target: /a, bind: {selinux: Z}}]"), "relabels", ""),
+    (web('volumes: ["./a:/a:z"]'), "relabels", ""),
+    (web("volumes: [{type: npipe, source: x, target: /a}]"), "not known", ""),
+    (web("tmpfs: ['/t:size=2g']"), "tmpfs", "size:2g"),
+    (web("volumes: [{type: tmpfs, target: /t, tmpfs: {size: 2g}}]"), "tmpfs", "size:2147483648"),
+    (web("shm_size: 2gb"), "shm_size", "size:2147483648"),
+    (web("stop_grace_period: 1h"), "stop_grace_period", "stop_grace_period:1h0m0s"),
+    (web("deploy: {replicas: 21}"), "replicas", "replicas:21"),
+    (web("scale: 21"), "replicas", "replicas:21"),
+    (web("volumes: ['vol:/v']")
+     + "\nvolumes: {vol: {driver_opts: {type: none, o: bind, device: /}}}",
+     "volumes: vol", "volume:vol_driver"),
+    (web("volumes: ['vol:/v']") + "\nvolumes: {vol: {driver: evil}}", "driver local",
+     "volume:vol_driver"),
+    (web("volumes: ['vol:/v']") + "\nvolumes: {vol: {name: other_data}}", "other_data",
+     "volume:other_data"),
+    (web("volumes: ['vol:/v']") + "\nvolumes: {vol: {external: true, name: other_data}}",
+     "other_data", "volume:other_data"),
+    (web("volumes: ['vol:/v']") + "\nvolumes: {vol: {name: app_c_data}}", "app_c_data",
+     "volume:app_c_data"),
+    (web("volumes: ['c_data:/v']") + "\nvolumes: {c_data: }", "app_c_data", "volume:app_c_data"),
+    (NETWORKED.format(uses="[n]", network="{driver: macvlan, driver_opts: {parent: eth0}}"),
+     "driver bridge", "network:n_driver"),
+    (NETWORKED.format(uses="[n]", network="{driver: host}"), "driver bridge", "network:n_driver"),
+    (NETWORKED.format(uses="[n]", network="{driver_opts: {com.docker.network.bridge.name: br0}}"),
+     "host's network", "network:n_driver_opts"),
+    (NETWORKED.format(uses="[n]", network="{ipam: {config: [{subnet: 10.0.0.0/8}]}}"), "addresses",
+     "network:n_ipam"),
+    (NETWORKED.format(uses="[n]", network="{name: other_default}"), "other_default",
+     "network:other_default"),
+    (NETWORKED.format(uses="[n]", network="{name: app_c_default}"), "app_c_default",
+     "network:app_c_default"),
+    (NETWORKED.format(uses="[n]", network="{external: true, name: host}"), "host", "network:host"),
+    (NETWORKED.format(uses="{n: {aliases: [other]}}", network="{external: true, name: proxy}"),
+     "neighbour's name", "network:n_name_other"),
+    (NETWORKED.format(uses="{n: {aliases: [shop]}}", network="{external: true, name: proxy}"),
+     "neighbour's name", "network:n_name_shop"),
+    (NETWORKED.format(uses="{n: {ipv4_address: 10.0.0.9}}",
+                      network="{external: true, name: proxy}"), "fixed address", "network:n_ipv4_address"),
+    ("services: {other: {image: x, networks: [n]}}\nnetworks: {n: {external: true, name: p}}",
+     "neighbour's name", "network:n_name_other"),
+    (web("hostname: shop, networks: [n]") + "\nnetworks: {n: {external: true, name: p}}",
+     "neighbour's name", "network:n_name_shop"),
+    ("services: {web: {build: ., image: debian}}", "image: debian", "image:debian"),
+    ("services: {web: {build: ., image: other-web}}", "image: other-web", "image:other-web"),
+    ("services: {web: {build: ., image: app-b-web}}", "image: app-b-web", "image:app-b-web"),
+    ("services: {web: {build: {context: ., tags: [debian]}}}", "image: debian", "image:debian"),
+    ("services: {web: {build: {context: ., network: host}}}", "build.network",
+     "build:network:host"),
+    ("services: {web: {build: {context: ., privileged: true}}}", "build.privileged",
+     "build:privileged"),
+    ("services: {web: {build: {context: ., ssh: [default]}}}", "build.ssh", "build:ssh"),
+    ("services: {web: {build: {context: /etc}}}", "build.context", ""),
+    ("services: {web: {build: {context: ., dockerfile: /etc/passwd}}}", "build.dockerfile", ""),
+    ("services: {web: {build: {context: ., dockerfile: ../x}}}", "build.dockerfile", ""),
+    ("services: {web: {build: {context: ., additional_contexts: {x: /etc}}}}",
+     "additional_contexts", ""),
+    ("services: {web: {build: 'https://example.org/x.git'}}", "build.context", ""),
+    ("services: {web: {build: {context: ., cache_to: ['type=local,dest=/etc']}}}", "cache_to", ""),
+    (web("secrets: [s]") + "\nsecrets: {s: {file: /etc/shadow}}", "secret: /etc/shadow",
+     "bind:/etc/shadow:ro"),
+    (web("configs: [c]") + "\nconfigs: {c: {file: /etc/shadow}}", "config: /etc/shadow",
+     "bind:/etc/shadow:ro"),
+)
+
+
+@pytest.mark.parametrize(("compose", "words", "allow"), ATTACKS, ids=lambda v: str(v)[:50])
+def test_attack_is_refused_unless_the_administrator_allows_it(tmp_path: Path, compose: str,
+                                                              words: str, allow: str) -> None:
+    found = violations(tmp_path, compose)
+    assert words in "\n".join(map(str, found))
+    if not allow:
+        return
+    entries = sorted({violation.allow for violation in found} - {""})
+    assert pgod.as_allow(entries) == tuple(entries), "an entry is offered that would be refused"
+    shutil.rmtree(tmp_path / "export")
+    left = violations(tmp_path, compose, allow=(*entries, allow))
+    assert words not in "\n".join(map(str, left))
+
+
+@pytest.mark.parametrize(("compose", "files", "words"), [
+    (web("volumes: ['./d:/d']"), {"d": "->/etc"}, "symlink"),
+    (web("volumes: ['./d/e:/d']"), {"d": "->/etc"}, "symlink"),
+    (web("secrets: [s]") + "\nsecrets: {s: {file: ./s}}", {"s": "->/etc/shadow"}, "symlink"),
+    (web("configs: [s]") + "\nconfigs: {s: {file: ./a/s}}", {"a": "->/etc"}, "symlink"),
+    ("services: {web: {build: ./b}}", {"b": "->/etc"}, "symlink"),
+    ("services: {web: {build: .}}", {"Dockerfile": "->/etc/shadow"}, "symlink"),
+])
+def test_symlink_in_the_commit_leads_nowhere(tmp_path: Path, compose: str, files: dict[str, str],
+                                             words: str) -> None:
+    assert words in "\n".join(map(str, violations(tmp_path, compose, files)))
+
+
+def test_unknown_key_is_refused_by_its_name() -> None:
+    model = {"services": {"web": {"image": "x", "teleport": "home"}}, "wormholes": {"a": 1}}
+    around = pgod.Surroundings(pgod.Service("app", "nobody", pgod.Remote("/r")), (), "/l", "/d")
+    text = "\n".join(map(str, pgod.check_policy(model, around)))
+    assert '"key:teleport"' in text
+    assert '"key:wormholes"' in text
+    for key in ("gpus", "use_api_socket", "provider", "models"):
+        model = {"services": {"web": {"image": "x", key: {"a": "b"}}}}
+        assert f'"{key}' in "\n".join(map(str, pgod.check_policy(model, around)))
+    for key in ("post_start", "pre_stop"):
+        model = {"services": {"web": {"image": "x", key: [{"command": "x", "privileged": True}]}}}
+        assert "privileged" in "\n".join(map(str, pgod.check_policy(model, around)))
+
+
+FILES = {"html/index.html": "x", "nginx.conf": "x", "password.txt": "x", "web.env": "A=1",
+         "Dockerfile": "FROM x", "app/Dockerfile": "FROM x", "common.yaml": web("init: true"),
+         ".env": "TAG=1", "ssh/id.pub": "x"}
+
+# What people write; none of it may be refused.
+ORDINARY: dict[str, str] = {
+    "web and database": """
+services:
+  web:
+    image: nginx:${TAG}
+    ports: ["8080:80"]
+    depends_on: {db: {condition: service_healthy}}
+    restart: unless-stopped
+  db:
+    image: postgres:16
+    environment: {POSTGRES_PASSWORD_FILE: /run/secrets/password}
+    secrets: [password]
+    volumes: ["data:/var/lib/postgresql/data"]
+    healthcheck: {test: ["CMD-SHELL", "pg_isready"], interval: 10s, retries: 5, start_period: 30s}
+volumes: {data: }
+secrets: {password: {file: ./password.txt}}
+""",
+    "config from a file": web("configs: [{source: c, target: /etc/nginx/nginx.conf, mode: 0440}]")
+    + "\nconfigs: {c: {file: ./nginx.conf}}",
+    "config inline": web("configs: [c]") + "\nconfigs: {c: {content: 'hello'}}",
+    "secret of the environment": web("secrets: [s]") + "\nsecrets: {s: {environment: S}}",
+    "folder of the repository": web("volumes: ['./html:/usr/share/nginx/html:ro', './up:/up']"),
+    "whole repository read-only": web("volumes: ['.:/src:ro', './html:/html:ro']"),
+    "data folder": web("volumes: ['/data/app/db:/db', '/data/app/files:/files']"),
+    "long volumes": web("volumes: [{type: bind, source: ./html, target: /h, read_only: true, "
+                        "bind: {create_host_path: true, propagation: rprivate}}, {type: volume, "
+                        "source: d, target: /d, volume: {nocopy: true}}, {type: tmpfs, target: /t, "
+                        "tmpfs: {size: 64m, mode: 1777}}]") + "\nvolumes: {d: }",
+    "build": "services: {web: {build: .}}",
+    "build in a folder": "services: {web: {build: {context: ./app, args: {A: 1}, target: x, "
+                         "labels: {a: b}, cache_from: [app-web], no_cache: true}, image: app-web}}",
+    "build with an image in a registry": "services: {web: {build: ., image: app/web}}",
+    "build inline": "services: {web: {build: {context: ., dockerfile_inline: 'FROM x'}}}",
+    "profiles": "services: {web: {image: x}, debug: {image: y, profiles: [debug]}}",
+    "extension fields and anchors": "x-common: &c {restart: always, init: true}\n"
+                                    "services: {web: {<<: *c, image: x, x-note: hello}}",
+    "resource limits": web("deploy: {resources: {limits: {cpus: '0.5', memory: 512M, pids: 100}, "
+                           "reservations: {memory: 64M}}, replicas: 3, restart_policy: {condition: "
+                           "on-failure, max_attempts: 3}}"),
+    "old resource limits": web("mem_limit: 512m, mem_reservation: 64m, memswap_limit: 1g, cpus: 2, "
+                               "cpu_shares: 512, cpuset: '0', pids_limit: 100, cpu_quota: 50000"),
+    "hardened": web("read_only: true, tmpfs: [/tmp, '/run:size=64m,mode=755'], cap_drop: [ALL], "
+                    "security_opt: ['no-new-privileges:true'], user: '1000:1000', init: true"),
+    "ulimits": web("ulimits: {nofile: {soft: 1024, hard: 4096}, nproc: 100}"),
+    "ports of every form": web("ports: ['3000', '8000-8005:8000-8005', '127.0.0.1:8001:80', "
+                               "'6060:6060/udp', {target: 80, published: 8090, protocol: tcp, "
+                               "mode: host}, '1024:1']"),
+    "own networks": "services: {web: {image: x, networks: {front: {aliases: [www]}, back: }}, "
+                    "db: {image: y, networks: [back]}}\n"
+                    "networks: {front: , back: {internal: true}}",
+    "external network": "services: {web: {image: x, networks: [default, proxy], labels: "
+                        "{traefik.enable: 'true'}}}\nnetworks: {proxy: {external: true}}",
+    "default network renamed": web("init: true") + "\nnetworks: {default: {name: app_net}}",
+    "default network external": web("init: true")
+    + "\nnetworks: {default: {external: true, name: proxy}}",
+    "addresses on an own network": "services: {web: {image: x, networks: {n: {ipv6_address: "
+                                   "'fd00::2'}}}}\nnetworks: {n: {enable_ipv6: true}}",
+    "container names": "services: {db: {image: x, container_name: db}, web: {image: y, "
+                       "container_name: app-web, hostname: web}}",
+    "names": web("hostname: web.example.org, domainname: example.org, dns: [1.1.1.1], dns_search: "
+                 "example.org, dns_opt: [ndots:1], extra_hosts: ['a.internal:host-gateway']"),
+    "logging": web("logging: {driver: json-file, options: {max-size: 10m, max-file: '3'}}"),
+    "local logging": web("logging: {driver: local}"),
+    "commands": web("command: [a, b], entrypoint: /x.sh, working_dir: /srv, tty: true, stdin_open: "
+                    "true, stop_signal: SIGINT, stop_grace_period: 1m30s, expose: ['80', 81-82]"),
+    "env files": web("env_file: [web.env], environment: [A=2, 'B=${TAG}', C]"),
+    "env file that may be missing": web("env_file: [{path: no.env, required: false}]"),
+    "extends": "services: {web: {extends: {file: common.yaml, service: web}, command: x}}",
+    "include": "include: [common.yaml]\nservices: {other-web: {image: x}}",
+    "job": "services: {job: {image: x, command: migrate}, web: {image: y, depends_on: {job: "
+           "{condition: service_completed_successfully}}}}",
+    "sidecar": "services: {web: {image: x}, agent: {image: y, network_mode: 'service:web', "
+               "volumes_from: ['web:ro']}}",
+    "shared memory": "services: {web: {image: x, ipc: shareable, shm_size: 256m}, w: {image: y, "
+                     "ipc: 'service:web'}}",
+    "no network": web("network_mode: none"),
+    "health check off": web("healthcheck: {disable: true}"),
+    "network sysctls": web("sysctls: {net.core.somaxconn: 1024, net.ipv4.tcp_syncookies: 0}"),
+    "development": web("develop: {watch: [{path: ./html, action: sync, target: /h}]}"),
+    "platform": web("platform: linux/amd64, pull_policy: missing, attach: false"),
+    "links": "services: {web: {image: x, links: ['db:database']}, db: {image: y}}",
+    "volume with its own name": web("volumes: ['d:/d']")
+    + "\nvolumes: {d: {name: app_things, driver: local, labels: {a: b}}}",
+    "scale": web("scale: 4"),
+    "pgod's own extension": "x-pgo: {reload: false}\n" + web("init: true"),
+    "old version key": "version: '3.8'\n" + web("restart: 'no'"),
+    "labels": web("labels: ['traefik.http.routers.a.rule=Host(`a`)', 'a.b=c']"),
+    "on failure": web("restart: 'on-failure:3', mac_address: '02:42:ac:11:00:02'"),
+}
+
+
+@pytest.mark.parametrize("name", ORDINARY)
+def test_ordinary_compose_file_passes(tmp_path: Path, name: str) -> None:
+    assert not violations(tmp_path, ORDINARY[name], FILES, networks=("proxy",))
+
+
+def test_harm_is_not_done_by_a_malicious_push(lab: Lab) -> None:
+    """Each push is tried for real; what it wants is looked for, not only the message."""
+    victim = lab.service("victim", {"compose.yaml": compose_file(
+        volumes=["data:/data"], top={"volumes": {"data": None}})}, key="victim")
+    name = lab.service("evil", {"compose.yaml": compose_file()}, wait="20s")
+    lab.duration = "1h"
+    lab.start()
+    for service in (victim, name):
+        lab.runs(service, lab.repositories[service].git("rev-parse", "HEAD"))
+    docker("exec", f"{victim}-web-1", "sh", "-c", "echo precious > /data/file")
+    victims, before = lab.containers(victim), lab.containers(name)
+    image = docker("image", "inspect", "--format", "{{.Id}}", IMAGE)
+    pwned = lab.folder / "pwned"
+    work = lab.repositories[name].work
+    (work / "link").symlink_to("/etc/shadow")
+    git_remote = f"include: ['git@127.0.0.1:x.git']\n{web('init: true')}"
+    pushes: list[tuple[dict[str, str | bytes | None], str]] = [
+        ({"compose.yaml": compose_file(volumes=["/etc:/host"])}, "bind"),
+        ({"compose.yaml": compose_file(secrets=["s"], top={"secrets": {"s": {
+            "file": "./link"}}})}, "symlink"),
+        ({"compose.yaml": compose_file(volumes=["vol:/v"], top={"volumes": {"vol": {
+            "external": True, "name": f"{victim}_data"}}})}, "volume"),
+        ({"compose.yaml": compose_file(container_name=f"{victim}-web-1", top={"name": victim})},
+         "neighbour"),
+        ({"compose.yaml": compose_file(image=IMAGE, build="."), "Dockerfile":
+          f"FROM {IMAGE}\nENV X={lab.name}\n"}, "built here"),
+        ({"compose.yaml": git_remote, ".env": "COMPOSE_EXPERIMENTAL_GIT_REMOTE=1\n"
+          f"GIT_SSH_COMMAND=touch {pwned}\nGIT_SSH=touch {pwned}\n"}, "does not render"),
+        ({"compose.yaml": "services: {web: {image: x, env_file: /dev/zero}}", ".env": None},
+         "memory"),
+        ({"compose.yaml": "a0: &a0 [x,x,x,x,x,x,x,x,x]\n" + "".join(
+            f"a{n}: &a{n} [{','.join(['*a' + str(n - 1)] * 9)}]\n" for n in range(1, 9))
+            + web("command: *a8")}, "does not render"),
+        ({"compose.yaml": web("env_file: /etc/shadow")}, "does not render"),
+    ]
+    for files, words in pushes:
+        lab.push(name, files)
+        answer = lab.ssh(f"{name}//up")
+        assert answer.returncode == 1, files
+        assert words in answer.stderr
+        assert lab.containers(name) == before
+        assert lab.ssh(f"{victim}//ping", key="victim").stdout == "pong\n"
+    assert lab.containers(victim) == victims
+    assert docker("exec", f"{victim}-web-1", "cat", "/data/file") == "precious"
+    assert docker("image", "inspect", "--format", "{{.Id}}", IMAGE) == image
+    assert not pwned.exists()
+    peak = re.search(r"VmHWM:\s+(\d+)",
+                     Path(f"/proc/{lab.daemon.process.pid}/status").read_text())
+    assert peak
+    assert int(peak[1]) < 200_000, "pgod's memory"
+
+
+def test_bound_path_that_becomes_a_link_is_refused_before_it_is_there(lab: Lab) -> None:
+    name = lab.service("a", {"compose.yaml": compose_file(volumes=["./d:/d"]), "d/x": "x"})
+    lab.duration = "1h"
+    lab.start()
+    lab.runs(name, lab.repositories[name].git("rev-parse", "HEAD"))
+    repository = lab.repositories[name]
+    repository.git("rm", "-q", "-r", "d")
+    (repository.work / "d").symlink_to("/etc")
+    lab.push(name, {"compose.yaml": compose_file()})
+    answer = lab.ssh(f"{name}//up")
+    assert answer.returncode == 1
+    assert "symlink" in answer.stderr
+    assert (lab.directory / name / "d").is_dir()
+    assert not (lab.directory / name / "d").is_symlink()
+
+
+def test_link_that_a_container_made_is_not_followed(lab: Lab) -> None:
+    outside = lab.folder / "outside"
+    outside.mkdir(mode=0o777)
+    outside.chmod(0o777)
+    name = lab.service("a", {"compose.yaml": compose_file(volumes=["./d:/d"]), "d/sub/x": "x"},
+                       **{"import": "d/conf/caddy"})
+    lab.duration = "1h"
+    lab.start()
+    lab.runs(name, lab.repositories[name].git("rev-parse", "HEAD"))
+    docker("exec", f"{name}-web-1", "sh", "-c",
+           f"rm -rf /d/sub /d/conf; ln -s {outside} /d/sub; ln -s {outside} /d/conf")
+    lab.push(name, {"d/sub/x": "y", "d/sub/y": "z"})
+    answer = lab.ssh(f"{name}//up")
+    assert answer.returncode == 1
+    assert "link" in answer.stderr
+    assert not list(outside.iterdir())
+
+
+def test_filter_planted_in_the_work_tree_is_not_run(lab: Lab) -> None:
+    pwned = lab.folder / "pwned"
+    name = lab.service("a", {".gitattributes": "* filter=evil\n", "file": "1",
+                             "compose.yaml": compose_file(volumes=[".:/w:ro", "./d:/d"])})
+    lab.duration = "1h"
+    lab.start()
+    lab.runs(name, lab.repositories[name].git("rev-parse", "HEAD"))
+    planted = lab.directory / name / ".git"
+    planted.mkdir()
+    (planted / "config").write_text(f'[filter "evil"]\n\tsmudge = touch {pwned}\n'
+                                    f"[core]\n\tfsmonitor = touch {pwned}\n")
+    commit = lab.push(name, {"file": "2"})
+    lab.ssh(f"{name}//up", check=True)
+    lab.runs(name, commit)
+    assert (lab.directory / name / "file").read_text() == "2"
+    assert not pwned.exists()
+
+
+def test_policy_of_a_trusted_repository_is_reported_not_enforced(lab: Lab) -> None:
+    name = lab.service("a", {"compose.yaml": compose_file(cap_add=["SYS_TIME"])}, user="root")
+    lab.start()
+    lab.runs(name, lab.repositories[name].git("rev-parse", "HEAD"))
+    assert "cap_add" in lab.daemon.log()
+    assert f'pgo_service_policy_violations{{service="{name}"}} 1' in lab.metrics()
+
+
 # ---- Decisions ---------------------------------------------------------------------------------
 
 
