@@ -603,7 +603,7 @@ def as_known_user(value: object) -> str:
 # An exception of the policy: the pattern that its value must match, and an example.
 ALLOW: dict[str, tuple[str, str]] = {
     "annotations": ("", "annotations"), "bind": (r"/[^:]*(:ro)?", "bind:/srv/media:ro"),
-    "blkio_config": ("", "blkio_config"), "build": (r"network:host|privileged|entitlements|ssh",
+    "blkio_config": ("", "blkio_config"), "build": (r"network:.+|privileged|entitlements|ssh",
                                                     "build:network:host"),
     "cap_add": (r"[A-Z_]+", "cap_add:NET_ADMIN"), "cgroup": (r"[a-z]+", "cgroup:host"),
     "cgroup_parent": (r".+", "cgroup_parent:/apps"), "container_name": (r".+", "container_name:x"),
@@ -621,7 +621,8 @@ ALLOW: dict[str, tuple[str, str]] = {
     "ports": (r"\d+(-\d+)?", "ports:80"), "privileged": ("", "privileged"),
     "provider": ("", "provider"), "replicas": (r"\d+", "replicas:50"),
     "runtime": (r".+", "runtime:runsc"), "security_opt": (r".+", "security_opt:seccomp:unconfined"),
-    "size": (r"\d+[kmg]?", "size:4g"), "stop_grace_period": (r"[0-9hms]+", "stop_grace_period:10m"),
+    "size": (r"\d+[kmg]?", "size:4g"),
+    "stop_grace_period": (r"(\d+(\.\d+)?(h|ms?|s))+", "stop_grace_period:10m"),
     "storage_opt": ("", "storage_opt"), "sysctls": (r".+", "sysctls:kernel.shmmax"),
     "use_api_socket": ("", "use_api_socket"), "userns_mode": (r".+", "userns_mode:host"),
     "uts": (r".+", "uts:host"), "volume": (r".+", "volume:shared_data"),
@@ -629,16 +630,21 @@ ALLOW: dict[str, tuple[str, str]] = {
 }
 
 
+def permits(entry: str) -> bool:
+    """Whether an entry of `allow` is one that the policy can offer."""
+    kind, _, text = entry.partition(":")
+    return kind in ALLOW and re.fullmatch(ALLOW[kind][0], text) is not None
+
+
 def as_allow(value: object) -> tuple[str, ...]:
     """Entries of the policy's table ALLOW, each with a value where it takes one."""
     for entry in as_strings(value):
-        kind, _, text = entry.partition(":")
+        kind = entry.partition(":")[0]
         if kind not in ALLOW:
             raise ValueError(f"{entry!r} permits nothing{nearest(kind, ALLOW)}; "
                              f"known are {', '.join(sorted(ALLOW))}")
-        pattern, example = ALLOW[kind]
-        if not re.fullmatch(pattern, text):
-            raise ValueError(f"{entry!r} permits nothing; write it like {example!r}")
+        if not permits(entry):
+            raise ValueError(f"{entry!r} permits nothing; write it like {ALLOW[kind][1]!r}")
     return as_strings(value)
 
 
@@ -1572,7 +1578,9 @@ def binds_of(model: Model) -> list[Bind]:
                                   volume.get("read_only") is True))
         for kind in ("config", "secret"):
             table = model.get(f"{kind}s") or {}
-            for use in service.get(f"{kind}s") or ():
+            build = service.get("build")
+            built = build.get(f"{kind}s") if isinstance(build, dict) else ()
+            for use in (*(service.get(f"{kind}s") or ()), *(built or ())):
                 source = use.get("source") if isinstance(use, dict) else use
                 file = (table.get(source) or {}).get("file")
                 if file:
@@ -1705,7 +1713,7 @@ class Surroundings:
     def neighbour_names(self) -> set[str]:
         """Names that a shared network must not answer to in our place."""
         theirs = {name for other in self.others for name in (other.name, *targets(other))}
-        return theirs - {self.name, *targets(self.service)}
+        return {name.lower() for name in theirs - {self.name, *targets(self.service)}}
 
 
 Found = Iterator[Violation]
@@ -1835,6 +1843,9 @@ def ports_rule(where: str, value: Any, around: Surroundings) -> Found:
                if entry.startswith("ports:")]
     for item in value or ():
         published = item.get("published") if isinstance(item, dict) else item
+        if not re.fullmatch(r"(\d+(-\d+)?)?", str(published or "")):
+            yield Violation(where, "ports", shown(published), "is not a port")
+            continue
         first, last = port_range(published)
         if last == 0 or any(low <= first and last <= high for low, high in allowed):
             continue
@@ -1850,7 +1861,8 @@ def grace_rule(where: str, value: Any, around: Surroundings) -> Found:
     allowed = max([MAX_GRACE, *(parse_duration(entry.partition(":")[2])
                                 for entry in around.service.allow
                                 if entry.startswith("stop_grace_period:"))])
-    if value and parse_duration(str(value)) > allowed:
+    text = str(value or "0s")
+    if not permits(f"stop_grace_period:{text}") or parse_duration(text) > allowed:
         yield Violation(where, "stop_grace_period", str(value), "is longer than 2 minutes",
                         f"stop_grace_period:{value}")
 
@@ -1880,7 +1892,7 @@ DEPLOY_KEYS = frozenset(("mode replicas labels update_config rollback_config res
 
 def deploy_rule(where: str, value: Any, around: Surroundings) -> Found:
     for key, item in (value or {}).items():
-        if key not in DEPLOY_KEYS:
+        if key not in DEPLOY_KEYS and not key.startswith("x-"):
             yield Violation(where, f"deploy.{key}", shown(item), "is not known", f"key:{key}")
     yield from replicas_rule(where, (value or {}).get("replicas"), around)
     yield from labels_rule(where, (value or {}).get("labels"), around)
@@ -1934,7 +1946,9 @@ def build_paths_rule(where: str, build: Mapping[str, Any], around: Surroundings)
     paths = [("context", context)]
     if not build.get("dockerfile_inline"):
         dockerfile = str(build.get("dockerfile", "Dockerfile"))
-        paths.append(("dockerfile", os.path.join(context, dockerfile)))
+        if not os.path.isabs(dockerfile):  # compose joins it to the context word by word
+            dockerfile = os.path.normpath(os.path.join(context, dockerfile))
+        paths.append(("dockerfile", dockerfile))
     for source in (build.get("additional_contexts") or {}).values():
         if not str(source).startswith(("service:", "docker-image://")):
             paths.append(("additional_contexts", str(source)))
@@ -1944,7 +1958,7 @@ def build_paths_rule(where: str, build: Mapping[str, Any], around: Surroundings)
             yield Violation(where, f"build.{key}", path, why)
     for key in ("cache_from", "cache_to"):
         for item in build.get(key) or ():
-            if "type=" in str(item) and "type=registry" not in str(item):
+            if not re.fullmatch(r"[^=,\"\s]+|type=registry(,(ref|mode)=[^=,\"\s]+)*", str(item)):
                 yield Violation(where, f"build.{key}", str(item), "uses files of the host")
 
 
@@ -1957,7 +1971,7 @@ def built_image_rule(where: str, image: str, around: Surroundings) -> Found:
 def build_rule(where: str, value: Any, around: Surroundings) -> Found:
     build = value if isinstance(value, dict) else {"context": value}
     for key, item in build.items():
-        if key not in BUILD_KEYS:
+        if key not in BUILD_KEYS and not key.startswith("x-"):
             yield Violation(where, f"build.{key}", shown(item), "is not known", f"key:{key}")
     for key in ("privileged", "entitlements", "ssh"):
         if build.get(key):
@@ -1972,6 +1986,10 @@ def build_rule(where: str, value: Any, around: Surroundings) -> Found:
     yield from build_paths_rule(where, build, around)
 
 
+MOUNT_KEYS = frozenset("type source target read_only consistency bind volume tmpfs".split())
+BIND_KEYS = frozenset("selinux propagation create_host_path recursive".split())
+
+
 def volumes_rule(where: str, value: Any, around: Surroundings) -> Found:
     """What a mount is; the paths of bind mounts are looked at all together below."""
     for item in value or ():
@@ -1984,8 +2002,9 @@ def volumes_rule(where: str, value: Any, around: Surroundings) -> Found:
             yield Violation(where, "volumes", shown(item), "relabels files of the host")
         if bind.get("propagation") not in (None, "", "private", "rprivate"):
             yield Violation(where, "volumes", shown(item), "propagates mounts to the host")
-        for key in set(bind) - {"selinux", "propagation", "create_host_path", "recursive"}:
-            yield Violation(where, "volumes", str(key), "is not known")
+        unknown = {*item} - MOUNT_KEYS | {*bind} - BIND_KEYS
+        for key in sorted(key for key in unknown if not key.startswith("x-")):
+            yield Violation(where, "volumes", key, "is not known", f"key:{key}")
         yield from size_rule(where, "tmpfs", (item.get("tmpfs") or {}).get("size") or 0, around)
 
 
@@ -2057,9 +2076,9 @@ def check_compose_service(where: str, service: Mapping[str, Any], around: Surrou
             yield Violation(where, key, shown(value), "is not known to this pgod", f"key:{key}")
     if service.get("build"):
         yield from built_image_rule(where, image_of(around.name, where, service), around)
-    made_up = f"{around.name}-{where}-"
+    made_up = f"{around.name}-{where}"
     if not service.get("container_name") and not around.owns(made_up, "-"):
-        yield Violation(where, "container_name", made_up + "1", "is a neighbour's name")
+        yield Violation(where, "container_name", f"{made_up}-1", "is a neighbour's name")
 
 
 def check_networks(model: Model, around: Surroundings) -> Found:
@@ -2071,6 +2090,7 @@ def check_networks(model: Model, around: Surroundings) -> Found:
             if not unknown.startswith("x-"):
                 yield Violation("networks", f"{key}.{unknown}", shown(network[unknown]),
                                 "is not known", f"key:{unknown}")
+        yield from labels_rule(f"networks.{key}", network.get("labels"), around)
         if network.get("external"):
             if around.service.networks and name not in around.service.networks:
                 yield Violation("networks", key, name, "is an external network that is not among "
@@ -2111,9 +2131,10 @@ def check_attachments(model: Model, around: Surroundings) -> Found:
                 continue
             names = {where, str(service.get("hostname")), str(service.get("container_name")),
                      *map(str, attachment.get("aliases") or ())}
-            for name in sorted(names & taken):
+            for name in sorted(name for name in names if name.lower().rstrip(".") in taken):
                 yield Violation(where, f"networks.{key}", name, "is a neighbour's name on a "
                                 "network that is shared", f"network:{key}_name_{name}")
+            attachment = {"mac_address": service.get("mac_address"), **attachment}
             for fixed in ("ipv4_address", "ipv6_address", "link_local_ips", "mac_address"):
                 if attachment.get(fixed):
                     yield Violation(where, f"networks.{key}.{fixed}", shown(attachment[fixed]),
@@ -2130,6 +2151,7 @@ def check_volumes(model: Model, around: Surroundings) -> Found:
             if not unknown.startswith("x-"):
                 yield Violation("volumes", f"{key}.{unknown}", shown(volume[unknown]),
                                 "is not known", f"key:{unknown}")
+        yield from labels_rule(f"volumes.{key}", volume.get("labels"), around)
         if volume.get("external") or not around.owns(name, "_"):
             yield Violation("volumes", key, name, f"must be the project's own, {around.name}_…",
                             f"volume:{name}")
@@ -2163,18 +2185,25 @@ def bind_allowed(bind: Bind, service: Service) -> bool:
     return False
 
 
+def nested_binds(binds: Iterable[Bind], writers: Sequence[Bind]) -> Iterator[tuple[Bind, Bind]]:
+    """Each bind that lies beneath one that a container can write, and that one."""
+    for bind in binds:
+        for above in writers:
+            root = above.source.rstrip("/") + "/"
+            if not above.read_only and bind.source.rstrip("/").startswith(root):
+                yield bind, above
+
+
 def check_nested_binds(binds: Sequence[Bind], around: Surroundings) -> Found:
     """No source beneath one that a container can write: it could put a link to /etc there.
 
-    What an administrator permitted by `allow` is his to judge.
+    Also where `allow` has the upper one: only an entry for the very path is the administrator's
+    word that he knows.
     """
-    writable = {bind.source.rstrip("/") for bind in binds
-                if not bind.read_only and not bind_allowed(bind, around.service)}
-    for bind in binds:
-        above = sorted(source for source in writable if bind.source.startswith(source + "/"))
-        if above:
+    for bind, above in nested_binds(binds, binds):
+        if not {f"bind:{bind.source}", f"bind:{bind.source}:ro"} & {*around.service.allow}:
             yield Violation(bind.compose_service, bind.kind, bind.source,
-                            f"lies beneath {above[0]}, which a container can write")
+                            f"lies beneath {above.source}, which a container can write")
 
 
 def check_binds(model: Model, around: Surroundings) -> Found:
@@ -2209,7 +2238,9 @@ def check_policy(model: Model, around: Surroundings) -> list[Violation]:
     for check in (check_networks, check_attachments, check_volumes, check_binds):
         found += check(model, around)
     allowed = set(around.service.allow)
-    return [violation for violation in dict.fromkeys(found) if violation.allow not in allowed]
+    offered = (v if permits(v.allow) else dataclasses.replace(v, allow="")
+               for v in dict.fromkeys(found))
+    return [violation for violation in offered if violation.allow not in allowed]
 
 
 def check_bound_links(model: Model, tree: Tree, worktree: str) -> list[str]:
@@ -2646,12 +2677,13 @@ class Engine:
                 self.login()
             except Fault as fault:
                 trouble = str(fault)
-            words = ("pull", "--quiet", *sorted(pulled))
-            result = self.compose(*words, deadline="pull", model="render.json")
+            names = ("--", *sorted(pulled))  # a compose service may be called --build
+            result = self.compose("pull", "--quiet", *names, deadline="pull", model="render.json")
             if result.status or result.trouble:
                 trouble = trouble or result.complaint
             if result.status and len(pulled) > 1:  # compose gave up at the first that failed
-                self.compose(*words, "--ignore-pull-failures", deadline="pull", model="render.json")
+                self.compose("pull", "--quiet", "--ignore-pull-failures", *names, deadline="pull",
+                             model="render.json")
         if any(service.get("build") for service in compose_services(model).values()):
             self.build(on_line)
         missing = self.missing_images(model)
@@ -2738,7 +2770,7 @@ class Engine:
     def up(self, on_line: Callable[[str], None], *services: str) -> None:
         """Bring the checked model up; of named compose services, these alone. Raises Fault."""
         self.remove_half_made()
-        extra = ("--no-deps", *services) if services else ("--remove-orphans",)
+        extra = ("--no-deps", "--", *services) if services else ("--remove-orphans",)
         result = self.compose("up", "--detach", "--no-build", "--quiet-pull", "--pull", "never",
                               *extra, deadline="up", on_line=on_line)
         if result.status or result.trouble:
@@ -2934,6 +2966,11 @@ class Worker(threading.Thread):
         tree = self.git.export(commit)
         model = self.moved(self.engine.render(tree))
         self.write_tracked(tree)
+        violations = check_policy(model, self.around(tree))
+        if violations and not self.service.trusted:  # as it runs, it stays; it is not started again
+            log.warning("%s: taken over, but the policy refuses what runs: %s", self.service.name,
+                        redact("; ".join(map(str, violations)), self.service.secrets))
+            return
         self.state.baseline = file_seals(model, tree, str(self.places.worktree), {})
         self.state.commit, self.state.since = commit, time.time()
         self.state.digest = self.service.digest()
@@ -3074,13 +3111,17 @@ class Worker(threading.Thread):
         self.shared.metrics.set("pgo_service_policy_violations", len(violations),
                                 service=self.service.name)
         if violations and not self.service.trusted:
-            raise Refused("the policy refuses it:\n" + "\n".join(f"  {v}" for v in violations))
+            text = "the policy refuses it:\n" + "\n".join(f"  {v}" for v in violations)
+            raise Refused(redact(text, self.service.secrets))
         for violation in violations:
-            log.warning("%s: root's repository, so only reported: %s", self.service.name, violation)
+            log.warning("%s: root's repository, so only reported: %s", self.service.name,
+                        redact(str(violation), self.service.secrets))
         links = check_bound_links(self.running_model(), tree, str(self.places.worktree))
         if links and not self.service.trusted:
             raise Refused("; ".join(links))
         seals = file_seals(model, tree, str(self.places.worktree), self.generated())
+        # Built is from the export alone, also where the file names the work tree itself.
+        rendered = moved_paths(model, str(self.places.worktree), str(self.places.export))
         return tree, rendered, with_file_labels(model, seals, self.state.baseline)
 
     def generated(self) -> dict[str, str]:
@@ -3138,8 +3179,11 @@ class Worker(threading.Thread):
         except (Fault, OSError) as error:
             self.engine.containers()  # raises EngineGone
             fault = error if isinstance(error, Fault) else Fault(str(error))
+            # What failed for the machine's sake, as a full disk, is tried again by itself.
+            fault.retry = isinstance(error, OSError) or not self.state.commit
+            self.state.owes_rollback = bool(self.state.commit) and self.service.rollback
             self.record_failure(commit, fault, by, began)
-            self.give_up(fault, say, away, again=isinstance(error, OSError))
+            self.give_up(fault, say, away)
             raise Refused(f"{short(commit)}: {fault}") from None
         self.record_success(commit, model, by, began)
         say(f"runs {short(commit)}, healthy after {time.monotonic() - began:.1f} s")
@@ -3149,6 +3193,7 @@ class Worker(threading.Thread):
         self.write_files(tree, model)
         self.before = {c.identity: c for c in self.engine.containers()}
         self.write_import()
+        self.stop_writers(model)
         self.make_binds(model)
         self.engine.write("model.json", json.dumps(model, sort_keys=True).encode())
         self.engine.up(say)
@@ -3162,6 +3207,17 @@ class Worker(threading.Thread):
         with as_user(self.engine.account):
             update_worktree(self.places.worktree, self.places.export, tracked, tree, keep)
         self.write_tracked(tree)
+
+    def stop_writers(self, model: Model) -> None:
+        """Stop what could still put a link where the new model binds a path beneath its own."""
+        binds = binds_of(model)
+        racing = {*nested_binds(binds, binds_of(self.running_model()))} - {
+            *nested_binds(binds, binds)}
+        names = sorted({above.compose_service for _, above in racing})
+        if names:
+            result = self.engine.compose("stop", "--", *names, deadline="up")
+            if result.status or result.trouble:
+                raise Fault(f"stop of {', '.join(names)}: {result.complaint}")
 
     def make_binds(self, model: Model) -> None:
         """Look at every bound path without following links; make missing folders, as the user."""
@@ -3236,16 +3292,11 @@ class Worker(threading.Thread):
         if not known:
             self.remember(commit, by, began, "failed", str(fault))
 
-    def give_up(self, fault: Fault, say: Say, away: float, again: bool) -> None:
-        """After a bad deploy: back to the last good commit, if there is one.
-
-        What failed for the machine's sake, as a full disk, is tried `again` by itself.
-        """
+    def give_up(self, fault: Fault, say: Say, away: float) -> None:
+        """After a bad deploy: back to the last good commit, if there is one."""
         say(f"failed: {fault}")
-        if not self.state.commit or not self.service.rollback:
+        if not self.state.owes_rollback:
             return
-        self.state.owes_rollback, self.state.failed_retry = True, again
-        self.save()
         self.roll_back(say)
         say(f"rolled back to {short(self.state.commit)}; what changed was away for "
             f"{time.monotonic() - away:.1f} s")
@@ -4790,7 +4841,9 @@ class LogFormatter(logging.Formatter):
 
     def format(self, record: logging.LogRecord) -> str:
         prefix = next(text for level, text in self.LEVELS if record.levelno >= level)
-        return (prefix if self.journal else "") + super().format(record)
+        # What a repository says must neither steer a terminal nor look like a line of pgod's.
+        text = re.sub(r"[^\n\x20-\x7e\xa0-\U0010ffff]", "?", super().format(record))
+        return (prefix if self.journal else "") + text.replace("\n", "\n    ")
 
 
 def set_up_logging(debug: bool) -> None:

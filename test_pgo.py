@@ -13,6 +13,7 @@ import contextlib
 import grp
 import http.server
 import json
+import logging
 import os
 import pwd
 import random
@@ -938,7 +939,8 @@ def violations(tmp_path: Path, compose: str, files: Mapping[str, str] | None = N
             path.write_text(content)
         tree[name] = ("120000" if link else "100644", "0" * 40)
     done = run("docker", "compose", "--project-name", "app", "--project-directory", export,
-               "--file", export / "compose.yaml", "config", "--format", "json", env=process_environment())
+               "--file", export / "compose.yaml", "config", "--format", "json",
+               env=process_environment())
     model = pgod.moved_paths(json.loads(done.stdout), str(export), "/lib/app")
     service = pgod.Service("app", "nobody", pgod.Remote("/r"), **keys)
     return pgod.check_policy(model, pgod.Surroundings(service, NEIGHBOURS, "/lib/app", "/data/app",
@@ -1064,7 +1066,8 @@ ATTACKS: tuple[tuple[str, str, str], ...] = (
     (NETWORKED.format(uses="{n: {aliases: [shop]}}", network="{external: true, name: proxy}"),
      "neighbour's name", "network:n_name_shop"),
     (NETWORKED.format(uses="{n: {ipv4_address: 10.0.0.9}}",
-                      network="{external: true, name: proxy}"), "fixed address", "network:n_ipv4_address"),
+                      network="{external: true, name: proxy}"), "fixed address",
+     "network:n_ipv4_address"),
     ("services: {other: {image: x, networks: [n]}}\nnetworks: {n: {external: true, name: p}}",
      "neighbour's name", "network:n_name_other"),
     (web("hostname: shop, networks: [n]") + "\nnetworks: {n: {external: true, name: p}}",
@@ -2793,6 +2796,14 @@ def test_missing_parts_are_named_in_one_line(lab: Lab) -> None:
                  check=False, user=USERS[1])
     assert nobody.returncode == 1
     assert "must be root" in nobody.stderr
+
+
+def test_log_line_of_a_repository_cannot_pass_for_one_of_pgod() -> None:
+    record = logging.LogRecord("pgod", logging.INFO, "", 0, "a: x\x1b[2J\n12:00:00 INFO b: y\r", (),
+                               None)
+    lines = pgod.LogFormatter(journal=False).format(record).split("\n")
+    assert lines[0].endswith("INFO a: x?[2J")
+    assert lines[1:] == ["    12:00:00 INFO b: y?"]
 
 
 # ---- pgoctl ------------------------------------------------------------------------------------
