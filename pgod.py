@@ -52,6 +52,7 @@ import grp
 import hashlib
 import hmac
 import http.server
+import io
 import json
 import logging
 import os
@@ -77,7 +78,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
-from typing import Any, NoReturn
+from typing import Any, BinaryIO, NoReturn
 
 VERSION = "0.1.0"
 log = logging.getLogger("pgod")
@@ -99,8 +100,9 @@ DEADLINE = {
     "pull": 1800.0, "build": 3600.0, "up": 600.0, "docker": 60.0, "reload": 60.0,
     "mount": 60.0,
 }
-# What a rendering may use: CPU seconds, bytes of address space, bytes of output. An alias bomb of
-# 418 bytes runs for minutes, and `env_file: /dev/zero` takes all memory there is.
+# What a rendering may use: CPU seconds, bytes of data (address space is no measure: a Go program
+# reserves far more than it uses), bytes of output. An alias bomb of 418 bytes runs for minutes, and
+# `env_file: /dev/zero` takes all memory there is.
 RENDER_CPU = 10
 RENDER_MEMORY = 1 << 30
 RENDER_OUTPUT = 4 << 20
@@ -878,8 +880,8 @@ def stat_beneath(root: Path, path: str) -> os.stat_result | None:
         return None
 
 
-def read_beneath(root: Path, path: str) -> bytes:
-    """The content of a regular file beneath root; a link, a device or a pipe is Refused."""
+def open_beneath(root: Path, path: str) -> BinaryIO:
+    """A regular file beneath root, to read; a link, a device or a pipe is Refused."""
     *parts, name = path.split("/")
     with folder_beneath(root, parts) as folder:
         flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
@@ -889,13 +891,28 @@ def read_beneath(root: Path, path: str) -> bytes:
             if isinstance(error, FileNotFoundError | PermissionError):
                 raise
             raise Refused(f"{root}/{path} is a link") from None
-        with os.fdopen(descriptor, "rb") as file:
-            if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-                raise Refused(f"{root}/{path} is not a regular file")
-            return file.read()
+    file = os.fdopen(descriptor, "rb")
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        file.close()
+        raise Refused(f"{root}/{path} is not a regular file")
+    return file
 
 
-def write_beneath(root: Path, path: str, data: bytes, mode: int = 0o644) -> None:
+def read_beneath(root: Path, path: str, limit: int) -> bytes:
+    """The content of a regular file beneath root, `limit` bytes of it: it may be endless."""
+    with open_beneath(root, path) as file:
+        return file.read(limit)
+
+
+def same_content(one: BinaryIO, other: BinaryIO) -> bool:
+    """Whether two files read the same; neither is ever in memory as a whole."""
+    while (chunk := one.read(1 << 20)) == other.read(1 << 20):
+        if not chunk:
+            return True
+    return False
+
+
+def write_beneath(root: Path, path: str, data: BinaryIO, mode: int = 0o644) -> None:
     """A regular file beneath root, by a temporary name; a folder in its place is Refused."""
     *parts, name = path.split("/")
     with folder_beneath(root, parts, make=True) as folder:
@@ -906,7 +923,7 @@ def write_beneath(root: Path, path: str, data: bytes, mode: int = 0o644) -> None
         descriptor = os.open(temporary, flags, 0o600, dir_fd=folder)
         try:
             with os.fdopen(descriptor, "wb") as file:
-                file.write(data)
+                shutil.copyfileobj(data, file, 1 << 20)
                 os.fchmod(descriptor, mode)
                 file.flush()
                 os.fsync(descriptor)
@@ -1431,7 +1448,7 @@ class Git:
 
     def read_export(self, path: str) -> bytes:
         with as_user(self.account):
-            return read_beneath(self.places.export, path)
+            return read_beneath(self.places.export, path, KEY_FILE_BYTES + 1)
 
 
 # ---- Work tree ---------------------------------------------------------------------------------
@@ -1464,8 +1481,10 @@ def same_entry(root: Path, export: Path, path: str, mode: str) -> bool:
         return read_link(root, path) == os.readlink(export / path)
     executable = bool(found.st_mode & stat.S_IXUSR) == (mode == "100755")
     size = (export / path).lstat().st_size
-    return (stat.S_ISREG(found.st_mode) and executable and found.st_size == size
-            and read_beneath(root, path) == (export / path).read_bytes())
+    if not stat.S_ISREG(found.st_mode) or not executable or found.st_size != size:
+        return False
+    with open_beneath(root, path) as one, (export / path).open("rb") as other:
+        return same_content(one, other)
 
 
 def worktree_conflicts(root: Path, export: Path, tracked: Iterable[str], new: Tree) -> list[str]:
@@ -1505,8 +1524,8 @@ def write_entry(root: Path, export: Path, path: str, mode: str) -> None:
     if mode == "120000":
         link_beneath(root, path, os.readlink(export / path))
     else:
-        write_beneath(root, path, (export / path).read_bytes(),
-                      0o755 if mode == "100755" else 0o644)
+        with (export / path).open("rb") as data:
+            write_beneath(root, path, data, 0o755 if mode == "100755" else 0o644)
 
 
 def update_worktree(root: Path, export: Path, tracked: Iterable[str], new: Tree,
@@ -2548,13 +2567,16 @@ def parse_container(facts: Mapping[str, Any]) -> Container:
         facts["HostConfig"]["RestartPolicy"]["Name"] or "no", facts["Image"], state["StartedAt"])
 
 
-def render_complaint(result: Result) -> str:
-    """Why a rendering failed; a limit's own words help nobody."""
-    if "out of memory" in result.stderr or "cannot allocate memory" in result.stderr:
-        return f"it needs more than {RENDER_MEMORY >> 20} MiB of memory"
-    if result.status in (-signal.SIGXCPU, -signal.SIGKILL):
-        return f"it needs more than {RENDER_CPU} s of processor time"
-    return result.complaint
+def render_fault(result: Result) -> Fault:
+    """Why a rendering failed; a limit's own words help nobody. A crash is no fault of the file."""
+    text, why = result.stderr, result.complaint
+    if "out of memory" in text or "cannot allocate memory" in text:
+        why = f"it needs more than {RENDER_MEMORY >> 20} MiB of memory"
+    elif result.status in (-signal.SIGXCPU, -signal.SIGKILL) or "SIGXCPU" in text:
+        why = f"it needs more than {RENDER_CPU} s of processor time"
+    elif "\ngoroutine " in text:
+        return Fault(f"compose crashed: {text.splitlines()[0][:200]}")
+    return Refused(f"the compose file does not render: {why}")
 
 
 class Engine:
@@ -2635,16 +2657,16 @@ class Engine:
         As the user, without the docker group, with limits. Raises Refused.
         """
         files = [word for name in self.compose_files(tree) for word in ("--file", name)]
-        env = self.environment() | {"DOCKER_CONFIG": "/nonexistent"}
+        env = self.environment() | {"DOCKER_CONFIG": "/nonexistent", "GOMAXPROCS": "2"}
         result = self.children.run(
-            ["prlimit", f"--cpu={RENDER_CPU}", f"--as={RENDER_MEMORY}", "--core=0", "--",
+            ["prlimit", f"--cpu={RENDER_CPU}", f"--data={RENDER_MEMORY}", "--core=0", "--",
              *self.compose_words, "--project-name", self.service.name, "--project-directory",
              str(self.places.export), *files, "config", "--format", "json"],
             account=self.account, env=env, deadline=DEADLINE["render"], limit=RENDER_OUTPUT,
             folder=Path("/"), kind=(self.service.name, "compose", "config"),
             secrets=self.service.secrets)
         if result.status or result.trouble:
-            raise Refused(f"the compose file does not render: {render_complaint(result)}")
+            raise render_fault(result)
         try:
             model = json.loads(result.stdout)
         except ValueError:
@@ -2945,8 +2967,20 @@ class Worker(threading.Thread):
         self.mount_data()
         self.git.prepare()
         self.engine.prepare()
+        if self.state.commit and not self.running_model():
+            self.restore_model()
         if (places.worktree / ".git").is_dir() and not self.state.commit:
             self.take_over()
+
+    def restore_model(self) -> None:
+        """The model is lost: the good one serves, or all is as before the first deploy."""
+        good = load_json(self.places.own / "good.json", {})
+        log.warning("%s: the model on disk cannot be read: %s", self.service.name,
+                    "the good one serves" if good else "deploys again")
+        if good:
+            self.engine.write("model.json", json.dumps(good, sort_keys=True).encode())
+        else:
+            self.state.commit = ""
 
     def mount_data(self) -> None:
         """Mount `mount` on the data folder, if it is not mounted."""
@@ -3131,10 +3165,22 @@ class Worker(threading.Thread):
         text = import_text(self.shared.configuration.services)
         return {self.service.import_file: blob_of(text.encode())}
 
+    @contextlib.contextmanager
+    def turn(self) -> Iterator[None]:
+        """One of the few deploys at a time; who waits long for it still lives."""
+        while not self.shared.deploys.acquire(timeout=1.0):
+            self.shared.children.beat()
+            if self.shared.stopping.is_set():
+                raise Stopping
+        try:
+            yield
+        finally:
+            self.shared.deploys.release()
+
     def deploy(self, decision: Decision, say: Say, by: str, asked: bool) -> None:
         """Steps 3 to 8 of the way from a push to running containers. Raises Fault."""
         commit, began = decision.commit, time.monotonic()
-        with self.shared.deploys:
+        with self.turn():
             try:
                 tree, rendered, model = self.checked(commit)
                 if waits_for_up(model) and self.state.commit and not asked:
@@ -3333,7 +3379,8 @@ class Worker(threading.Thread):
     def history(self) -> list[dict[str, Any]]:
         found = []
         with contextlib.suppress(OSError):
-            for line in (self.places.own / "history.jsonl").read_text().splitlines():
+            text = (self.places.own / "history.jsonl").read_text(errors="replace")
+            for line in text.splitlines():
                 with contextlib.suppress(ValueError):
                     found.append(json.loads(line))
         return found
@@ -3347,11 +3394,12 @@ class Worker(threading.Thread):
         text = import_text(self.shared.configuration.services).encode()
         with as_user(self.engine.account):
             try:
-                if read_beneath(self.places.worktree, self.service.import_file) == text:
+                if text == read_beneath(self.places.worktree, self.service.import_file,
+                                        len(text) + 1):
                     return False
             except FileNotFoundError:
                 pass
-            write_beneath(self.places.worktree, self.service.import_file, text)
+            write_beneath(self.places.worktree, self.service.import_file, io.BytesIO(text))
         log.info("%s: import written: %s", self.service.name, self.service.import_file)
         self.state.reload_pending = self.service.reload is not None
         self.save()
@@ -3789,7 +3837,8 @@ def answer_hold(worker: Worker, order: Order, by: str) -> str:
     span, now = option_value(order, "--for"), time.time()
     try:
         until = now + parse_duration(span) if span else 0.0
-    except ValueError as error:
+        format_time(until)
+    except (ValueError, OverflowError) as error:
         raise Refused(f"hold: --for: {error}") from None
     hold = Hold(by, printable(" ".join(order.operands))[:200], now, until, "hold")
     write_atomic(worker.places.own / "hold.json", json.dumps(dataclasses.asdict(hold)).encode())
@@ -4139,6 +4188,12 @@ class SshServer:
         def say(text: str) -> None:
             self.loop.call_soon_threadsafe(self.tell, process, text, stream)
 
+        takes_services = COMMANDS[order.command].words == "[SERVICE...]"
+        known = compose_services(worker.running_model()) if takes_services else order.operands
+        if unknown := [name for name in order.operands if name not in known]:
+            self.tell(process, f"{order.command}: there is no compose service {unknown[0]!r}; "
+                      f"there are: {', '.join(known)}")
+            return 1
         words = (*order.options, *order.operands)
         request = worker.ask(Request(order.command, words, by, say))
         while not request.done.is_set() and not process.channel.is_closing():
@@ -4643,7 +4698,6 @@ Ctrl-C here takes all of it down.
 
 def demo_image() -> bytes:
     """A tar with nothing but a static busybox, since no registry may be in reach."""
-    import io  # noqa: PLC0415
     import tarfile  # noqa: PLC0415
     busybox = shutil.which("busybox")
     if not busybox:
