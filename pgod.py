@@ -2657,7 +2657,8 @@ class Engine:
         As the user, without the docker group, with limits. Raises Refused.
         """
         files = [word for name in self.compose_files(tree) for word in ("--file", name)]
-        env = self.environment() | {"DOCKER_CONFIG": "/nonexistent", "GOMAXPROCS": "2"}
+        env = {"PWD": str(self.places.export), **self.environment(),
+               "DOCKER_CONFIG": "/nonexistent", "GOMAXPROCS": "2"}
         result = self.children.run(
             ["prlimit", f"--cpu={RENDER_CPU}", f"--data={RENDER_MEMORY}", "--core=0", "--",
              *self.compose_words, "--project-name", self.service.name, "--project-directory",
@@ -2996,7 +2997,12 @@ class Worker(threading.Thread):
 
     def take_over(self) -> None:
         """Go on where the Go program stopped, touching neither its files nor its containers."""
-        commit = self.git.take_over()
+        try:
+            commit = self.git.take_over()
+        except Fault as fault:  # a clone that failed half-way: nothing ever ran from it
+            (self.places.worktree / ".git").rename(self.places.own / "taken-over.git")
+            log.warning("%s: its checkout has no commit, begins anew: %s", self.service.name, fault)
+            return
         tree = self.git.export(commit)
         model = self.moved(self.engine.render(tree))
         self.write_tracked(tree)
@@ -3117,6 +3123,14 @@ class Worker(threading.Thread):
         elif decision.action == "heal":
             self.heal(decision, say)
 
+    def restore_images(self, model: Model) -> None:
+        """Tags of the good commit's images, but for those of images that a neighbour builds."""
+        around = self.around({})
+        theirs = tuple(other.name + mark for other in around.others for mark in "-/")
+        self.engine.restore_images(
+            {name: identity for name, identity in self.state.images.items()
+             if around.owns(name, "-", "/") or not name.startswith(theirs)}, model)
+
     def heal(self, decision: Decision, say: Say) -> None:
         """Bring containers back; those that end by themselves at most once an interval."""
         now = self.shared.clock()
@@ -3126,7 +3140,7 @@ class Worker(threading.Thread):
             self.last_crash_heal = now
         say(f"brings back: {'; '.join(decision.reasons)}")
         model = self.running_model()
-        self.engine.restore_images(self.state.images, model)
+        self.restore_images(model)
         self.make_binds(model)
         self.engine.up(log.debug, *decision.services)
         self.containers = self.engine.containers()
@@ -3352,7 +3366,7 @@ class Worker(threading.Thread):
         model = dict(load_json(self.places.own / "good.json", {}))
         try:
             tree = self.git.export(self.state.commit)
-            self.engine.restore_images(self.state.images, model)
+            self.restore_images(model)
             self.install(tree, model, log.debug)
             self.await_health(model, say)
         except (Fault, OSError) as error:
@@ -3490,6 +3504,7 @@ class Worker(threading.Thread):
         model = self.deployed_model()
         self.places.stop.unlink(missing_ok=True)
         self.before = {c.identity: c for c in self.engine.containers()}
+        self.restore_images(model)
         self.make_binds(model)
         self.engine.up(request.say)
         self.await_health(model, request.say)
@@ -4127,6 +4142,7 @@ class SshServer:
 
     def tell(self, process: Any, text: str, stream: Any = None) -> None:
         """A line for people, on standard error if nothing else is asked for."""
+        text = "\n".join(printable(line) for line in text.expandtabs().split("\n"))
         with contextlib.suppress(OSError, self.asyncssh.Error):
             (stream or process.stderr).write(f"{text}\n".encode())
 
@@ -4178,7 +4194,7 @@ class SshServer:
         except Fault as fault:
             self.tell(process, str(fault))
             return 1
-        process.stdout.write(f"{text}\n".encode())
+        self.tell(process, text, process.stdout)
         return 0
 
     async def through_thread(self, process: Any, order: Order, worker: Worker, by: str) -> int:

@@ -46,7 +46,7 @@ IMAGE = f"pgotest-{SESSION}:1"
 USERS = (f"pgt{SESSION}ann", f"pgt{SESSION}ben")
 GIT_IDENTITY = {f"GIT_{who}_{what}": "pgotest@localhost" for who in ("AUTHOR", "COMMITTER")
                 for what in ("NAME", "EMAIL")}
-PATIENCE = 30.0  # seconds that a condition is waited for before the test has failed
+PATIENCE = 60.0  # seconds that a condition is waited for before the test has failed
 
 # ---- Lab ---------------------------------------------------------------------------------------
 
@@ -908,6 +908,36 @@ def test_damaged_git_folder_heals_itself(lab: Lab) -> None:
         damage()
         assert deploys(lab, name, {"new": str(number)}) == set(), damage
         assert differences(lab, name) == ""
+
+
+def test_a_clone_that_failed_half_way_is_begun_anew(lab: Lab) -> None:
+    name = lab.service("a")
+    worktree = lab.directory / name
+    worktree.mkdir(parents=True)
+    run("git", "init", "-q", worktree)
+    (worktree / "untracked").write_text("data")
+    lab.start()
+    lab.runs(name, lab.repositories[name].git("rev-parse", "HEAD"))
+    assert (worktree / "untracked").read_text() == "data"
+
+
+# ---- Work tree ---------------------------------------------------------------------------------
+
+
+def test_large_files_of_a_commit_are_never_in_memory(lab: Lab) -> None:
+    name = lab.service("a")
+    work = lab.repositories[name].work
+    for path in ("big", "ssh/big"):
+        with (work / path).open("wb") as file:
+            file.truncate(400 << 20)
+    commit = lab.push(name, {"more": "1"})
+    lab.start()
+    until(lambda: lab.state(name).get("commit") == commit, patience=90)
+    assert (lab.directory / name / "big").stat().st_size == 400 << 20
+    lab.push(name, {"more": "2"})
+    lab.ssh(f"{name}//up", check=True)
+    status = Path(f"/proc/{lab.daemon.process.pid}/status").read_text()
+    assert int(status.split("VmHWM:")[1].split()[0]) < 200 << 10
 
 
 # ---- Policy ------------------------------------------------------------------------------------
@@ -1773,6 +1803,26 @@ def test_urls_are_reached_through_caddy_and_reload_is_retried(lab: Lab) -> None:
     assert fetch(port, "one.example") == "hello"
 
 
+def test_waiting_for_ones_turn_is_a_sign_of_life(lab: Lab) -> None:
+    shared: Any = type("Shared", (), {"deploys": threading.BoundedSemaphore(1),
+                                 "children": pgod.Children(pgod.Metrics()),
+                                 "stopping": threading.Event()})
+    worker = pgod.Worker.__new__(pgod.Worker)
+    worker.shared = shared
+    shared.deploys.acquire()
+
+    def wait() -> None:
+        with contextlib.suppress(pgod.Stopping), worker.turn():
+            pass
+
+    thread = threading.Thread(target=wait)
+    thread.start()
+    until(lambda: shared.children.beats.get(thread.ident), "it beats")
+    shared.stopping.set()
+    thread.join(5)
+    assert not thread.is_alive()
+
+
 # ---- Faults ------------------------------------------------------------------------------------
 
 
@@ -2251,6 +2301,25 @@ def test_jump_of_the_wall_clock_neither_hurries_nor_delays_a_poll(lab: Lab) -> N
     assert status["since"] > time.time() + 300 * 86400, "the clock did not jump"
 
 
+@pytest.mark.parametrize("lost", [["model.json"], ["model.json", "good.json"], ["history.jsonl"]])
+def test_damaged_files_of_a_service_are_made_again(lab: Lab, lost: list[str]) -> None:
+    name = lab.service("a", wait="20s")
+    lab.start()
+    lab.runs(name, commit := lab.repositories[name].git("rev-parse", "HEAD"))
+    before = lab.containers(name)
+    lab.daemon.stop()
+    for file in lost:
+        (lab.directory / ".pgod" / name / file).write_bytes(b"\xff{")
+    lab.start()
+    assert until(lambda: "web" in lab.ssh(f"{name}//ps").stdout)
+    lab.runs(name, commit)
+    assert lab.containers(name) == before
+    docker("rm", "-f", *before)
+    until(lambda: lab.containers(name), "healed")
+    assert lab.ssh(f"{name}//up").returncode == 0
+    assert "deployed" in lab.ssh(f"{name}//history", check=True).stdout
+
+
 # ---- Commands ----------------------------------------------------------------------------------
 
 
@@ -2310,6 +2379,37 @@ def test_audit_line_hides_values_of_environment(text: str) -> None:
     audited = pgod.parse_order(text).audited()
     assert SECRET not in audited
     assert "web id" in audited
+
+
+def test_hold_for_ages_is_refused_and_holds_nothing(lab: Lab) -> None:
+    name = lab.service("a")
+    lab.start()
+    lab.runs(name, lab.repositories[name].git("rev-parse", "HEAD"))
+    answer = lab.ssh(f"{name}//hold --for 99999999999h")
+    assert (answer.returncode, "--for" in answer.stderr) == (1, True), answer
+    assert "held" not in lab.ssh(f"{name}//status", check=True).stdout
+
+
+@pytest.mark.parametrize("command", ["stop", "restart"])
+def test_an_unknown_compose_service_is_named_and_nothing_is_held(lab: Lab, command: str) -> None:
+    name = lab.service("a")
+    lab.start()
+    lab.runs(name, lab.repositories[name].git("rev-parse", "HEAD"))
+    answer = lab.ssh(f"{name}//{command} wbe")
+    assert answer.returncode == 1
+    assert "'wbe'" in answer.stderr
+    assert "stopped" not in lab.ssh(f"{name}//status", check=True).stdout
+    assert lab.ssh(f"{name}//{command} -t 0 web").returncode == 0
+
+
+def test_what_a_repository_says_does_not_steer_the_terminal(lab: Lab) -> None:
+    name = lab.service("a", {"compose.yaml": 'services:\n  "we\\u001b[31mb": {image: x}\n'})
+    lab.start()
+    until(lambda: lab.state(name).get("failed_reason"))
+    for command in ("status", "history", "up", "load"):
+        answer = lab.ssh(f"{name}//{command}")
+        assert "[31mb" in answer.stdout + answer.stderr
+        assert "\x1b" not in answer.stdout + answer.stderr
 
 
 # ---- SSH ---------------------------------------------------------------------------------------
