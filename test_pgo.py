@@ -122,7 +122,7 @@ class Repository:
         return self.git("rev-parse", "HEAD")
 
 
-def compose_file(command: str = "sleep 100000", **keys: Any) -> str:
+def compose_file(command: str | list[str] = "sleep 100000", **keys: Any) -> str:
     """A compose file (JSON is YAML) with one service `web`; keys=... join it."""
     top = keys.pop("top", {})
     web = {"image": IMAGE, "command": command, "init": True, "stop_grace_period": "1s"} | keys
@@ -950,28 +950,32 @@ NEIGHBOURS = (
 )
 
 
-def violations(tmp_path: Path, compose: str, files: Mapping[str, str] | None = None,
-               **keys: Any) -> list[pgod.Violation]:
-    """What the policy says of a compose file that compose itself rendered.
+def rendered(folder: Path, compose: str,
+             files: Mapping[str, str] | None = None) -> tuple[pgod.Model, pgod.Tree]:
+    """A compose file as compose itself renders it, and the commit it lies in.
 
-    A file whose content begins with `->` is a symlink in the commit.
+    A file whose content begins with `->` is a symlink in the commit, `@` makes it a submodule.
     """
-    export = tmp_path / "export"
-    export.mkdir()
+    export = folder / "export"
     tree: pgod.Tree = {}
     for name, content in ({"compose.yaml": compose} | dict(files or {})).items():
         path = export / name
         path.parent.mkdir(parents=True, exist_ok=True)
-        link = content.startswith("->")
-        if link:
+        mode = {"->": "120000", "@": "160000"}.get(content[:2], "100644")
+        if mode == "120000":
             path.symlink_to(content[2:])
-        else:
+        elif mode == "100644":
             path.write_text(content)
-        tree[name] = ("120000" if link else "100644", "0" * 40)
+        tree[name] = (mode, "0" * 40)
     done = run("docker", "compose", "--project-name", "app", "--project-directory", export,
                "--file", export / "compose.yaml", "config", "--format", "json",
                env=process_environment())
     model = pgod.moved_paths(json.loads(done.stdout), str(export), "/lib/app")
+    return pgod.moved_paths(model, str(folder), "/lib"), tree
+
+
+def judged(model: pgod.Model, tree: pgod.Tree, **keys: Any) -> list[pgod.Violation]:
+    """What the policy says of it."""
     service = pgod.Service("app", "nobody", pgod.Remote("/r"), **keys)
     return pgod.check_policy(model, pgod.Surroundings(service, NEIGHBOURS, "/lib/app", "/data/app",
                                                       tree, (2222, 9112)))
@@ -1041,14 +1045,14 @@ ATTACKS: tuple[tuple[str, str, str], ...] = (
      "labels:com.docker.compose.x"),
     (web('ports: ["80:80"]'), "ports: 80", "ports:80"),
     (web('ports: ["127.0.0.1:443:80/udp"]'), "ports: 443", "ports:443"),
-    (web("ports: [{target: 80, published: '1000-1030'}]"), "ports", "ports:1000"),
+    (web("ports: [{target: 80, published: '1000-1030'}]"), "ports", "ports:1000-1030"),
     (web('ports: ["2222:80"]'), "port of pgod", "ports:2222"),
     (web('ports: ["9100-9120:9100-9120"]'), "port of pgod", "ports:9112"),
     (web('volumes: ["/etc:/x"]'), "bind: /etc", "bind:/etc"),
     (web('volumes: ["/etc:/x:ro"]'), "bind: /etc", "bind:/etc:ro"),
     (web('volumes: ["/:/x"]'), "bind: /:", "bind:/"),
     (web('volumes: ["/var/run/docker.sock:/s"]'), "docker.sock", "bind:/var/run/docker.sock"),
-    (web('volumes: ["../other:/x"]'), "neither in the repository", ""),
+    (web('volumes: ["../other:/x"]'), "neither in the repository", "bind:/lib/other"),
     (web('volumes: ["/lib/app/../other:/x"]'), "without . and ..", ""),
     (web('volumes: ["/lib/application:/x"]'), "/lib/application", "bind:/lib/application"),
     (web('volumes: ["/data/app2:/x"]'), "/data/app2", "bind:/data/app2"),
@@ -1122,21 +1126,189 @@ ATTACKS: tuple[tuple[str, str, str], ...] = (
      "bind:/etc/shadow:ro"),
     (web("configs: [c]") + "\nconfigs: {c: {file: /etc/shadow}}", "config: /etc/shadow",
      "bind:/etc/shadow:ro"),
+    # The same again, in the other ways in which it can be written.
+    (web('privileged: "true"'), "web: privileged", "privileged"),
+    ("services: {web: {extends: {service: base}}, base: {image: x, privileged: true}}",
+     "web: privileged", "privileged"),
+    ("x-a: &a {pid: host}\nservices: {web: {<<: *a, image: x}}", "pid: host", "pid:host"),
+    (web("cap_add: [CAP_NET_RAW, sys_ptrace]"), "sys_ptrace", "cap_add:SYS_PTRACE"),
+    (web("cap_add: [NET_ADMIN2]"), "cap_add: NET_ADMIN2", ""),
+    (web("devices: [{source: /dev/sda, target: /dev/x}]"), "devices", "devices:/dev/sda"),
+    (web('devices: ["vendor.com/gpu=all"]'), "devices", "devices:vendor.com/gpu=all"),
+    (web("gpus: all"), "gpus", "gpus"),
+    (web("gpus: [{driver: nvidia, count: 1}]"), "gpus", "gpus"),
+    ("services: {web: {image: x, pid: 'service:db'}, db: {image: y}}", "pid", "pid:service:db"),
+    (web("cgroup_parent: system.slice"), "cgroup_parent", "cgroup_parent:system.slice"),
+    (web("network_mode: Host"), "network_mode: Host", "network_mode:Host"),
+    (web("security_opt: [systempaths=unconfined]"), "security_opt",
+     "security_opt:systempaths=unconfined"),
+    (web("security_opt: ['no-new-privileges=false']"), "security_opt",
+     "security_opt:no-new-privileges=false"),
+    (web("security_opt: ['seccomp=./profile.json']"), "security_opt",
+     "security_opt:seccomp=./profile.json"),
+    (web("oom_score_adj: '-1'"), "oom_score_adj", "oom_score_adj:-1"),
+    (web("group_add: [0]"), "group_add", "group_add:0"),
+    (web("external_links: ['other-db-1:db']"), "external_links", "external_links:other-db-1:db"),
+    (web("cpu_rt_period: 1000000"), "cpu_rt_period", "cpu_rt_period"),
+    (web("logging: {driver: fluentd, options: {fluentd-address: '10.0.0.1:24224'}}"), "logging",
+     "logging:fluentd"),
+    (web("logging: {driver: gelf}"), "logging", "logging:gelf"),
+    (web("sysctls: {fs.mqueue.msg_max: 10}"), "sysctls", "sysctls:fs.mqueue.msg_max"),
+    (web("sysctls: ['network.x=1']"), "sysctls", "sysctls:network.x"),
+    (web('labels: {"COM.docker.compose.project": other}'), "labels",
+     "labels:COM.docker.compose.project"),
+    (web('labels: {"io.pgod.files": x}'), "labels", "labels:io.pgod.files"),
+    (NETWORKED.format(uses="[n]", network='{labels: {"com.docker.compose.project": other}}'),
+     "networks.n: labels", "labels:com.docker.compose.project"),
+    (web("volumes: ['vol:/v']")
+     + '\nvolumes: {vol: {labels: ["com.docker.compose.project=other"]}}',
+     "volumes.vol: labels", "labels:com.docker.compose.project"),
+    # Ports.
+    (web("ports: [{target: 80, published: 443, host_ip: 0.0.0.0}]"), "ports: 443", "ports:443"),
+    (web("ports: ['22:22/tcp']"), "ports: 22", "ports:22"),
+    (web("ports: ['1022-1025:1-4']"), "ports: 1022", "ports:1022"),
+    (web("ports: [{target: 80, published: 9112}]"), "port of pgod", "ports:9112"),
+    (web("ports: [{target: 80, published: 9000-9200}]"), "port of pgod", "ports:9000-9200"),
+    (web("ports: [{target: 80, published: abc}]"), "not a port", ""),
+    (web("ports: [{target: 80, published: '80-'}]"), "not a port", ""),
+    # Sizes and numbers.
+    (web("tmpfs: /t:size=99999m"), "tmpfs", "size:99999m"),
+    (web("tmpfs: ['/t:mode=700,size=90%']"), "tmpfs", ""),
+    (web("tmpfs: ['/t:size=1k,size=9g']"), "tmpfs: 9g", "size:9g"),
+    (web("shm_size: 5000000000"), "shm_size", "size:5000000000"),
+    (web("shm_size: -1"), "shm_size", ""),
+    (web("stop_grace_period: 121s"), "stop_grace_period", "stop_grace_period:2m1s"),
+    (web("stop_grace_period: 120500ms"), "stop_grace_period", "stop_grace_period:2m0.5s"),
+    (web("stop_grace_period: -1s"), "stop_grace_period", ""),
+    (web("deploy: {replicas: '1000000'}"), "replicas", "replicas:1000000"),
+    ("services: {web: {build: {context: ., shm_size: 9gb}, image: app-x}}", "shm_size",
+     "size:9663676416"),
+    # Names of neighbours, and such as look like our own.
+    ("services: {web: {image: x, container_name: other-db-1}}", "container_name",
+     "container_name:other-db-1"),
+    ("services: {b-web: {build: ., image: app-x}}", "neighbour's name", ""),
+    ("services: {b-web: {build: .}}", "image: app-b-web", "image:app-b-web"),
+    ("services: {web: {build: ., image: app}}", "image: app", "image:app"),
+    ("services: {web: {build: ., image: apple/x}}", "image: apple/x", "image:apple/x"),
+    ("services: {web: {build: ., image: app_c-web}}", "image: app_c-web", "image:app_c-web"),
+    ("services: {web: {build: ., image: 'docker.io/library/app-web'}}", "docker.io",
+     "image:docker.io/library/app-web"),
+    ("services: {web: {build: ., image: 'pgod.keep/other:1'}}", "pgod.keep",
+     "image:pgod.keep/other:1"),
+    ("services: {web: {build: {context: ., tags: [app-x, 'localhost:5000/app-x']}}}",
+     "localhost:5000", "image:localhost:5000/app-x"),
+    (web("volumes: ['vol:/v']") + "\nvolumes: {vol: {external: true}}", "vol", "volume:vol"),
+    (web("volumes: ['vol:/v']") + "\nvolumes: {vol: {name: app-b_data}}", "app-b_data",
+     "volume:app-b_data"),
+    (web("volumes: ['vol:/v']") + "\nvolumes: {vol: {name: apple}}", "apple", "volume:apple"),
+    (web("volumes: ['vol:/v']")
+     + "\nvolumes: {vol: {driver_opts: {type: nfs, o: addr=10.0.0.1, device: ':/x'}}}",
+     "driver local", "volume:vol_driver"),
+    (web("volumes: ['vol:/v']")
+     + "\nvolumes: {vol: {driver_opts: {type: overlay, device: overlay, o: 'lowerdir=/etc'}}}",
+     "driver local", "volume:vol_driver"),
+    (web("volumes: [{type: cluster, source: x, target: /x}]"), "not known", ""),
+    # Networks.
+    (NETWORKED.format(uses="[n]", network="{driver: ipvlan}"), "driver bridge", "network:n_driver"),
+    (NETWORKED.format(uses="[n]", network="{driver: overlay, attachable: true}"), "driver bridge",
+     "network:n_driver"),
+    (NETWORKED.format(uses="[n]", network="{ipam: {driver: dhcp}}"), "addresses",
+     "network:n_ipam"),
+    (NETWORKED.format(uses="[n]", network="{name: host}"), "must be called", "network:host"),
+    (NETWORKED.format(uses="[n]", network="{external: true, name: bridge}"), "engine's own",
+     "network:bridge"),
+    (NETWORKED.format(uses="[n]", network="{external: true, name: ingress}"), "engine's own",
+     "network:ingress"),
+    ("services: {web: {image: x}}\nnetworks: {default: {driver: host}}", "driver bridge",
+     "network:default_driver"),
+    ("services: {web: {image: x}}\nnetworks: {default: {name: other_default}}", "must be called",
+     "network:other_default"),
+    (NETWORKED.format(uses="{n: {aliases: [www, SHOP]}}", network="{external: true, name: p}"),
+     "neighbour's name", "network:n_name_SHOP"),
+    (NETWORKED.format(uses="{n: {aliases: [other.]}}", network="{external: true, name: p}"),
+     "neighbour's name", "network:n_name_other."),
+    (NETWORKED.format(uses="{n: {ipv6_address: 'fd00::2'}}", network="{external: true, name: p}"),
+     "fixed address", "network:n_ipv6_address"),
+    (NETWORKED.format(uses="{n: {link_local_ips: [169.254.1.1]}}",
+                      network="{external: true, name: p}"), "fixed address",
+     "network:n_link_local_ips"),
+    (NETWORKED.format(uses="{n: {mac_address: '02:42:ac:11:00:02'}}",
+                      network="{external: true, name: p}"), "fixed address",
+     "network:n_mac_address"),
+    (web("mac_address: '02:42:ac:11:00:02', networks: [n]")
+     + "\nnetworks: {n: {external: true, name: p}}", "fixed address", "network:n_mac_address"),
+    ("services: {web: {image: x, container_name: shop, networks: [n]}}\n"
+     "networks: {n: {external: true, name: p}}", "neighbour's name", "container_name:shop"),
+    ("services: {Shop: {image: x}}\nnetworks: {default: {external: true, name: p}}",
+     "neighbour's name", "network:default_name_Shop"),
+    # Paths of the host.
+    (web("volumes: [{type: bind, source: /etc, target: /x, read_only: true}]"), "bind: /etc",
+     "bind:/etc:ro"),
+    (web('volumes: ["//etc:/x"]'), "bind: //etc", "bind://etc"),
+    (web('volumes: ["/etc/:/x"]'), "bind: /etc", "bind:/etc/"),
+    (web('volumes: ["~/.ssh:/x"]'), "bind: /", "bind:/nonexistent/.ssh"),
+    (web('volumes: ["/proc:/x"]'), "bind: /proc", "bind:/proc"),
+    (web('volumes: ["/data:/x"]'), "bind: /data", "bind:/data"),
+    (web('volumes: ["/lib:/x"]'), "bind: /lib", "bind:/lib"),
+    (web('volumes: ["/lib/app.stop:/x"]'), "bind: /lib/app.stop", "bind:/lib/app.stop"),
+    (web('volumes: ["/lib/app:/x"]'), "only be mounted read-only", ""),
+    (web('volumes: ["./:/x", "./html:/y"]'), "read-only", ""),
+    (web('volumes: ["./ssh/id.pub:/x:ro"]'), "who may steer", ""),
+    (web('volumes: ["./.git:/x"]'), "who may steer", ""),
+    (web('volumes: ["/data/app:/all", "/data/app/db:/db"]'), "lies beneath", ""),
+    ("services: {web: {image: x, volumes: ['./d:/d']}, db: {image: y, volumes: ['./d/e/f:/e:ro']}}",
+     "db: bind: /lib/app/d/e/f: lies beneath /lib/app/d", ""),
+    (web("volumes: ['./d:/d'], configs: [c]") + "\nconfigs: {c: {file: ./d/c}}",
+     "config: /lib/app/d/c: lies beneath", ""),
+    (web("volumes: ['./d/:/d', {type: bind, source: ./d/e, target: /e}]"), "lies beneath", ""),
+    (web("volumes: [{type: bind, source: ./a, target: /a, bind: {propagation: rslave}}]"),
+     "propagates", ""),
+    (web("volumes: ['./a:/a:rshared']"), "propagates", ""),
+    (web("volumes: ['./a:/a:Z']"), "relabels", ""),
+    (web("secrets: [{source: s, target: /x, mode: 0444}]") + "\nsecrets: {s: {file: ../x/s}}",
+     "secret: /lib/x/s", "bind:/lib/x/s:ro"),
+    (web("secrets: [s]") + "\nsecrets: {s: {file: ./ssh/../../other/s}}", "secret: /lib/other/s",
+     "bind:/lib/other/s:ro"),
+    (web("configs: [c]") + "\nconfigs: {c: {external: true}}", "configs: c.external",
+     "key:external"),
+    (web("secrets: [s]") + "\nsecrets: {s: {external: true, name: other}}", "secrets: s.external",
+     "key:external"),
+    # Builds.
+    ("services: {web: {build: {context: ., secrets: [s]}}}\nsecrets: {s: {file: /lib/.pgod/x}}",
+     "secret: /lib/.pgod/x", "bind:/lib/.pgod/x:ro"),
+    ("services: {web: {build: ..}}", "build.context", ""),
+    ("services: {web: {build: {context: 'git@example.org:x.git'}}}", "build.context", ""),
+    ("services: {web: {build: {context: ./a, dockerfile: ../../x}}}", "build.dockerfile: /lib/x",
+     ""),
+    ("services: {web: {build: {context: ., additional_contexts: ['x=../other']}}}",
+     "additional_contexts", ""),
+    ("services: {web: {build: {context: ., additional_contexts: {x: 'oci-layout:///etc'}}}}",
+     "additional_contexts", ""),
+    ("services: {web: {build: {context: ., cache_from: ['type=local,src=/etc']}}}", "cache_from",
+     ""),
+    ("services: {web: {build: {context: ., cache_from: ['type=local,src=/e,x=type=registry']}}}",
+     "cache_from", ""),
+    ("services: {web: {build: {context: ., network: 'container:other-web-1'}}}", "build.network",
+     "build:network:container:other-web-1"),
+    ("services: {web: {build: {context: ., network: other_default}}}", "build.network",
+     "build:network:other_default"),
+    ("services: {web: {build: {context: ., entitlements: [security.insecure]}}}",
+     "build.entitlements", "build:entitlements"),
 )
 
 
 @pytest.mark.parametrize(("compose", "words", "allow"), ATTACKS, ids=lambda v: str(v)[:50])
 def test_attack_is_refused_unless_the_administrator_allows_it(tmp_path: Path, compose: str,
                                                               words: str, allow: str) -> None:
-    found = violations(tmp_path, compose)
+    model, tree = rendered(tmp_path, compose)
+    found = judged(model, tree)
     assert words in "\n".join(map(str, found))
-    if not allow:
-        return
+    assert allow in {violation.allow for violation in found}
     entries = sorted({violation.allow for violation in found} - {""})
     assert pgod.as_allow(entries) == tuple(entries), "an entry is offered that would be refused"
-    shutil.rmtree(tmp_path / "export")
-    left = violations(tmp_path, compose, allow=(*entries, allow))
-    assert words not in "\n".join(map(str, left))
+    left = judged(model, tree, allow=tuple(entries))
+    assert not {violation.allow for violation in left} - {""}, "an entry that permits nothing"
+    assert (words in "\n".join(map(str, left))) == (not allow)
 
 
 @pytest.mark.parametrize(("compose", "files", "words"), [
@@ -1146,10 +1318,18 @@ def test_attack_is_refused_unless_the_administrator_allows_it(tmp_path: Path, co
     (web("configs: [s]") + "\nconfigs: {s: {file: ./a/s}}", {"a": "->/etc"}, "symlink"),
     ("services: {web: {build: ./b}}", {"b": "->/etc"}, "symlink"),
     ("services: {web: {build: .}}", {"Dockerfile": "->/etc/shadow"}, "symlink"),
+    ("services: {web: {build: {context: ., dockerfile: d/Dockerfile}}}", {"d": "->/etc"},
+     "symlink"),
+    ("services: {web: {build: {context: ., secrets: [s]}}}\nsecrets: {s: {file: ./s}}",
+     {"s": "->/etc/shadow"}, "symlink"),
+    (web("volumes: ['/lib/app/d:/d']"), {"d": "->/etc"}, "symlink"),
+    (web("volumes: ['./d/e/f:/d']"), {"d/e": "->/etc"}, "symlink"),
+    (web("volumes: ['./d:/d']"), {"d": "@"}, "submodule"),
+    (web("volumes: ['./d/x:/d:ro']"), {"d": "@"}, "submodule"),
 ])
 def test_symlink_in_the_commit_leads_nowhere(tmp_path: Path, compose: str, files: dict[str, str],
                                              words: str) -> None:
-    assert words in "\n".join(map(str, violations(tmp_path, compose, files)))
+    assert words in "\n".join(map(str, judged(*rendered(tmp_path, compose, files))))
 
 
 def test_unknown_key_is_refused_by_its_name() -> None:
@@ -1259,64 +1439,161 @@ secrets: {password: {file: ./password.txt}}
     "old version key": "version: '3.8'\n" + web("restart: 'no'"),
     "labels": web("labels: ['traefik.http.routers.a.rule=Host(`a`)', 'a.b=c']"),
     "on failure": web("restart: 'on-failure:3', mac_address: '02:42:ac:11:00:02'"),
+    "everything in its long form": web(
+        "build: {context: ./app, dockerfile: Dockerfile}, image: app/web, ports: [{target: 80, "
+        "published: '8080', protocol: tcp, host_ip: 127.0.0.1}], env_file: [{path: ./web.env}], "
+        "networks: {default: {aliases: [www], priority: 10}}, configs: [{source: c, target: /c, "
+        "uid: '1', gid: '1', mode: 0444}], secrets: [{source: s, target: s, mode: 0400}], "
+        "volumes: [{type: volume, source: data, target: /d}], ulimits: {nofile: 1024}, "
+        "logging: {driver: local, options: {max-size: 1m}}").replace("image: x, ", "", 1)
+    + "\nconfigs: {c: {file: ./nginx.conf}}\nsecrets: {s: {file: ./password.txt}}"
+      "\nvolumes: {data: {}}",
+    "Dockerfiles in a folder beside": "services: {web: {build: {context: ./app, dockerfile: "
+                                      "../Dockerfile}}}",
+    "build with all that is harmless": "services: {web: {build: {context: ., args: [A=1], "
+        "additional_contexts: {base: ./app, img: 'docker-image://alpine'}, cache_from: ['app-x', "
+        "'type=registry,ref=example.org/x'], extra_hosts: ['a:127.0.0.1'], labels: [a=b], pull: "
+        "true, platforms: [linux/amd64], secrets: [s], tags: ['app-web:2', 'app/web:2'], shm_size: "
+        "64m}}}\nsecrets: {s: {file: ./password.txt}}",
+    "image and build of one name": "services: {web: {build: ., image: 'app-web:1.0', pull_policy: "
+                                   "build}, worker: {image: 'app-web:1.0', command: work}}",
+    "digest": "services: {web: {image: 'docker.io/library/nginx@sha256:" + "0" * 64 + "'}}",
+    "same folder twice": "services: {web: {image: x, volumes: ['./up:/up']}, job: {image: y, "
+                         "volumes: ['./up:/in:ro']}}",
+    "neighbouring folders with one beginning": web("volumes: ['./data:/d', './data-old:/o', "
+                                                   "'./data.bak:/b']"),
+    "file beneath a folder that is only read": web("volumes: ['./html:/h:ro', "
+                                                   "'./html/index.html:/i']"),
+    "socket, time zone and certificates of its own": web(
+        "volumes: ['./run:/run/app', './zone:/etc/localtime:ro', './certs:/etc/ssl/certs:ro']"),
+    "service called like the end of a neighbour": "services: {b: {image: x}, c: {image: y}}",
+    "wordpress": "services: {db: {image: mariadb, restart: always, environment: {MYSQL_USER: w}, "
+                 "volumes: ['db:/var/lib/mysql']}, wordpress: {image: wordpress, ports: "
+                 "['8080:80'], depends_on: [db], volumes: ['wp:/var/www/html']}}\n"
+                 "volumes: {db: {}, wp: {}}",
+    "worker and cache": "services: {redis: {image: redis, command: [redis-server, --save, '60'], "
+                        "sysctls: [net.core.somaxconn=511]}, worker: {image: y, deploy: {mode: "
+                        "replicated, replicas: 2, update_config: {parallelism: 1}}}}",
+    "user and limits in words": web("user: nobody, mem_limit: 1.5g, memswap_limit: -1, "
+                                    "oom_score_adj: 100, pids_limit: -1, mem_swappiness: 10"),
+    "old-fashioned": "version: '2.4'\nservices: {web: {image: x, restart: always, cpus: 0.5, "
+                     "links: [db], expose: ['80']}, db: {image: y, stdin_open: true}}",
+    "empty values": web("command: [], labels: {}, ports: [], volumes: [], environment: [], "
+                        "cap_add: [], devices: [], security_opt: [], privileged: false"),
+    "hooks": web("stop_grace_period: 2m, stop_signal: '15', init: false, restart: always"),
+    "names with dots": "services: {web.1: {image: x}, web_2: {image: y, depends_on: {web.1: "
+                       "{condition: service_started, restart: true}}}}",
+    "mounted in memory": web("tmpfs: /run, shm_size: 1gb, volumes: [{type: tmpfs, target: /t}]"),
+    "extension fields everywhere": "x-a: 1\nservices: {web: {image: x, x-b: 2, deploy: {x-c: 3}}}\n"
+                                   "volumes: {data: {x-d: 4}}\nnetworks: {n: {x-e: 5}}",
+    "dual stack": "services: {web: {image: x, networks: [n]}}\nnetworks: {n: {enable_ipv6: true, "
+                  "attachable: true, driver: bridge, labels: {a: b}}}",
 }
 
 
 @pytest.mark.parametrize("name", ORDINARY)
 def test_ordinary_compose_file_passes(tmp_path: Path, name: str) -> None:
-    assert not violations(tmp_path, ORDINARY[name], FILES, networks=("proxy",))
+    assert not judged(*rendered(tmp_path, ORDINARY[name], FILES), networks=("proxy",))
+
+
+def test_exception_for_a_folder_does_not_open_what_a_container_can_swap(tmp_path: Path) -> None:
+    model, tree = rendered(tmp_path, web("volumes: ['/srv/m:/m', '/srv/m/sub:/s']"))
+    assert "lies beneath" in "\n".join(map(str, judged(model, tree, allow=("bind:/srv/m",))))
+    assert not judged(model, tree, allow=("bind:/srv/m", "bind:/srv/m/sub"))
+
+
+@pytest.mark.parametrize(("source", "allow", "passes"), [
+    ("/srv/media/a", "bind:/srv/media", True), ("/srv/media:ro", "bind:/srv/media:ro", True),
+    ("/srv/media", "bind:/srv/media:ro", False), ("/srv/mediaX", "bind:/srv/media", False),
+    ("/srv/media/../../etc", "bind:/srv/media", False), ("/srv", "bind:/srv/media", False),
+    ("/etc", "bind:/", True),
+])
+def test_exception_opens_its_folder_and_nothing_else(source: str, allow: str,
+                                                     passes: bool) -> None:
+    path, _, mode = source.partition(":")
+    model = {"services": {"web": {"image": "x", "volumes": [{
+        "type": "bind", "source": path, "target": "/t", "read_only": mode == "ro"}]}}}
+    assert (not judged(model, {}, allow=(allow,))) == passes
+
+
+def test_listed_networks_are_the_only_external_ones(tmp_path: Path) -> None:
+    model, tree = rendered(tmp_path, NETWORKED.format(uses="[n]",
+                                                      network="{external: true, name: elsewhere}"))
+    assert not judged(model, tree)
+    assert judged(model, tree, networks=("proxy",))[0].allow == "network:elsewhere"
+    assert not judged(model, tree, networks=("proxy", "elsewhere"))
 
 
 def test_harm_is_not_done_by_a_malicious_push(lab: Lab) -> None:
     """Each push is tried for real; what it wants is looked for, not only the message."""
     victim = lab.service("victim", {"compose.yaml": compose_file(
         volumes=["data:/data"], top={"volumes": {"data": None}})}, key="victim")
-    name = lab.service("evil", {"compose.yaml": compose_file()}, wait="20s")
+    name = lab.service("evil", {"compose.yaml": compose_file(), "d/file": "x"}, wait="20s",
+                       env=[f"TOKEN={SECRET}-{lab.name}"])
     lab.duration = "1h"
     lab.start()
     for service in (victim, name):
         lab.runs(service, lab.repositories[service].git("rev-parse", "HEAD"))
     docker("exec", f"{victim}-web-1", "sh", "-c", "echo precious > /data/file")
     victims, before = lab.containers(victim), lab.containers(name)
+    listing = run("ls", "-lRi", lab.directory / name).stdout
     image = docker("image", "inspect", "--format", "{{.Id}}", IMAGE)
-    pwned = lab.folder / "pwned"
-    work = lab.repositories[name].work
-    (work / "link").symlink_to("/etc/shadow")
-    git_remote = f"include: ['git@127.0.0.1:x.git']\n{web('init: true')}"
+    pwned, shadow = lab.folder / "pwned", Path("/etc/shadow").read_text().splitlines()[0]
+    (lab.repositories[name].work / "link").symlink_to("/etc/shadow")
+    fetching = (f"GIT_SSH_COMMAND=touch {pwned}\nGIT_SSH=touch {pwned}\nDOCKER_HOST=ssh://x\n"
+                "COMPOSE_EXPERIMENTAL_GIT_REMOTE=1\nCOMPOSE_EXPERIMENTAL_OCI_REMOTE=1\n")
+    volume = {"external": True, "name": f"{victim}_data"}
+    bomb = "a0: &a0 [x,x,x,x,x,x,x,x,x]\n" + "".join(
+        f"a{n}: &a{n} [{','.join(['*a' + str(n - 1)] * 9)}]\n" for n in range(1, 9))
     pushes: list[tuple[dict[str, str | bytes | None], str]] = [
         ({"compose.yaml": compose_file(volumes=["/etc:/host"])}, "bind"),
         ({"compose.yaml": compose_file(secrets=["s"], top={"secrets": {"s": {
+            "file": "/etc/shadow"}}})}, "secret: /etc/shadow"),
+        ({"compose.yaml": compose_file(secrets=["s"], top={"secrets": {"s": {
             "file": "./link"}}})}, "symlink"),
-        ({"compose.yaml": compose_file(volumes=["vol:/v"], top={"volumes": {"vol": {
-            "external": True, "name": f"{victim}_data"}}})}, "volume"),
+        ({"compose.yaml": compose_file(volumes=["./d:/d", "./d/sub:/s"])}, "lies beneath"),
+        ({"compose.yaml": compose_file(volumes=["vol:/v"], top={"volumes": {"vol": volume}})},
+         "volume"),
+        ({"compose.yaml": compose_file(volumes_from=[f"container:{victim}-web-1"])},
+         "volumes_from"),
         ({"compose.yaml": compose_file(container_name=f"{victim}-web-1", top={"name": victim})},
          "neighbour"),
+        ({"compose.yaml": compose_file(labels={"com.docker.compose.project": victim})}, "labels"),
         ({"compose.yaml": compose_file(image=IMAGE, build="."), "Dockerfile":
           f"FROM {IMAGE}\nENV X={lab.name}\n"}, "built here"),
-        ({"compose.yaml": git_remote, ".env": "COMPOSE_EXPERIMENTAL_GIT_REMOTE=1\n"
-          f"GIT_SSH_COMMAND=touch {pwned}\nGIT_SSH=touch {pwned}\n"}, "does not render"),
-        ({"compose.yaml": "services: {web: {image: x, env_file: /dev/zero}}", ".env": None},
-         "memory"),
-        ({"compose.yaml": "a0: &a0 [x,x,x,x,x,x,x,x,x]\n" + "".join(
-            f"a{n}: &a{n} [{','.join(['*a' + str(n - 1)] * 9)}]\n" for n in range(1, 9))
-            + web("command: *a8")}, "does not render"),
+        ({"compose.yaml": compose_file(image=f"{name}-x", build={
+            "context": ".", "tags": [IMAGE]})}, "built here"),
+        ({"compose.yaml": compose_file(cap_add=["${TOKEN}"])}, "cap_add: ***"),
+        ({"compose.yaml": f"include: ['git@127.0.0.1:x.git']\n{web('init: true')}",
+          ".env": fetching}, "does not render"),
+        ({"compose.yaml": f"include: ['oci://127.0.0.1/x']\n{web('init: true')}"},
+         "does not render"),
+        ({"compose.yaml": web("env_file: /dev/zero"), ".env": None},
+         "not render: it needs more than 1024 MiB of memory"),
+        ({"compose.yaml": bomb + web("command: *a8")}, "does not render"),
         ({"compose.yaml": web("env_file: /etc/shadow")}, "does not render"),
+        ({"compose.yaml": f"include: [/etc/shadow]\n{web('init: true')}"}, "does not render"),
+        ({"compose.yaml": web("extends: {file: /etc/shadow, service: root}")}, "does not render"),
     ]
-    for files, words in pushes:
-        lab.push(name, files)
-        answer = lab.ssh(f"{name}//up")
-        assert answer.returncode == 1, files
-        assert words in answer.stderr
-        assert lab.containers(name) == before
-        assert lab.ssh(f"{victim}//ping", key="victim").stdout == "pong\n"
+    with seen_command_lines() as seen:
+        for files, words in pushes:
+            lab.push(name, files)
+            steered = subprocess.Popen(lab.ssh_words(f"{name}//up"), stdin=subprocess.DEVNULL,
+                                       stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+            if "not render" in words:
+                assert lab.ssh(f"{victim}//ping", key="victim").stdout == "pong\n"
+            answer = steered.communicate(timeout=90)[0]
+            assert steered.returncode == 1, files
+            assert words in answer
+            assert shadow not in answer
+    assert lab.containers(name) == before
+    assert run("ls", "-lRi", lab.directory / name).stdout == listing, "the work tree was touched"
     assert lab.containers(victim) == victims
     assert docker("exec", f"{victim}-web-1", "cat", "/data/file") == "precious"
     assert docker("image", "inspect", "--format", "{{.Id}}", IMAGE) == image
     assert not pwned.exists()
-    peak = re.search(r"VmHWM:\s+(\d+)",
-                     Path(f"/proc/{lab.daemon.process.pid}/status").read_text())
-    assert peak
-    assert int(peak[1]) < 200_000, "pgod's memory"
+    assert memory(lab) < 200 << 20
+    assert_nowhere(lab, seen, f"{SECRET}-{lab.name}")
 
 
 def test_bound_path_that_becomes_a_link_is_refused_before_it_is_there(lab: Lab) -> None:
@@ -1377,6 +1654,100 @@ def test_policy_of_a_trusted_repository_is_reported_not_enforced(lab: Lab) -> No
     lab.runs(name, lab.repositories[name].git("rev-parse", "HEAD"))
     assert "cap_add" in lab.daemon.log()
     assert f'pgo_service_policy_violations{{service="{name}"}} 1' in lab.metrics()
+
+
+def test_container_cannot_swap_a_folder_while_the_next_commit_binds_beneath(lab: Lab) -> None:
+    """Its last act, when it is stopped, is to put a link where the new container's bind begins."""
+    outside = lab.folder / "outside"
+    outside.mkdir()
+    (outside / "precious").write_text("x")
+    swap = f"trap 'rm -rf /d/sub; ln -s {outside} /d/sub; exit' TERM; while :; do sleep 0.1; done"
+    name = lab.service("a", {"compose.yaml": compose_file(
+        "", entrypoint=["sh", "-c", swap], init=False, stop_grace_period="9s",
+        volumes=["./d:/d"]), "d/sub/x": "x"})
+    lab.duration = "1h"
+    lab.start()
+    lab.runs(name, lab.repositories[name].git("rev-parse", "HEAD"))
+    lab.push(name, {"compose.yaml": compose_file("sh -c 'rm -f /s/precious; sleep 100000'",
+                                                 volumes=["./d/sub:/s"])})
+    answer = lab.ssh(f"{name}//up")
+    assert (outside / "precious").exists()
+    assert answer.returncode == 1
+    assert "is a link" in answer.stderr
+
+
+def test_build_reads_the_commit_and_not_what_a_container_put_there(lab: Lab) -> None:
+    """The docker group, whose rights the build has, can read the logins of every service."""
+    name = lab.service("a", {"compose.yaml": compose_file(volumes=["./d:/d"]), "d/x": "x"})
+    lab.duration = "1h"
+    lab.start()
+    lab.runs(name, lab.repositories[name].git("rev-parse", "HEAD"))
+    logins = lab.directory / ".pgod" / name / "docker"
+    docker("exec", f"{name}-web-1", "sh", "-c",
+           f"mkdir /d/c; echo 'FROM {IMAGE}' > /d/c/Dockerfile; echo 'COPY . /x' >> "
+           f"/d/c/Dockerfile; ln -s {logins} /d/l")
+    for context in ("d/c", "d/l"):
+        lab.push(name, {"compose.yaml": compose_file(image=f"{name}-web", build={
+            "context": f"{lab.directory}/{name}/{context}",
+            "dockerfile_inline": f"FROM {IMAGE}\nCOPY . /x"})})
+        assert lab.ssh(f"{name}//up").returncode == 1
+        assert not docker("image", "ls", "--quiet", f"{name}-web")
+
+
+def test_compose_service_named_like_an_option_is_no_option(lab: Lab) -> None:
+    service = {"image": IMAGE, "command": "sleep 100000", "init": True}
+    name = lab.service("a", {"compose.yaml": compose_file(services={"--help": service})})
+    lab.start()
+    lab.runs(name, lab.repositories[name].git("rev-parse", "HEAD"))
+    before = lab.containers(name)
+    docker("rm", "-f", f"{name}---help-1")
+    until(lambda: lab.containers(name).keys() == before.keys(), "it was brought back")
+
+
+def test_path_that_leaves_the_work_tree_is_not_written(lab: Lab) -> None:
+    """git itself makes no such commit; one made by hand is pushed."""
+    name = lab.service("a")
+    lab.duration = "1h"
+    lab.start()
+    repository = lab.repositories[name]
+    lab.runs(name, repository.git("rev-parse", "HEAD"))
+    good, blob = (repository.git("rev-parse", f"HEAD{what}") for what in ("", ":compose.yaml"))
+
+    def tree(*entries: tuple[str, str, str]) -> str:
+        data = b"".join(f"{mode} {name}\0".encode() + bytes.fromhex(what)
+                        for mode, name, what in entries)
+        done: Any = run("git", "-C", repository.work, "hash-object", "-t", "tree", "-w",
+                        "--literally", "--stdin", input=data, text=False)
+        return str(done.stdout.decode()).strip()
+
+    for part in ("..", ".git"):
+        top = tree(("40000", part, tree(("100644", "pwned", blob))),
+                   ("100644", "compose.yaml", blob))
+        commit = repository.git("commit-tree", "-m", "x", top)
+        repository.git("push", "-q", "-f", "origin", f"{commit}:main")
+        lab.ssh(f"{name}//up")
+        assert lab.state(name)["commit"] == good
+    assert not [path for path in lab.folder.rglob("pwned") if "repositories" not in path.parts]
+
+
+def test_checkout_that_the_policy_refuses_is_not_started_again(lab: Lab) -> None:
+    """A container of the Go program could write the .git folder that is taken over."""
+    name = lab.service("", {"compose.yaml": compose_file(cap_add=["SYS_TIME"])})
+    tree = lab.directory / name
+    lab.directory.mkdir()
+    run("git", "clone", "-q", lab.repositories[name].bare, tree)
+    run("chown", "-R", USERS[0], tree)
+    run("docker", "compose", "-p", name, "up", "-d", cwd=tree)
+    before = lab.containers(name)
+    lab.start()
+    logged(lab, "the policy refuses what runs")
+    logged(lab, "the policy refuses it")
+    assert lab.containers(name) == before
+    docker("rm", "-f", *before.values())
+    commit = lab.push(name, {"compose.yaml": compose_file()})
+    lab.runs(name, commit)
+    caps = docker("inspect", "--format", "{{.HostConfig.CapAdd}}", f"{name}-web-1")
+    assert caps == "[]"
 
 
 # ---- Decisions ---------------------------------------------------------------------------------
