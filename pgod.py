@@ -328,6 +328,14 @@ def parse_duration(text: str) -> float:
     return sum(float(number) * DURATION_UNITS[unit] for number, unit in parts)
 
 
+def parse_interval(text: str) -> float:
+    """A duration of more than nothing, in seconds."""
+    seconds = parse_duration(text)
+    if seconds <= 0:
+        raise ValueError(f"{text!r} would leave no pause; give more than 0s")
+    return seconds
+
+
 def format_duration(seconds: float) -> str:
     """The two largest units: 3d4h, 2h5m, 4m7s, 12s."""
     left, parts = int(seconds), list[str]()
@@ -3496,6 +3504,9 @@ class Worker(threading.Thread):
         facts = {"by": request.by, "since": time.time(), "reason": ""}
         write_atomic(self.places.stop, json.dumps(facts).encode())
         log.info("%s: %s: by %s", self.service.name, command, request.by)
+        if not self.running_model():
+            request.say("nothing was deployed yet, and nothing will be until up")
+            return
         self.compose_for(request, command, *request.arguments)
         self.containers = self.engine.containers()
 
@@ -4875,7 +4886,7 @@ OPTIONS: tuple[tuple[tuple[str, ...], dict[str, Any]], ...] = (
     (("-m", "--metric"), {"type": argument(parse_address), "default": ("", 9112),
                           "metavar": "ADDRESS",
                           "help": "metrics address (default :9112; '' is off)"}),
-    (("-t", "--duration"), {"type": argument(parse_duration), "default": 300.0,
+    (("-t", "--duration"), {"type": argument(parse_interval), "default": 300.0,
                             "metavar": "DURATION", "help": "between polls (default 5m0s)"}),
     (("--debug",), {"action": "store_true", "help": "log everything"}),
     (("--restart",), {"type": bool_word, "nargs": "?", "const": True, "default": True,

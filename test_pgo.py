@@ -2691,6 +2691,20 @@ def test_damaged_files_of_a_service_are_made_again(lab: Lab, lost: list[str]) ->
     assert "deployed" in lab.ssh(f"{name}//history", check=True).stdout
 
 
+def test_down_before_the_first_deploy_holds_the_service(lab: Lab) -> None:
+    name = lab.service("a", {"compose.yaml": "services: ["})
+    lab.duration = "300ms"
+    lab.start()
+    until(lambda: lab.state(name).get("failed_reason"), "the first deploy failed")
+    assert "until up" in lab.ssh(f"{name}//down", check=True).stderr
+    lab.push(name, {"compose.yaml": compose_file()})
+    count = polls(lab, name)
+    until(lambda: polls(lab, name) >= count + 3, "polled while held")
+    assert not lab.containers(name)
+    lab.ssh(f"{name}//up", check=True)
+    assert lab.containers(name)
+
+
 # ---- Commands ----------------------------------------------------------------------------------
 
 
@@ -3275,6 +3289,12 @@ def test_log_line_of_a_repository_cannot_pass_for_one_of_pgod() -> None:
     lines = pgod.LogFormatter(journal=False).format(record).split("\n")
     assert lines[0].endswith("INFO a: x?[2J")
     assert lines[1:] == ["    12:00:00 INFO b: y?"]
+
+
+def test_interval_of_nothing_is_refused() -> None:
+    done = run(sys.executable, HERE / "pgod.py", "--check", "-t", "0s", check=False)
+    assert done.returncode == 2
+    assert "more than 0s" in done.stderr
 
 
 # ---- pgoctl ------------------------------------------------------------------------------------
