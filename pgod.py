@@ -1421,16 +1421,13 @@ class Git:
         return tree
 
     def take_over(self) -> str:
-        """The commit that a checkout of the Go program has; its .git is moved to pgod's folder.
+        """The commit that a checkout of the Go program has.
 
         upload-pack is made for repositories that are not trusted: it runs nothing of theirs.
         """
-        dot_git = self.places.worktree / ".git"
         self.git("fetch", "--quiet", "--no-tags", "--depth=1", "--no-write-fetch-head",
-                 str(dot_git), "+HEAD:refs/pgod/good")
-        commit = self.identity("refs/pgod/good")
-        dot_git.rename(self.places.own / "taken-over.git")
-        return commit
+                 str(self.places.worktree / ".git"), "+HEAD:refs/pgod/good")
+        return self.identity("refs/pgod/good")
 
     def public_keys(self, tree: Tree) -> tuple[PublicKey, ...]:
         """The keys in ssh/ of the export: regular files of at most 16 KiB, every line of them."""
@@ -2978,7 +2975,7 @@ class Worker(threading.Thread):
         self.engine.prepare()
         if self.state.commit and not self.running_model():
             self.restore_model()
-        if (places.worktree / ".git").is_dir() and not self.state.commit:
+        if (places.worktree / ".git").is_dir():
             self.take_over()
 
     def restore_model(self) -> None:
@@ -3004,21 +3001,30 @@ class Worker(threading.Thread):
             raise Fault(f"mount of {self.service.mount}: {result.complaint}")
 
     def take_over(self) -> None:
-        """Go on where the Go program stopped, touching neither its files nor its containers."""
-        try:
-            commit = self.git.take_over()
-        except Fault as fault:  # a clone that failed half-way: nothing ever ran from it
-            (self.places.worktree / ".git").rename(self.places.own / "taken-over.git")
-            log.warning("%s: its checkout has no commit, begins anew: %s", self.service.name, fault)
-            return
-        tree = self.git.export(commit)
+        """Go on where the Go program stopped, touching neither its files nor its containers.
+
+        Its .git goes last: until then, the next start begins again. Keys in it are not believed:
+        a container could write it.
+        """
+        if not self.state.commit:
+            try:
+                commit = self.git.take_over()
+                tree = self.git.export(commit)
+                self.write_tracked(tree)
+                self.adopt(commit, tree)
+            except EngineGone:
+                raise
+            except Fault as fault:  # what runs stays as it is, and is not started again
+                log.warning("%s: its checkout cannot be taken over, begins anew: %s",
+                            self.service.name, fault)
+        aside = self.places.own / "taken-over.git"
+        shutil.rmtree(aside, ignore_errors=True)
+        (self.places.worktree / ".git").rename(aside)
+
+    def adopt(self, commit: str, tree: Tree) -> None:
+        """Take what runs for a good deploy of the commit. Raises Refused where the policy does."""
         model = self.moved(self.engine.render(tree))
-        self.write_tracked(tree)
-        violations = check_policy(model, self.around(tree))
-        if violations and not self.service.trusted:  # as it runs, it stays; it is not started again
-            log.warning("%s: taken over, but the policy refuses what runs: %s", self.service.name,
-                        redact("; ".join(map(str, violations)), self.service.secrets))
-            return
+        self.enforce(model, tree)
         self.state.baseline = file_seals(model, tree, str(self.places.worktree), {})
         self.state.commit, self.state.since = commit, time.time()
         self.state.digest = self.service.digest()
@@ -3163,6 +3169,17 @@ class Worker(threading.Thread):
         tree = self.git.export(commit)
         rendered = self.engine.render(tree)
         model = self.moved(rendered)
+        self.enforce(model, tree)
+        links = check_bound_links(self.running_model(), tree, str(self.places.worktree))
+        if links and not self.service.trusted:
+            raise Refused("; ".join(links))
+        seals = file_seals(model, tree, str(self.places.worktree), self.generated())
+        # Built is from the export alone, also where the file names the work tree itself.
+        rendered = moved_paths(model, str(self.places.worktree), str(self.places.export))
+        return tree, rendered, with_file_labels(model, seals, self.state.baseline)
+
+    def enforce(self, model: Model, tree: Tree) -> None:
+        """Raises Refused with every violation; those of root's repositories are only logged."""
         violations = check_policy(model, self.around(tree))
         self.shared.metrics.set("pgo_service_policy_violations", len(violations),
                                 service=self.service.name)
@@ -3172,13 +3189,6 @@ class Worker(threading.Thread):
         for violation in violations:
             log.warning("%s: root's repository, so only reported: %s", self.service.name,
                         redact(str(violation), self.service.secrets))
-        links = check_bound_links(self.running_model(), tree, str(self.places.worktree))
-        if links and not self.service.trusted:
-            raise Refused("; ".join(links))
-        seals = file_seals(model, tree, str(self.places.worktree), self.generated())
-        # Built is from the export alone, also where the file names the work tree itself.
-        rendered = moved_paths(model, str(self.places.worktree), str(self.places.export))
-        return tree, rendered, with_file_labels(model, seals, self.state.baseline)
 
     def generated(self) -> dict[str, str]:
         """Files that pgod writes into the work tree, with their hashes."""

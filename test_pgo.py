@@ -440,6 +440,11 @@ def deploys(lab: Lab, name: str, files: Mapping[str, str | bytes | None]) -> set
     return changed(name, before, lab.containers(name))
 
 
+def opens(lab: Lab, name: str) -> None:
+    """Wait until the key opens the service: keys come from the remote."""
+    until(lambda: lab.ssh(f"{name}//ping").returncode == 0, "the key opens the service")
+
+
 def changed(name: str, before: Mapping[str, str], after: Mapping[str, str]) -> set[str]:
     """Compose services with a container that came, went or is another one."""
     different = {key for key in {*before, *after} if before.get(key) != after.get(key)}
@@ -1741,7 +1746,7 @@ def test_checkout_that_the_policy_refuses_is_not_started_again(lab: Lab) -> None
     run("docker", "compose", "-p", name, "up", "-d", cwd=tree)
     before = lab.containers(name)
     lab.start()
-    logged(lab, "the policy refuses what runs")
+    logged(lab, "cannot be taken over, begins anew: the policy refuses it")
     logged(lab, "the policy refuses it")
     assert lab.containers(name) == before
     docker("rm", "-f", *before.values())
@@ -2014,6 +2019,7 @@ def test_checkout_of_the_go_program_is_taken_over_as_it_runs(lab: Lab) -> None:
     before = lab.containers(name)
     lab.start()
     lab.runs(name, repository.git("rev-parse", "HEAD"))
+    opens(lab, name)
     assert deploys(lab, name, {"README": "new"}) == set()
     assert lab.containers(name) == before
     assert deploys(lab, name, {"bound.conf": "2", "data/tracked": "2"}) == {"web"}
