@@ -28,7 +28,7 @@ It runs as root. To read it before that, read downwards: a section uses only wha
     Service         the thread of one service: look, deploy, roll back, heal
     Commands        what a key holder may say
     SSH             the server that they say it to
-    HTTP            /metrics and /healthz
+    HTTP            /metrics, /healthz and webhooks
     Life            start, stale services, changes of the configuration, the end
     Demo            one service from nothing
     Command line    options and main
@@ -90,6 +90,7 @@ COMPOSE_FILES = ("compose.yaml", "compose.yml", "docker-compose.yml", "docker-co
 NAME_PATTERN = re.compile(r"[a-z0-9][a-z0-9_-]*")
 BACKOFF_CEILING = 3600.0  # seconds between two tries of the same thing, at most
 SAME_TIME_DEPLOYS = 4
+SLOW_DEPLOY = 30.0  # seconds after which a deploy holds up no other
 HEALTHY_LOOKS = 3  # that many looks in a row, a second apart, must be good
 KEY_FILE_BYTES = 16 * 1024
 KEY_COUNT = 100
@@ -231,6 +232,7 @@ class Service:
     deploy_key: str = ""
     profiles: tuple[str, ...] = ()
     allow: tuple[str, ...] = ()
+    webhook: str = field(default="", repr=False)
     wait: float = 120.0
     rollback: bool = True
 
@@ -243,7 +245,8 @@ class Service:
     def secrets(self) -> tuple[str, ...]:
         """What must never be shown. Short values of env would redact half of every line."""
         tokens = tuple(r.token for r in self.registries)
-        return self.repository.secrets + tokens + tuple(v for _, v in self.env if len(v) >= 6)
+        values = (self.webhook, *(value for _, value in self.env if len(value) >= 6))
+        return self.repository.secrets + tokens + values
 
     def digest(self) -> str:
         """Changes when something changes that a deploy depends on."""
@@ -585,6 +588,13 @@ def as_seconds(value: object) -> float:
     return seconds
 
 
+def as_secret(value: object) -> str:
+    """A secret that is not guessed."""
+    if len(as_string(value)) < 16:
+        raise ValueError("must have at least 16 characters; make one with: openssl rand -hex 20")
+    return as_string(value)
+
+
 def as_bool(value: object) -> bool:
     """true or false."""
     if not isinstance(value, bool):
@@ -668,6 +678,7 @@ SERVICE_KEYS: dict[str, tuple[str, Callable[[object], Any]]] = {
     "reload": ("reload", lambda value: parse_reload(as_string(value))),
     "mount": ("mount", as_mount), "deploy_key": ("deploy_key", as_outside_file),
     "profiles": ("profiles", as_strings), "allow": ("allow", as_allow),
+    "webhook": ("webhook", as_secret),
     "wait": ("wait", as_seconds), "rollback": ("rollback", as_bool),
 }
 REQUIRED_KEYS = ("name", "user", "repository")
@@ -776,7 +787,7 @@ def read_configuration(path: Path) -> Configuration:
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "is not UTF-8"
         raise ConfigurationError([f"cannot be read: {reason}"]) from None
-    secret = any(s.registries or s.env or s.repository.authorization for s in services)
+    secret = any(s.secrets for s in services)
     warning = f"{path} holds secrets and everybody can read it: chmod 600 {path}"
     return Configuration(services, seal, (warning,) if others and secret else ())
 
@@ -920,11 +931,15 @@ def same_content(one: BinaryIO, other: BinaryIO) -> bool:
     return False
 
 
+def temporary_name() -> str:
+    return f".pgod-{os.getpid()}-{threading.get_ident()}"
+
+
 def write_beneath(root: Path, path: str, data: BinaryIO, mode: int = 0o644) -> None:
     """A regular file beneath root, by a temporary name; a folder in its place is Refused."""
     *parts, name = path.split("/")
     with folder_beneath(root, parts, make=True) as folder:
-        temporary = f".pgod-{os.getpid()}-{threading.get_ident()}"
+        temporary = temporary_name()
         with contextlib.suppress(FileNotFoundError):
             os.unlink(temporary, dir_fd=folder)
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
@@ -947,7 +962,7 @@ def link_beneath(root: Path, path: str, target: str) -> None:
     """A symlink beneath root; what it leads to is not looked at."""
     *parts, name = path.split("/")
     with folder_beneath(root, parts, make=True) as folder:
-        temporary = f".pgod-{os.getpid()}-{threading.get_ident()}"
+        temporary = temporary_name()
         with contextlib.suppress(FileNotFoundError):
             os.unlink(temporary, dir_fd=folder)
         os.symlink(target, temporary, dir_fd=folder)
@@ -1326,7 +1341,9 @@ class Git:
             deadline=DEADLINE[deadline], kind=(self.service.name, "git", subcommand),
             secrets=self.service.secrets)
         if result.status or result.trouble:
-            raise Fault(f"git {words[0]}: {result.complaint}")
+            moved = ("; redirects are not followed: give the address that it leads to, which often "
+                     "ends in .git") if re.search(r"returned error: 30\d", result.stderr) else ""
+            raise Fault(f"git {words[0]}: {result.complaint}{moved}")
         return result.stdout
 
     def ask(self) -> str:
@@ -1492,40 +1509,58 @@ def same_entry(root: Path, export: Path, path: str, mode: str) -> bool:
         return same_content(one, other)
 
 
-def worktree_conflicts(root: Path, export: Path, tracked: Iterable[str], new: Tree) -> list[str]:
-    """Untracked files that the commit would overwrite, unless they are the same already."""
+def conflicts_at(root: Path, export: Path, path: str, mode: str, known: set[str]) -> list[str]:
+    """Untracked files that a new one at `path` would overwrite, unless they are the same."""
+    parts = path.split("/")
+    for depth in range(1, len(parts) + 1):
+        at = "/".join(parts[:depth])
+        found = stat_beneath(root, at)
+        if found is None or (at in known and depth < len(parts)):
+            return []
+        if depth < len(parts) and stat.S_ISDIR(found.st_mode):
+            continue
+        if stat.S_ISDIR(found.st_mode):
+            return untracked_beneath(root, at, known)
+        return [] if same_entry(root, export, path, mode) else [at]
+    return []
+
+
+def worktree_conflicts(root: Path, export: Path, tracked: Tree, new: Tree) -> list[str]:
+    """All that the commit would overwrite. Raises Refused where the user is kept out."""
     known, conflicts = set(tracked), []
     for path, (mode, _) in sorted(new.items()):
-        if path in known or mode == "160000":
-            continue
-        parts = path.split("/")
-        for depth in range(1, len(parts) + 1):
-            at = "/".join(parts[:depth])
-            found = stat_beneath(root, at)
-            if found is None:
-                break
-            if depth < len(parts) and (stat.S_ISDIR(found.st_mode) or at in known):
-                if at in known:
-                    break
-                continue
-            if stat.S_ISDIR(found.st_mode):
-                conflicts += untracked_beneath(root, at, known)
-            elif not same_entry(root, export, path, mode):
-                conflicts.append(at)
-            break
+        if path not in known and mode != "160000":
+            with explaining_owners(root, path):
+                conflicts += conflicts_at(root, export, path, mode, known)
+    changes = {path for path in {*tracked, *new} if tracked.get(path) != new.get(path)}
+    for folder, path in {path.rpartition("/")[0]: path for path in sorted(changes)}.items():
+        with explaining_owners(root, path), contextlib.suppress(FileNotFoundError, Refused):
+            try_to_write(root, folder)
     return conflicts
 
 
-def same_or_absent(root: Path, export: Path, path: str, mode: str) -> bool:
-    """Nothing to write. What cannot be read, by a container's doing, is written again."""
+def try_to_write(root: Path, folder: str) -> None:
+    """Raises PermissionError where nothing can be made in root/folder."""
+    with folder_beneath(root, folder.split("/") if folder else ()) as descriptor:
+        os.mkdir(temporary_name(), 0o700, dir_fd=descriptor)
+        os.rmdir(temporary_name(), dir_fd=descriptor)
+
+
+@contextlib.contextmanager
+def explaining_owners(root: Path, path: str) -> Iterator[None]:
+    """Say what to do where the user is kept out of his own work tree."""
     try:
-        return same_entry(root, export, path, mode)
+        yield
     except PermissionError:
-        return False
+        raise Refused(f"{root}/{path} cannot be changed: it or its folder belongs to another user, "
+                      "as when a container took it; chown it") from None
 
 
 def write_entry(root: Path, export: Path, path: str, mode: str) -> None:
-    """What the export has at `path`, to the work tree."""
+    """What the export has at `path`, to the work tree, if that is not there already."""
+    with contextlib.suppress(PermissionError):
+        if same_entry(root, export, path, mode):
+            return
     if mode == "120000":
         link_beneath(root, path, os.readlink(export / path))
     else:
@@ -1533,37 +1568,53 @@ def write_entry(root: Path, export: Path, path: str, mode: str) -> None:
             write_beneath(root, path, data, 0o755 if mode == "100755" else 0o644)
 
 
-def update_worktree(root: Path, export: Path, tracked: Iterable[str], new: Tree,
-                    keep: frozenset[str]) -> int:
-    """Make tracked files those of the commit; how many were written or removed.
+def update_worktree(root: Path, export: Path, tracked: Tree, new: Tree,
+                    keep: frozenset[str]) -> None:
+    """Make tracked files those of the commit.
 
     In place: no folder is ever replaced, for a bind mount would keep the old one. Call it as the
-    user. Raises Refused at a link or folder in the way.
+    user. Raises Refused at a link or folder in the way, and where a container keeps the user out
+    of what the commit changes; what it does not change may well be a container's by now.
     """
-    gone, changed = sorted(set(tracked) - set(new)), 0
-    for path in gone:
-        if any(other.startswith(path + "/") for other in new):  # a file that becomes a folder
-            remove_beneath(root, path, keep)
+    def remove(paths: Iterable[str]) -> None:
+        for path in paths:
+            with explaining_owners(root, path):
+                remove_beneath(root, path, keep)
+
+    gone = sorted(set(tracked) - set(new))
+    folders = {"/".join(parts[:depth]) for parts in (path.split("/") for path in new)
+               for depth in range(1, len(parts))}
+    remove(path for path in gone if path in folders)
     for path, (mode, _) in sorted(new.items()):
-        if mode == "160000" or same_or_absent(root, export, path, mode):
+        if mode == "160000":
             continue
-        for other in gone:
-            if other.startswith(path + "/"):  # a folder that becomes a file
-                remove_beneath(root, other, keep)
+        remove(other for other in gone if other.startswith(path + "/"))
         try:
-            write_entry(root, export, path, mode)
-        except PermissionError:
-            raise Refused(f"{root}/{path} cannot be written: its folder belongs to another user, "
-                          "as when a container made it; chown it") from None
-        changed += 1
-    for path in gone:
-        remove_beneath(root, path, keep)
-    return changed + len(gone)
+            with explaining_owners(root, path):
+                write_entry(root, export, path, mode)
+        except Refused:
+            if tracked.get(path) != new[path]:
+                raise
+    remove(gone)
+
+
+def hand_over(root: Path, paths: Iterable[str], former: int, account: Account) -> None:
+    """Give paths beneath root, and the folders above them, to the account, by no link.
+
+    Only those that are the former user's (a number): what a container took stays the container's.
+    """
+    folders = {str(folder) for path in paths for folder in Path(path).parents} - {"."}
+    for path in {*paths, *folders}:
+        *parts, name = path.split("/")
+        with contextlib.suppress(FileNotFoundError, Refused), folder_beneath(root, parts) as folder:
+            if os.stat(name, dir_fd=folder, follow_symlinks=False).st_uid == former:
+                os.chown(name, account.uid, account.gid, dir_fd=folder, follow_symlinks=False)
 
 
 # ---- Model -------------------------------------------------------------------------------------
 
 Model = dict[str, Any]
+MAX_BYTES = 1 << 30  # of the host's memory, for a tmpfs or shared memory
 FILES_LABEL = "io.pgod.files"  # changes when a bound file does, and so compose recreates
 
 
@@ -1647,6 +1698,20 @@ def with_file_labels(model: Model, seals: Mapping[str, str],
         if baseline.get(name) != seal:
             service = result["services"][name]
             service["labels"] = {**(service.get("labels") or {}), FILES_LABEL: seal}
+    return result
+
+
+def with_tmpfs_sizes(model: Model) -> Model:
+    """The model with a limit where a tmpfs has none and could take half of the host's memory."""
+    result: Model = json.loads(json.dumps(model))
+    for service in compose_services(result).values():
+        mounts = service.get("tmpfs") or []
+        for place, mount in enumerate(mounts):
+            if not re.search("[:,]size=", mount):
+                mounts[place] = f"{mount}{',' if ':' in mount else ':'}size={MAX_BYTES}"
+        for volume in service.get("volumes") or ():
+            if isinstance(volume, dict) and volume.get("type") == "tmpfs":
+                volume["tmpfs"] = {"size": str(MAX_BYTES)} | (volume.get("tmpfs") or {})
     return result
 
 
@@ -1744,8 +1809,8 @@ Found = Iterator[Violation]
 Rule = Callable[[str, Any, "Surroundings"], Found]
 
 MAX_REPLICAS = 20
+MAX_CONTAINERS = 100  # of one project
 MAX_GRACE = 120.0
-MAX_BYTES = 1 << 30
 OUR_LABELS = ("com.docker.compose.", "io.pgod.")
 
 
@@ -1891,10 +1956,13 @@ def grace_rule(where: str, value: Any, around: Surroundings) -> Found:
                         f"stop_grace_period:{value}")
 
 
+def allowed_replicas(around: Surroundings, usual: int) -> int:
+    return max([usual, *(int(entry[9:]) for entry in around.service.allow
+                         if entry.startswith("replicas:"))])
+
+
 def replicas_rule(where: str, value: Any, around: Surroundings) -> Found:
-    allowed = max([MAX_REPLICAS, *(int(entry[9:]) for entry in around.service.allow
-                                   if entry.startswith("replicas:"))])
-    if value is not None and int(value) > allowed:
+    if value is not None and int(value) > allowed_replicas(around, MAX_REPLICAS):
         yield Violation(where, "replicas", str(value), f"is more than {MAX_REPLICAS}",
                         f"replicas:{value}")
 
@@ -2185,7 +2253,11 @@ def check_volumes(model: Model, around: Surroundings) -> Found:
 
 
 def check_top_level(model: Model, around: Surroundings) -> Found:
-    """Unknown keys, and where configs and secrets come from."""
+    """Unknown keys, where configs and secrets come from, and how many containers there are."""
+    count = sum(max(0, replicas) for replicas in expected_replicas(model).values())
+    if count > allowed_replicas(around, MAX_CONTAINERS):
+        yield Violation("services", "replicas", str(count), f"is more than {MAX_CONTAINERS} "
+                        "containers in all", f"replicas:{count}")
     for key in sorted(set(model) - TOP_KEYS):
         if not key.startswith("x-") and model[key]:
             yield Violation(key, key, shown(model[key]), "is not known to this pgod",
@@ -2300,22 +2372,10 @@ class State:
     reload_pending: bool = False
 
 
-def load_state(path: Path) -> State:
-    """The state on disk; what is missing, damaged or of another version is left at its default."""
-    try:
-        stored = json.loads(path.read_bytes())
-    except FileNotFoundError:
-        return State()
-    except (ValueError, OSError) as error:
-        log.warning("%s: state cannot be read, looking at the engine and git instead: %s",
-                    path.parent.name, error)
-        return State()
-    known = {f.name: f for f in dataclasses.fields(State)}
-    if not isinstance(stored, dict):
-        return State()
-    default = State()
-    return State(**{key: value for key, value in stored.items()
-                    if key in known and isinstance(value, type(getattr(default, key)))})
+    def good(self) -> dict[str, Any]:
+        """What is known of the last good deploy; kept a second time beside its model."""
+        return {name: getattr(self, name) for name in
+                ("commit", "since", "digest", "images", "baseline")}
 
 
 def load_json(path: Path, default: Any) -> Any:
@@ -2325,6 +2385,19 @@ def load_json(path: Path, default: Any) -> Any:
     except (OSError, ValueError):
         return default
     return value if isinstance(value, type(default)) else default
+
+
+def load_state(folder: Path) -> State:
+    """The state on disk; what is missing, damaged or of another version is left at its default.
+
+    Without it, the record of the last good deploy serves.
+    """
+    stored = load_json(folder / "state.json", {})
+    if not stored and (stored := load_json(folder / "good.json", {}).get("state", {})):
+        log.warning("%s: state lost, goes on from the last good deploy", folder.name)
+    default = State()
+    return State(**{key: value for key, value in stored.items() if key in vars(default)
+                    and isinstance(value, type(getattr(default, key)))})
 
 
 def format_time(seconds: float) -> str:
@@ -2579,6 +2652,8 @@ def render_fault(result: Result) -> Fault:
         why = f"it needs more than {RENDER_MEMORY >> 20} MiB of memory"
     elif result.status in (-signal.SIGXCPU, -signal.SIGKILL) or "SIGXCPU" in text:
         why = f"it needs more than {RENDER_CPU} s of processor time"
+    elif "remote resource is disabled" in text:
+        why = "it includes or extends an address; only files of the repository are read"
     elif "\ngoroutine " in text:
         return Fault(f"compose crashed: {text.splitlines()[0][:200]}")
     return Refused(f"the compose file does not render: {why}")
@@ -2634,9 +2709,10 @@ class Engine:
 
     def compose(self, *command: str, deadline: str, model: str = "model.json",
                 on_line: Callable[[str], None] | None = None) -> Result:
+        patience = max(DEADLINE[deadline], self.service.wait)  # compose waits for depends_on
         return self.children.run(
             self.words(*command, model=model), account=self.docker_account,
-            env=self.environment(), deadline=DEADLINE[deadline], on_line=on_line,
+            env=self.environment(), deadline=patience, on_line=on_line,
             kind=(self.service.name, "compose", command[0]), secrets=self.service.secrets)
 
     def docker(self, *command: str) -> Result:
@@ -2662,7 +2738,7 @@ class Engine:
         As the user, without the docker group, with limits. Raises Refused.
         """
         files = [word for name in self.compose_files(tree) for word in ("--file", name)]
-        env = {"PWD": str(self.places.export), **self.environment(),
+        env = {"PWD": str(self.places.export), **self.environment(), "GIT_ALLOW_PROTOCOL": "none",
                "DOCKER_CONFIG": "/nonexistent", "GOMAXPROCS": "2"}
         result = self.children.run(
             ["prlimit", f"--cpu={RENDER_CPU}", f"--data={RENDER_MEMORY}", "--core=0", "--",
@@ -2823,6 +2899,28 @@ class Request:
     done: threading.Event = field(default_factory=threading.Event)
 
 
+class Turns:
+    """A few deploys at a time, so that a boot is no stampede. One that takes long makes room."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._lock = threading.Lock()
+        self._clock = clock
+        self._begun: dict[str, float] = {}  # service: when its deploy began
+
+    def take(self, service: str) -> bool:
+        """Whether it is this service's turn now."""
+        now = self._clock()
+        with self._lock:
+            fresh = [begun for begun in self._begun.values() if begun > now - SLOW_DEPLOY]
+            if len(fresh) < SAME_TIME_DEPLOYS:
+                self._begun[service] = now
+            return len(fresh) < SAME_TIME_DEPLOYS
+
+    def give_back(self, service: str) -> None:
+        with self._lock:
+            self._begun.pop(service, None)
+
+
 @dataclass
 class Shared:
     """What the threads have in common."""
@@ -2832,8 +2930,7 @@ class Shared:
     children: Children
     metrics: Metrics
     compose_words: tuple[str, ...]
-    deploys: threading.BoundedSemaphore = field(
-        default_factory=lambda: threading.BoundedSemaphore(SAME_TIME_DEPLOYS))
+    turns: Turns = field(default_factory=Turns)
     stopping: threading.Event = field(default_factory=threading.Event)
     events_flow: threading.Event = field(default_factory=threading.Event)
     workers: dict[str, Worker] = field(default_factory=dict)
@@ -2854,11 +2951,12 @@ class Worker(threading.Thread):
         self.places = Places(service.name, shared.settings.directory, shared.settings.datadir)
         self.engine = Engine(service, self.places, shared.children, shared.compose_words)
         self.git = Git(service, self.places, self.engine.account, shared.children)
-        self.state = load_state(self.places.own / "state.json")
+        self.state = load_state(self.places.own)
         self.keys = tuple(PublicKey(*pair) for pair in load_json(self.places.own / "keys.json", []))
         self.failures = 0
         self.last_error = ""
         self.remote_error = ""
+        self.unfetched = ""
         self.next_look = 0.0  # monotonic
         self.last_crash_heal = -1e9
         self.containers: tuple[Container, ...] = ()
@@ -2871,7 +2969,7 @@ class Worker(threading.Thread):
     # Woken from other threads:
 
     def wake(self, cause: str, stopped_by_hand: str = "") -> None:
-        """Have a look now, because of `timer`, `event` or `engine`."""
+        """Have a look now, because of `timer`, `webhook`, `event` or `engine`."""
         with self._condition:
             self._wakes.add(cause)
             if stopped_by_hand:
@@ -2900,7 +2998,8 @@ class Worker(threading.Thread):
                 if request:
                     self.answer(request)
                 elif wakes:
-                    self.look(frozenset(wakes), self.say_log, "timer")
+                    self.look(frozenset(wakes), self.say_log,
+                              "webhook" if "webhook" in wakes else "timer")
             except Stopping:
                 break
             except Exception as error:  # the thread's outermost line
@@ -2961,13 +3060,8 @@ class Worker(threading.Thread):
         """The service's folders, and the take-over of a checkout of the Go program."""
         places, account = self.places, self.engine.account
         make_folder(places.own, 0o711)
-        if not places.worktree.exists():
-            make_folder(places.worktree, 0o700, account)
-        elif places.worktree.is_symlink():
-            raise Fault(f"{places.worktree} is a symlink; remove it")
-        else:
-            chown(places.worktree, account)
-            places.worktree.chmod(0o700)
+        self.follow_user()
+        make_folder(places.worktree, 0o700, account)
         if not places.data.exists():
             make_folder(places.data, 0o750, account)
         self.mount_data()
@@ -2978,13 +3072,22 @@ class Worker(threading.Thread):
         if (places.worktree / ".git").is_dir():
             self.take_over()
 
+    def follow_user(self) -> None:
+        """Where `user` is another one than before: files of the commit and of git go to him."""
+        root, git, account = self.places.worktree, self.git.folder, self.engine.account
+        former = root.lstat().st_uid if root.exists() else account.uid
+        if former != account.uid:
+            hand_over(root, self.tracked(), former, account)
+            hand_over(git, [os.path.relpath(os.path.join(top, name), git) for top, folders, files
+                            in os.walk(git) for name in (*folders, *files)], former, account)
+
     def restore_model(self) -> None:
         """The model is lost: the good one serves, or all is as before the first deploy."""
-        good = load_json(self.places.own / "good.json", {})
+        good = self.good_model()
         log.warning("%s: the model on disk cannot be read: %s", self.service.name,
                     "the good one serves" if good else "deploys again")
         if good:
-            self.engine.write("model.json", json.dumps(good, sort_keys=True).encode())
+            self.write_model("model.json", good)
         else:
             self.state.commit = ""
 
@@ -3028,10 +3131,8 @@ class Worker(threading.Thread):
         self.state.baseline = file_seals(model, tree, str(self.places.worktree), {})
         self.state.commit, self.state.since = commit, time.time()
         self.state.digest = self.service.digest()
-        self.engine.write("model.json", json.dumps(model, sort_keys=True).encode())
-        self.engine.write("good.json", json.dumps(model, sort_keys=True).encode())
-        self.state.images = self.engine.images(model)
-        self.engine.keep_images(self.state.images)
+        self.write_model("model.json", model)
+        self.keep_good(model)
         self.save()
         log.info("%s: taken over at %s", self.service.name, short(commit))
 
@@ -3041,14 +3142,28 @@ class Worker(threading.Thread):
         data = json.dumps(dataclasses.asdict(self.state), indent=1, sort_keys=True)
         write_atomic(self.places.own / "state.json", data.encode())
 
-    def tracked(self) -> list[str]:
-        return list(load_json(self.places.own / "tracked.json", []))
+    def tracked(self) -> Tree:
+        """What pgod put into the work tree."""
+        stored = load_json(self.places.own / "tracked.json", {})
+        return {path: (mode, blob) for path, (mode, blob) in stored.items()}
 
-    def write_tracked(self, paths: Iterable[str]) -> None:
-        write_atomic(self.places.own / "tracked.json", json.dumps(sorted(paths)).encode())
+    def write_tracked(self, tree: Tree) -> None:
+        write_atomic(self.places.own / "tracked.json", json.dumps(tree, sort_keys=True).encode())
 
     def running_model(self) -> Model:
         return dict(load_json(self.places.own / "model.json", {}))
+
+    def good_model(self) -> Model:
+        return dict(load_json(self.places.own / "good.json", {}).get("model", {}))
+
+    def write_model(self, name: str, model: Model) -> None:
+        self.engine.write(name, json.dumps(model, sort_keys=True).encode())
+
+    def keep_good(self, model: Model) -> None:
+        """All that a rollback to the state's commit needs: its images and its model."""
+        self.state.images = self.engine.images(model)
+        self.engine.keep_images(self.state.images)
+        self.write_model("good.json", {"model": model, "state": self.state.good()})
 
     def hold(self) -> Hold | None:
         """The hold in force; one whose time is over is removed."""
@@ -3087,7 +3202,8 @@ class Worker(threading.Thread):
         log.debug("%s: %s: %s", self.service.name, decision.action, "; ".join(decision.reasons))
         self.act(decision, say, by, asked)
         self.follow_import()
-        if asking and self.remote_error and (not asked or decision.action == "nothing"):
+        serves = asked and decision.action != "nothing" and not self.unfetched
+        if asking and self.remote_error and not serves:
             raise Fault(self.remote_error)
         self.failures, self.last_error = 0, ""
         self.shared.metrics.set("pgo_service_last_success_timestamp_seconds", time.time(),
@@ -3097,20 +3213,25 @@ class Worker(threading.Thread):
         return decision
 
     def ask_remote(self, say: Callable[..., None]) -> None:
-        """Learn the branch's commit; fetch it, and the keys in it, if it is new."""
+        """Learn the branch's commit; fetch it, and the keys in it, if it is new.
+
+        What went wrong shows in `remote_error`, and in `unfetched` the commit that is there and
+        cannot be had.
+        """
+        self.unfetched = ""
         try:
             commit = self.git.ask()
             if commit != self.state.wanted or not self.keys:
+                self.unfetched = commit
                 commit = self.git.fetch()
                 self.learn_keys(self.git.export(commit))
-                self.state.wanted = commit
+                self.state.wanted, self.unfetched = commit, ""
                 self.save()
             self.remote_error = ""
-        except Refused:
-            raise
         except Fault as fault:
-            self.remote_error = str(fault)
-            say(f"the repository cannot be reached: {fault}")
+            self.remote_error = f"{short(self.unfetched)} cannot be fetched: {fault}" if (
+                self.unfetched) else f"the repository cannot be reached: {fault}"
+            say(self.remote_error)
 
     def learn_keys(self, tree: Tree) -> None:
         self.keys = self.git.public_keys(tree)
@@ -3167,8 +3288,7 @@ class Worker(threading.Thread):
     def checked(self, commit: str) -> tuple[Tree, Model, Model]:
         """The commit's tree, the model as rendered, and the one to run. Raises Refused."""
         tree = self.git.export(commit)
-        rendered = self.engine.render(tree)
-        model = self.moved(rendered)
+        model = with_tmpfs_sizes(self.moved(self.engine.render(tree)))
         self.enforce(model, tree)
         links = check_bound_links(self.running_model(), tree, str(self.places.worktree))
         if links and not self.service.trusted:
@@ -3200,14 +3320,14 @@ class Worker(threading.Thread):
     @contextlib.contextmanager
     def turn(self) -> Iterator[None]:
         """One of the few deploys at a time; who waits long for it still lives."""
-        while not self.shared.deploys.acquire(timeout=1.0):
+        while not self.shared.turns.take(self.service.name):
             self.shared.children.beat()
-            if self.shared.stopping.is_set():
+            if self.shared.stopping.wait(0.1):
                 raise Stopping
         try:
             yield
         finally:
-            self.shared.deploys.release()
+            self.shared.turns.give_back(self.service.name)
 
     def deploy(self, decision: Decision, say: Say, by: str, asked: bool) -> None:
         """Steps 3 to 8 of the way from a push to running containers. Raises Fault."""
@@ -3219,7 +3339,7 @@ class Worker(threading.Thread):
                     self.wait_for_up(commit)
                     return
                 say(f"deploys {short(commit)}: {'; '.join(decision.reasons)}")
-                self.engine.write("render.json", json.dumps(rendered).encode())
+                self.write_model("render.json", rendered)
                 self.engine.pull(rendered, say)
                 self.refuse_conflicts(tree)
             except Fault as fault:
@@ -3273,7 +3393,7 @@ class Worker(threading.Thread):
         self.write_import()
         self.stop_writers(model)
         self.make_binds(model)
-        self.engine.write("model.json", json.dumps(model, sort_keys=True).encode())
+        self.write_model("model.json", model)
         self.engine.up(say)
 
     def write_files(self, tree: Tree, model: Model) -> None:
@@ -3281,7 +3401,8 @@ class Worker(threading.Thread):
         tracked, worktree = self.tracked(), str(self.places.worktree)
         sources = [bind.source for bind in (*binds_of(model), *binds_of(self.running_model()))]
         keep = frozenset(filter(None, (beneath(source, worktree) for source in sources)))
-        self.write_tracked({*tracked, *tree})
+        self.write_tracked({path: tree[path] if tracked.get(path) == tree.get(path) else ("", "")
+                            for path in {*tracked, *tree}})
         with as_user(self.engine.account):
             update_worktree(self.places.worktree, self.places.export, tracked, tree, keep)
         self.write_tracked(tree)
@@ -3353,10 +3474,8 @@ class Worker(threading.Thread):
         state.commit, state.digest = commit, self.service.digest()
         state.deploying = state.waiting = state.failed_commit = state.failed_reason = ""
         state.owes_rollback = False
-        state.images = self.engine.images(model)
-        self.engine.keep_images(state.images)
-        self.engine.write("good.json", json.dumps(model, sort_keys=True).encode())
         self.git.mark_good(commit)
+        self.keep_good(model)
         self.save()
         self.remember(commit, by, began, "deployed", "")
 
@@ -3381,7 +3500,7 @@ class Worker(threading.Thread):
 
     def roll_back(self, say: Say) -> None:
         """Work tree, images and model of the last good commit. Raises Fault, then it is owed."""
-        model = dict(load_json(self.places.own / "good.json", {}))
+        model = self.good_model()
         try:
             tree = self.git.export(self.state.commit)
             self.restore_images(model)
@@ -4340,8 +4459,14 @@ def import_asyncssh() -> Any:
 # ---- HTTP --------------------------------------------------------------------------------------
 
 
+WEBHOOK_BYTES = 25 << 20  # GitHub sends no more
+WEBHOOK_SIGNATURES = (  # header, what stands before the HMAC in it
+    ("X-Hub-Signature-256", "sha256="), ("X-Gitea-Signature", ""), ("X-Forgejo-Signature", ""),
+    ("X-Gogs-Signature", ""))
+
+
 class HttpHandler(http.server.BaseHTTPRequestHandler):
-    """Two pages."""
+    """Two pages, and webhooks, which wake a service: nothing in them is believed."""
 
     server: HttpServer
     timeout = HTTP_SECONDS
@@ -4359,6 +4484,30 @@ class HttpHandler(http.server.BaseHTTPRequestHandler):
 
     do_HEAD = do_GET
 
+    def do_POST(self) -> None:
+        """A service that is unknown or has no webhook gets the answer of a wrong signature."""
+        length, name = self.headers.get("Content-Length", ""), self.path.removeprefix("/webhook/")
+        if not length.isdecimal() or int(length) > WEBHOOK_BYTES:
+            self.answer(413, "a Content-Length of at most 25 MiB is needed\n")
+            return
+        worker = self.server.shared.workers.get(name)
+        secret = worker.service.webhook if worker else ""
+        code, left = hmac.new(secret.encode(), digestmod="sha256"), int(length)
+        while left and (data := self.rfile.read(min(left, 1 << 16))):
+            code.update(data)
+            left -= len(data)
+        if worker and secret and self.is_signed(secret, code.hexdigest()):
+            worker.wake("webhook")
+            self.answer(202, "looks at the repository\n")
+        else:
+            self.answer(403, "the signature is wrong, or this service has no webhook\n")
+
+    def is_signed(self, secret: str, digest: str) -> bool:
+        """Whether an HMAC-SHA256, or the token that GitLab sends instead, is right."""
+        wanted = [(name, prefix + digest) for name, prefix in WEBHOOK_SIGNATURES]
+        return any(hmac.compare_digest(self.headers.get(name, "").encode(), value.encode())
+                   for name, value in (*wanted, ("X-Gitlab-Token", secret)))
+
     def answer(self, status: int, text: str, kind: str = "text/plain; charset=utf-8") -> None:
         data = text.encode()
         self.send_response(status)
@@ -4373,7 +4522,7 @@ class HttpHandler(http.server.BaseHTTPRequestHandler):
 
 
 class HttpServer(http.server.ThreadingHTTPServer):
-    """/metrics and /healthz. The oldest connection goes when there are too many."""
+    """The oldest connection goes when there are too many."""
 
     daemon_threads = True
     request_queue_size = 128

@@ -11,6 +11,7 @@ import base64
 import configparser
 import contextlib
 import grp
+import hmac
 import http.server
 import json
 import logging
@@ -29,6 +30,7 @@ import sys
 import tempfile
 import threading
 import time
+import urllib.error
 import urllib.parse
 import urllib.request
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -872,11 +874,40 @@ def test_work_tree_follows_in_place_and_untracked_files_are_never_touched(lab: L
     (tree / "untracked/x").unlink()
     os.chown(tree / "untracked", 0, 0)
     refused = lab.ssh(f"{name}//up")
-    assert "untracked/x cannot be written: its folder belongs to another" in refused.stderr
+    assert "untracked/x cannot be changed: it or its folder belongs to another" in refused.stderr
     os.chown(tree / "untracked", user, 0)
     up = lab.ssh(f"{name}//up")
     assert up.returncode == 0, up.stdout + up.stderr
     assert (tree / "untracked/x").read_text() == "theirs"
+
+
+def test_folder_that_a_container_took_does_not_block_commits(lab: Lab) -> None:
+    """As a database does with ./data, which a .gitkeep holds in the repository."""
+    name = lab.service("a", {"data/.gitkeep": "", "compose.yaml": compose_file(
+        "sh -c 'chown -R 70:70 /data; chmod 700 /data; exec sleep 100000'",
+        volumes=["./data:/data"])})
+    lab.start()
+    lab.runs(name, lab.repositories[name].git("rev-parse", "HEAD"))
+    until(lambda: (lab.directory / name / "data").stat().st_uid == 70, "the container took it")
+    assert deploys(lab, name, {"other": "1"}) == set()
+    commit = lab.push(name, {"data/.gitkeep": "2"})
+    assert "data/.gitkeep cannot be changed" in lab.failed(name, commit)
+    assert "rolled back" not in lab.daemon.log()
+
+
+def test_new_user_of_a_service_can_go_on_where_the_former_one_stopped(lab: Lab) -> None:
+    name = lab.service("a", {"folder/tracked": "1"})
+    lab.start()
+    lab.runs(name, lab.repositories[name].git("rev-parse", "HEAD"))
+    (lab.directory / name / "folder/untracked").write_text("mine")
+    lab.services[name]["user"] = USERS[1]
+    lab.write_config()
+    new_start(lab)
+    commit = lab.push(name, {"folder/tracked": "2", "folder/more": "2"})
+    lab.runs(name, commit)
+    assert (lab.directory / name / "folder/tracked").owner() == USERS[1]
+    assert (lab.directory / name / "folder/untracked").read_text() == "mine"
+    assert "made again" not in lab.daemon.log()
 
 
 def test_folder_with_untracked_files_does_not_become_a_file(tmp_path: Path) -> None:
@@ -884,7 +915,8 @@ def test_folder_with_untracked_files_does_not_become_a_file(tmp_path: Path) -> N
     (folder / "deep").mkdir(parents=True)
     for name in ("tracked", "own", "deep/own"):
         (folder / name).touch()
-    found = pgod.worktree_conflicts(tmp_path / "root", tmp_path, ["folder/tracked"],
+    tracked = {"folder/tracked": ("100644", "")}
+    found = pgod.worktree_conflicts(tmp_path / "root", tmp_path, tracked,
                                     {"folder": ("100644", "")})
     assert sorted(found) == ["folder/deep/own", "folder/own"]
 
@@ -2181,13 +2213,28 @@ def test_urls_are_reached_through_caddy_and_reload_is_retried(lab: Lab) -> None:
     assert fetch(port, "one.example") == "hello"
 
 
+def taken_turns(clock: Callable[[], float] = time.monotonic) -> pgod.Turns:
+    """Turns that are all taken."""
+    turns = pgod.Turns(clock)
+    assert all(turns.take(str(number)) for number in range(pgod.SAME_TIME_DEPLOYS))
+    return turns
+
+
+def test_deploy_that_takes_long_makes_room_for_others() -> None:
+    now = [1000.0]
+    turns = taken_turns(lambda: now[0])
+    assert not turns.take("late")
+    now[0] += pgod.SLOW_DEPLOY
+    assert turns.take("late")
+
+
 def test_waiting_for_ones_turn_is_a_sign_of_life(lab: Lab) -> None:
-    shared: Any = type("Shared", (), {"deploys": threading.BoundedSemaphore(1),
+    shared: Any = type("Shared", (), {"turns": taken_turns(),
                                  "children": pgod.Children(pgod.Metrics()),
                                  "stopping": threading.Event()})
     worker = pgod.Worker.__new__(pgod.Worker)
     worker.shared = shared
-    shared.deploys.acquire()
+    worker.service = entry()
 
     def wait() -> None:
         with contextlib.suppress(pgod.Stopping), worker.turn():
@@ -3115,6 +3162,48 @@ def test_pages(quiet: Lab, host: str, method: str, path: str, status: int) -> No
     done = run("curl", "-sg", *(["-I"] if method == "HEAD" else []), "-m", "10", "-w",
                "\n%{http_code}", f"http://{host}:{quiet.metric_port}{path}")
     assert done.stdout.endswith(f"\n{status}")
+
+
+SIGNATURES = {
+    "GitHub": ("X-Hub-Signature-256", "sha256={}"), "Gitea": ("X-Gitea-Signature", "{}"),
+    "Forgejo": ("X-Forgejo-Signature", "{}"), "Gogs": ("X-Gogs-Signature", "{}"),
+    "GitLab": ("X-Gitlab-Token", "webhook-secret-1234"),
+}
+
+
+def post(lab: Lab, path: str, body: bytes, headers: Mapping[str, str]) -> int:
+    """The status of a POST."""
+    address = f"http://127.0.0.1:{lab.metric_port}{path}"
+    try:
+        with urllib.request.urlopen(urllib.request.Request(address, body, dict(headers)),
+                                    timeout=10) as answer:
+            return int(answer.status)
+    except urllib.error.HTTPError as error:
+        return error.code
+
+
+def test_webhook_of_each_forge_wakes_its_service_alone(lab: Lab) -> None:
+    lab.duration = "1h"
+    name = lab.service("a", webhook="webhook-secret-1234")
+    silent = lab.service("b")
+    deployed(lab, name, silent)
+    body = secrets.token_bytes(200_000)
+    for forge, (header, form) in SIGNATURES.items():
+        wrong = form.format(hmac.digest(b"guess", body, "sha256").hex()).replace("1234", "1235")
+        right = form.format(hmac.digest(b"webhook-secret-1234", body, "sha256").hex())
+        empty = form.format(hmac.digest(b"", body, "sha256").hex()).replace("webhook", "")
+        assert post(lab, f"/webhook/{name}", body, {header: wrong}) == 403, forge
+        assert post(lab, f"/webhook/{name}", body + b"x", {header: right}) == (
+            202 if forge == "GitLab" else 403)
+        assert {post(lab, f"/webhook/{other}", body, {header: value}) for other in
+                (silent, "nobody", "") for value in (right, empty, "")} == {403}, forge
+        commit = lab.push(name, {"by": forge})
+        assert post(lab, f"/webhook/{name}", body, {header: right}) == 202, forge
+        lab.runs(name, commit)
+    assert post(lab, f"/webhook/{name}", b"", {"Content-Length": str(1 << 30)}) == 413
+    history = json.loads(lab.ssh(f"{name}//history --json").stdout)
+    assert [line["by"] for line in history] == ["webhook"] * len(SIGNATURES) + ["timer"]
+    assert "webhook-secret" not in lab.daemon.log()
 
 
 def test_slow_clients_do_not_blind_the_monitoring(quiet: Lab) -> None:
