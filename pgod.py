@@ -2709,10 +2709,10 @@ class Engine:
 
     def compose(self, *command: str, deadline: str, model: str = "model.json",
                 on_line: Callable[[str], None] | None = None) -> Result:
-        patience = max(DEADLINE[deadline], self.service.wait)  # compose waits for depends_on
+        waits = self.service.wait if deadline == "up" else 0  # for what depends_on names
         return self.children.run(
             self.words(*command, model=model), account=self.docker_account,
-            env=self.environment(), deadline=patience, on_line=on_line,
+            env=self.environment(), deadline=DEADLINE[deadline] + waits, on_line=on_line,
             kind=(self.service.name, "compose", command[0]), secrets=self.service.secrets)
 
     def docker(self, *command: str) -> Result:

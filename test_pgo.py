@@ -428,8 +428,8 @@ def counts(lab: Lab, name: str) -> dict[tuple[str, str], int]:
     return {(cmd, sub): int(n) for cmd, sub, n in re.findall(pattern, lab.metrics(), re.M)}
 
 
-def logged(lab: Lab, text: str) -> Any:
-    return until(lambda: text in lab.daemon.log(), f"logged {text!r}")
+def logged(lab: Lab, text: str, patience: float = PATIENCE) -> Any:
+    return until(lambda: text in lab.daemon.log(), f"logged {text!r}", patience)
 
 
 def deploys(lab: Lab, name: str, files: Mapping[str, str | bytes | None]) -> set[str]:
@@ -1368,6 +1368,23 @@ def test_attack_is_refused_unless_the_administrator_allows_it(tmp_path: Path, co
 def test_symlink_in_the_commit_leads_nowhere(tmp_path: Path, compose: str, files: dict[str, str],
                                              words: str) -> None:
     assert words in "\n".join(map(str, judged(*rendered(tmp_path, compose, files))))
+
+
+def test_project_of_a_thousand_containers_is_refused(tmp_path: Path) -> None:
+    text = "services: {" + ", ".join(f"s{n}: {{image: x, scale: 20}}" for n in range(6)) + "}"
+    model, tree = rendered(tmp_path, text)
+    assert [v.allow for v in judged(model, tree)] == ["replicas:120"]
+    assert judged(model, tree, allow=("replicas:120",)) == []
+
+
+def test_memory_disk_without_a_limit_gets_one(tmp_path: Path) -> None:
+    model, _ = rendered(tmp_path, web("tmpfs: ['/a', '/b:mode=1777', '/c:size=5m'], volumes: ["
+                                      "{type: tmpfs, target: /d}, {type: tmpfs, target: /e, "
+                                      "tmpfs: {size: 5m}}]"))
+    limited = pgod.with_tmpfs_sizes(model)["services"]["web"]
+    assert limited["tmpfs"] == ["/a:size=1073741824", "/b:mode=1777,size=1073741824", "/c:size=5m"]
+    assert [v["tmpfs"]["size"] for v in limited["volumes"]] == ["1073741824", "5242880"]
+    assert judged({"services": {"web": limited}}, {}) == []
 
 
 def test_unknown_key_is_refused_by_its_name() -> None:
@@ -2543,6 +2560,38 @@ def test_damaged_state_recreates_nothing(lab: Lab, damage: str | None) -> None:
     assert lab.containers(name) == before
 
 
+def test_lost_state_beside_a_bad_commit_still_rolls_back(lab: Lab) -> None:
+    name = lab.service("a", {"compose.yaml": compose_file(services=TWO)}, **WAIT)
+    deployed(lab, name)
+    good, before = lab.state(name)["commit"], lab.containers(name)
+    bad = lab.push(name, {"compose.yaml": compose_file("false", services=TWO)})
+    lab.failed(name, bad)
+    lab.daemon.stop()
+    (lab.directory / ".pgod" / name / "state.json").unlink()
+    lab.start()
+    lab.failed(name, bad)
+    assert lab.state(name)["commit"] == good
+    assert changed(name, before, lab.containers(name)) == {"web"}
+    assert docker("inspect", "--format", "{{.State.Status}}", f"{name}-web-1") == "running"
+
+
+def test_commit_that_git_refuses_fails_the_command_and_touches_nothing(lab: Lab) -> None:
+    """As one with a file called .git, which would be a way out of the work tree."""
+    name = lab.service("a")
+    deployed(lab, name)
+    before, repository = lab.containers(name), lab.repositories[name]
+    blob = run("git", "-C", repository.bare, "hash-object", "-w", "--stdin", input="x").stdout
+    tree = run("git", "-C", repository.bare, "mktree", input=f"100644 blob {blob.strip()}\t.GIT\n")
+    commit = run("git", "-C", repository.bare, "commit-tree", "-m", "x", tree.stdout.strip(),
+                 env=os.environ | GIT_IDENTITY).stdout.strip()
+    run("git", "-C", repository.bare, "update-ref", "refs/heads/main", commit)
+    for command in ("up", "git pull"):
+        done = lab.ssh(f"{name}//{command}")
+        assert done.returncode == 1, command
+        assert f"{commit[:10]} cannot be fetched" in done.stderr
+    assert lab.containers(name) == before
+
+
 class Registry(http.server.BaseHTTPRequestHandler):
     """Answers every pull as the image's name says."""
 
@@ -2635,13 +2684,47 @@ def test_hung_remote_delays_nobody_else(lab: Lab) -> None:
         assert lab.daemon.stop() == 0
 
 
+def hung(mark: str) -> list[str]:
+    """The processes with that in their command line."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):
+            found += [path.parent.name] if mark.encode() in path.read_bytes() else []
+    return found
+
+
+def test_hung_docker_and_hung_reload_delay_nobody_and_are_ended(lab: Lab) -> None:
+    """Also where pgod was killed meanwhile: the next one ends what it left behind."""
+    stuck, caddy, other = lab.service("stuck"), lab.service("caddy"), lab.service("other")
+    mark = f"98766{int(lab.name[1:], 16)}"
+    lab.services[caddy] |= {"import": "import", "reload": f"localhost:{caddy}//exec web sleep 999"}
+    lab.write_config()
+    program(lab.folder / "bin", "docker", f'case "$*" in *"--project-name {stuck}"*" up "*) '
+            f'exec sleep {mark};; esac\nexec {real("docker")} "$@"')
+    stubbed = {"PATH": f"{lab.folder}/bin:{os.environ['PATH']}"}
+    lab.start(env=stubbed)
+    lab.runs(other, lab.repositories[other].git("rev-parse", "HEAD"))
+    until(lambda: hung(mark), "docker hangs")
+    logged(lab, "reload failed, will be tried again: took longer than 60 s", 60 + PATIENCE)
+    docker("rm", "-f", f"{other}-web-1")
+    until(lambda: lab.containers(other), "brought back")
+    lab.runs(other, lab.push(other, {"new": "1"}))
+    assert lab.daemon.stop() == 0
+    assert not hung(mark)
+    lab.start(env=stubbed)
+    until(lambda: hung(mark), "docker hangs")
+    lab.daemon.stop(signal.SIGKILL)
+    assert hung(mark)
+    deployed(lab, stuck)
+    assert not hung(mark)
+
+
 def test_child_that_hangs_is_ended_with_all_it_started() -> None:
     children = pgod.Children(pgod.Metrics(), "PGOD_RUN=test")
     words = ["sh", "-c", "trap '' TERM; sleep 98765 & setsid --fork true; sleep 98765"]
     result = children.run(words, deadline=0.5, kind=("", "", ""))
     assert "longer than" in result.complaint
-    assert not [p for p in Path("/proc").glob("[0-9]*/cmdline")
-                if b"98765" in (p.read_bytes() if p.exists() else b"")]
+    assert not hung("98765")
 
 
 class Engine:
@@ -3111,10 +3194,36 @@ def test_crowd_does_not_keep_a_key_holder_out(shared: Lab) -> None:
                                   stderr=-3) for _ in range(40)]
         for child in wrong:
             assert child.wait(PATIENCE) == 255
-        began = time.monotonic()
         assert shared.ssh(f"{shared.name}-a//ping", timeout=20).stdout == "pong\n"
-        assert time.monotonic() < began + 2
         assert memory(shared, "VmRSS") < before + (50 << 20)
+
+
+WRONG_KEYS = """
+import asyncio, asyncssh, sys
+async def main():
+    for _ in range(50):
+        keys = [asyncssh.generate_private_key("ssh-ed25519") for _ in range(200)]
+        try:
+            await asyncssh.connect("127.0.0.1", int(sys.argv[1]), client_keys=keys, config=None,
+                                   known_hosts=None, local_addr=("127.0.0.2", 0), agent_path=None)
+        except asyncssh.PermissionDenied:
+            print(len(keys))
+asyncio.run(main())
+"""
+
+
+def test_ten_thousand_wrong_keys_open_nothing_and_keep_nobody_out(shared: Lab) -> None:
+    before = memory(shared, "VmRSS")
+    with subprocess.Popen([sys.executable, "-c", WRONG_KEYS, str(shared.ssh_port)],
+                          stdout=subprocess.PIPE) as wrong:
+        answers = 0
+        while wrong.poll() is None:
+            assert shared.ssh(f"{shared.name}-a//ping", timeout=20).stdout == "pong\n"
+            answers += 1
+        assert wrong.stdout
+        assert wrong.stdout.read().split() == [b"200"] * 50
+    assert answers
+    assert memory(shared, "VmRSS") < before + (50 << 20)
 
 
 def test_ssh_audit_finds_no_failure(shared: Lab) -> None:
