@@ -55,6 +55,7 @@ import http.server
 import io
 import json
 import logging
+import math
 import os
 import pwd
 import random
@@ -1811,7 +1812,6 @@ Rule = Callable[[str, Any, "Surroundings"], Found]
 MAX_REPLICAS = 20
 MAX_CONTAINERS = 100  # of one project
 MAX_GRACE = 120.0
-OUR_LABELS = ("com.docker.compose.", "io.pgod.")
 
 
 def shown(value: Any) -> str:
@@ -1819,89 +1819,86 @@ def shown(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value, sort_keys=True)
 
 
-def bytes_of(value: Any) -> int:
-    """A size as compose renders it or a tmpfs option has it; unknown forms are too large."""
-    match = re.fullmatch(r"(\d+)([kmgb]?)b?", str(value).strip().lower())
-    return int(match[1]) << {"k": 10, "m": 20, "g": 30}.get(match[2], 0) if match else 1 << 62
+NOTHING: tuple[Any, ...] = (None, False, "", [], {})
 
 
-def size_rule(where: str, key: str, value: Any, around: Surroundings) -> Found:
-    """At most 1 GiB of the host's memory, or what `allow` has."""
-    allowed = max([MAX_BYTES, *(bytes_of(entry[5:]) for entry in around.service.allow
-                                if entry.startswith("size:"))])
-    if bytes_of(value) > allowed:
-        yield Violation(where, key, str(value), "is more memory than 1 GiB", f"size:{value}")
+def listed(value: Any) -> list[Any]:
+    """The elements of a list, or the value alone."""
+    return value if isinstance(value, list) else [value]
 
 
-def refuse(key: str, why: str, harmless: Sequence[Any] = (), valued: bool = True) -> Rule:
-    """A rule that refuses every value, or every element of a list, that is not harmless."""
+def named(value: Any) -> list[Any]:
+    """The names of a mapping or of a list of NAME=VALUE."""
+    return [*value] if isinstance(value, dict) else [str(item).split("=")[0] for item in value]
+
+
+def refuse(key: str, why: str, harmless: str = "", of: Callable[[Any], list[Any]] = listed,
+           name: Callable[[Any], str] | None = shown) -> Rule:
+    """A rule for every part `of` a value: it is refused unless it matches `harmless`.
+
+    `name` is how `allow` calls it; None where it has no more than the key.
+    """
     def rule(where: str, value: Any, around: Surroundings) -> Found:
-        for item in value if isinstance(value, list) else [value]:
-            if item in (None, False, "", [], {}) or item in harmless:
-                continue
-            allow = f"{key}:{shown(item)}" if valued else key
-            yield Violation(where, key, shown(item), why, allow)
+        for item in of(value) if value not in NOTHING else ():
+            if item not in NOTHING and not re.fullmatch(harmless, shown(item)):
+                entry = f"{key}:{name(item)}" if name else key
+                yield Violation(where, key, shown(item), why, entry)
     return rule
 
 
-def cap_add_rule(where: str, value: Any, around: Surroundings) -> Found:
-    for item in value or ():
-        name = str(item).upper().removeprefix("CAP_")
-        yield Violation(where, "cap_add", str(item), "is a power over the host", f"cap_add:{name}")
+def allowed(kind: str, usual: float, measure: Callable[[Any], float],
+            around: Surroundings) -> float:
+    """The largest of what everybody may have and what `allow` has."""
+    return max([usual, *(measure(entry.partition(":")[2]) for entry in around.service.allow
+                         if entry.partition(":")[0] == kind)])
 
 
-def devices_rule(where: str, value: Any, around: Surroundings) -> Found:
-    for item in value or ():
-        source = str(item.get("source") if isinstance(item, dict) else item).split(":")[0]
-        yield Violation(where, "devices", shown(item), "is a device of the host",
-                        f"devices:{source}")
+def at_most(key: str, kind: str, usual: float, measure: Callable[[Any], float],
+            why: str) -> Rule:
+    """A rule: what `measure` makes of the value is at most `usual`, or an `allow` of that kind."""
+    def rule(where: str, value: Any, around: Surroundings) -> Found:
+        if value is not None and measure(value) > allowed(kind, usual, measure, around):
+            yield Violation(where, key, str(value), why, f"{kind}:{value}")
+    return rule
 
 
-def negative_rule(where: str, value: Any, around: Surroundings) -> Found:
-    if value and int(value) < 0:
-        yield Violation(where, "oom_score_adj", str(value), "puts others to death first",
-                        f"oom_score_adj:{value}")
+def bytes_of(value: Any) -> float:
+    """A size as compose renders it or a tmpfs option has it; unknown forms are too large."""
+    match = re.fullmatch(r"(\d+)([kmgb]?)b?", str(value).strip().lower())
+    return int(match[1]) << {"k": 10, "m": 20, "g": 30}.get(match[2], 0) if match else math.inf
 
 
-def security_opt_rule(where: str, value: Any, around: Surroundings) -> Found:
-    for item in value or ():
-        if not re.fullmatch(r"no-new-privileges([:=]true)?", str(item)):
-            yield Violation(where, "security_opt", str(item), "takes a protection away",
-                            f"security_opt:{item}")
+def seconds_of(value: Any) -> float:
+    """A duration as compose renders it; unknown forms are too long."""
+    return parse_duration(value) if permits(f"stop_grace_period:{value}") else math.inf
 
 
-def network_mode_rule(where: str, value: Any, around: Surroundings) -> Found:
-    own = value in (None, "", "none", "bridge", "default") or str(value).startswith("service:")
-    if not own:
-        yield Violation(where, "network_mode", str(value), "is a network that is not its own",
-                        f"network_mode:{value}")
+replicas_rule = at_most("replicas", "replicas", MAX_REPLICAS, int, f"is more than {MAX_REPLICAS}")
+shm_rule = at_most("shm_size", "size", MAX_BYTES, bytes_of, "is more memory than 1 GiB")
+tmpfs_size_rule = at_most("tmpfs", "size", MAX_BYTES, bytes_of, "is more memory than 1 GiB")
+labels_rule = refuse("labels", "is compose's or pgod's own",
+                     r"(?i)(?!com\.docker\.compose\.|io\.pgod\.)[\s\S]*", named)
 
 
-def ipc_rule(where: str, value: Any, around: Surroundings) -> Found:
-    if not re.fullmatch(r"|private|shareable|none|service:.*", str(value or "")):
-        yield Violation(where, "ipc", str(value), "is another's memory", f"ipc:{value}")
+def unknown_keys(where: str, prefix: str, value: Mapping[str, Any] | None,
+                 known: Iterable[str]) -> Found:
+    """Keys that say something and that pgod does not know."""
+    for key, item in (value or {}).items():
+        if key not in known and not key.startswith("x-") and item not in NOTHING:
+            yield Violation(where, prefix + key, shown(item), "is not known to this pgod",
+                            key if key in ALLOW else f"key:{key}")
 
 
-def volumes_from_rule(where: str, value: Any, around: Surroundings) -> Found:
-    for item in value or ():
-        if str(item).startswith("container:"):
-            yield Violation(where, "volumes_from", str(item), "may be another's container",
-                            f"volumes_from:{item}")
+def capability(item: Any) -> str:
+    return str(item).upper().removeprefix("CAP_")
 
 
-def sysctls_rule(where: str, value: Any, around: Surroundings) -> Found:
-    names = value if isinstance(value, dict) else [str(item).split("=")[0] for item in value or ()]
-    for name in names:
-        if not str(name).startswith("net."):
-            yield Violation(where, "sysctls", str(name), "is a setting of the host's kernel",
-                            f"sysctls:{name}")
+def device_path(item: Any) -> str:
+    return str(item.get("source") if isinstance(item, dict) else item).split(":")[0]
 
 
-def logging_rule(where: str, value: Any, around: Surroundings) -> Found:
-    driver = (value or {}).get("driver")
-    if driver not in (None, "", "json-file", "local", "none"):
-        yield Violation(where, "logging", str(driver), "lets the engine connect elsewhere",
-                        f"logging:{driver}")
+def log_driver(value: Any) -> list[Any]:
+    return [value.get("driver")]
 
 
 def container_name_rule(where: str, value: Any, around: Surroundings) -> Found:
@@ -1913,14 +1910,6 @@ def container_name_rule(where: str, value: Any, around: Surroundings) -> Found:
                         f"container_name:{value}")
 
 
-def labels_rule(where: str, value: Any, around: Surroundings) -> Found:
-    names = value if isinstance(value, dict) else [str(item).split("=")[0] for item in value or ()]
-    for name in names:
-        if str(name).lower().startswith(OUR_LABELS):
-            yield Violation(where, "labels", str(name), "is compose's or pgod's own",
-                            f"labels:{name}")
-
-
 def port_range(value: Any) -> tuple[int, int]:
     """First and last of `80` or `8000-8010`; (0, 0) where the engine chooses."""
     first, _, last = str(value or "0").partition("-")
@@ -1928,15 +1917,15 @@ def port_range(value: Any) -> tuple[int, int]:
 
 
 def ports_rule(where: str, value: Any, around: Surroundings) -> Found:
-    allowed = [port_range(entry[6:]) for entry in around.service.allow
-               if entry.startswith("ports:")]
+    permitted = [port_range(entry[6:]) for entry in around.service.allow
+                 if entry.startswith("ports:")]
     for item in value or ():
         published = item.get("published") if isinstance(item, dict) else item
         if not re.fullmatch(r"(\d+(-\d+)?)?", str(published or "")):
             yield Violation(where, "ports", shown(published), "is not a port")
             continue
         first, last = port_range(published)
-        if last == 0 or any(low <= first and last <= high for low, high in allowed):
+        if last == 0 or any(low <= first and last <= high for low, high in permitted):
             continue
         if first < 1024:
             yield Violation(where, "ports", str(published), "is a port under 1024",
@@ -1946,36 +1935,11 @@ def ports_rule(where: str, value: Any, around: Surroundings) -> Found:
                             f"ports:{published}")
 
 
-def grace_rule(where: str, value: Any, around: Surroundings) -> Found:
-    allowed = max([MAX_GRACE, *(parse_duration(entry.partition(":")[2])
-                                for entry in around.service.allow
-                                if entry.startswith("stop_grace_period:"))])
-    text = str(value or "0s")
-    if not permits(f"stop_grace_period:{text}") or parse_duration(text) > allowed:
-        yield Violation(where, "stop_grace_period", str(value), "is longer than 2 minutes",
-                        f"stop_grace_period:{value}")
-
-
-def allowed_replicas(around: Surroundings, usual: int) -> int:
-    return max([usual, *(int(entry[9:]) for entry in around.service.allow
-                         if entry.startswith("replicas:"))])
-
-
-def replicas_rule(where: str, value: Any, around: Surroundings) -> Found:
-    if value is not None and int(value) > allowed_replicas(around, MAX_REPLICAS):
-        yield Violation(where, "replicas", str(value), f"is more than {MAX_REPLICAS}",
-                        f"replicas:{value}")
-
-
-def shm_rule(where: str, value: Any, around: Surroundings) -> Found:
-    yield from size_rule(where, "shm_size", value, around)
-
-
 def tmpfs_rule(where: str, value: Any, around: Surroundings) -> Found:
-    for item in [value] if isinstance(value, str) else value or ():
+    for item in listed(value or []):
         for option in str(item).partition(":")[2].split(","):
             if option.startswith("size="):
-                yield from size_rule(where, "tmpfs", option[5:], around)
+                yield from tmpfs_size_rule(where, option[5:], around)
 
 
 DEPLOY_KEYS = frozenset(("mode replicas labels update_config rollback_config resources "
@@ -1983,12 +1947,11 @@ DEPLOY_KEYS = frozenset(("mode replicas labels update_config rollback_config res
 
 
 def deploy_rule(where: str, value: Any, around: Surroundings) -> Found:
-    for key, item in (value or {}).items():
-        if key not in DEPLOY_KEYS and not key.startswith("x-"):
-            yield Violation(where, f"deploy.{key}", shown(item), "is not known", f"key:{key}")
-    yield from replicas_rule(where, (value or {}).get("replicas"), around)
-    yield from labels_rule(where, (value or {}).get("labels"), around)
-    reservations = ((value or {}).get("resources") or {}).get("reservations") or {}
+    value = value or {}
+    yield from unknown_keys(where, "deploy.", value, DEPLOY_KEYS)
+    yield from replicas_rule(where, value.get("replicas"), around)
+    yield from labels_rule(where, value.get("labels"), around)
+    reservations = (value.get("resources") or {}).get("reservations") or {}
     for item in reservations.get("devices") or ():
         yield Violation(where, "deploy.devices", shown(item), "is a device of the host", "gpus")
 
@@ -2062,9 +2025,7 @@ def built_image_rule(where: str, image: str, around: Surroundings) -> Found:
 
 def build_rule(where: str, value: Any, around: Surroundings) -> Found:
     build = value if isinstance(value, dict) else {"context": value}
-    for key, item in build.items():
-        if key not in BUILD_KEYS and not key.startswith("x-"):
-            yield Violation(where, f"build.{key}", shown(item), "is not known", f"key:{key}")
+    yield from unknown_keys(where, "build.", build, BUILD_KEYS)
     for key in ("privileged", "entitlements", "ssh"):
         if build.get(key):
             yield Violation(where, f"build.{key}", shown(build[key]), "is a power over the host",
@@ -2074,7 +2035,7 @@ def build_rule(where: str, value: Any, around: Surroundings) -> Found:
                         "is a network that is not its own", f"build:network:{build['network']}")
     for tag in build.get("tags") or ():
         yield from built_image_rule(where, tag, around)
-    yield from shm_rule(where, build.get("shm_size") or 0, around)
+    yield from shm_rule(where, build.get("shm_size"), around)
     yield from build_paths_rule(where, build, around)
 
 
@@ -2094,10 +2055,9 @@ def volumes_rule(where: str, value: Any, around: Surroundings) -> Found:
             yield Violation(where, "volumes", shown(item), "relabels files of the host")
         if bind.get("propagation") not in (None, "", "private", "rprivate"):
             yield Violation(where, "volumes", shown(item), "propagates mounts to the host")
-        unknown = {*item} - MOUNT_KEYS | {*bind} - BIND_KEYS
-        for key in sorted(key for key in unknown if not key.startswith("x-")):
-            yield Violation(where, "volumes", key, "is not known", f"key:{key}")
-        yield from size_rule(where, "tmpfs", (item.get("tmpfs") or {}).get("size") or 0, around)
+        yield from unknown_keys(where, "volumes.", item, MOUNT_KEYS)
+        yield from unknown_keys(where, "volumes.bind.", bind, BIND_KEYS)
+        yield from tmpfs_size_rule(where, (item.get("tmpfs") or {}).get("size"), around)
 
 
 def no_rule(where: str, value: Any, around: Surroundings) -> Found:
@@ -2118,35 +2078,46 @@ PLAIN_KEYS = (
 # Every key of a compose service that pgod knows. One that is not here is refused by name.
 SERVICE_RULES: dict[str, Rule] = {
     **{key: no_rule for key in (*PLAIN_KEYS, *RESOURCE_KEYS)},
-    "annotations": refuse("annotations", "speaks to the runtime", valued=False),
-    "blkio_config": refuse("blkio_config", "takes the host's disks", valued=False),
-    "build": build_rule, "cap_add": cap_add_rule,
-    "cgroup": refuse("cgroup", HOST_POWER, ["private"]),
+    "annotations": refuse("annotations", "speaks to the runtime", name=None),
+    "blkio_config": refuse("blkio_config", "takes the host's disks", name=None),
+    "build": build_rule, "cap_add": refuse("cap_add", HOST_POWER, name=capability),
+    "cgroup": refuse("cgroup", HOST_POWER, "private"),
     "cgroup_parent": refuse("cgroup_parent", "leaves the engine's limits"),
     "container_name": container_name_rule,
-    "cpu_rt_period": refuse("cpu_rt_period", "starves the host", valued=False),
-    "cpu_rt_runtime": refuse("cpu_rt_runtime", "starves the host", valued=False),
-    "credential_spec": refuse("credential_spec", HOST_POWER, valued=False),
+    "cpu_rt_period": refuse("cpu_rt_period", "starves the host", name=None),
+    "cpu_rt_runtime": refuse("cpu_rt_runtime", "starves the host", name=None),
+    "credential_spec": refuse("credential_spec", HOST_POWER, name=None),
     "deploy": deploy_rule, "device_cgroup_rules": refuse("device_cgroup_rules", HOST_POWER),
-    "devices": devices_rule, "external_links": refuse("external_links", "is another's container"),
-    "gpus": refuse("gpus", "is a device of the host", valued=False),
+    "devices": refuse("devices", "is a device of the host", name=device_path),
+    "external_links": refuse("external_links", "is another's container"),
+    "gpus": refuse("gpus", "is a device of the host", name=None),
     "group_add": refuse("group_add", "may be a group of the host"),
-    "ipc": ipc_rule,
-    "isolation": refuse("isolation", HOST_POWER, ["default"]), "labels": labels_rule,
-    "logging": logging_rule, "models": refuse("models", "runs a program of the host", valued=False),
-    "network_mode": network_mode_rule,
-    "oom_kill_disable": refuse("oom_kill_disable", "may hang the host", valued=False),
-    "oom_score_adj": negative_rule, "pid": refuse("pid", "sees the host's processes"),
+    "ipc": refuse("ipc", "is another's memory", "private|shareable|none|service:.*"),
+    "isolation": refuse("isolation", HOST_POWER, "default"), "labels": labels_rule,
+    "logging": refuse("logging", "lets the engine connect elsewhere", "json-file|local|none",
+                      of=log_driver),
+    "models": refuse("models", "runs a program of the host", name=None),
+    "network_mode": refuse("network_mode", "is a network that is not its own",
+                           "none|bridge|default|service:.*"),
+    "oom_kill_disable": refuse("oom_kill_disable", "may hang the host", name=None),
+    "oom_score_adj": refuse("oom_score_adj", "puts others to death first", r"\d+"),
+    "pid": refuse("pid", "sees the host's processes"),
     "ports": ports_rule, "post_start": hooks_rule, "pre_stop": hooks_rule,
-    "privileged": refuse("privileged", "is root on the host", valued=False),
-    "provider": refuse("provider", "runs a program of the host", valued=False),
-    "runtime": refuse("runtime", "is another isolation than the engine's", ["runc"]),
-    "scale": replicas_rule, "security_opt": security_opt_rule, "shm_size": shm_rule,
-    "stop_grace_period": grace_rule, "storage_opt": refuse("storage_opt", HOST_POWER, valued=False),
-    "sysctls": sysctls_rule, "tmpfs": tmpfs_rule,
-    "use_api_socket": refuse("use_api_socket", "is the engine's socket", valued=False),
+    "privileged": refuse("privileged", "is root on the host", name=None),
+    "provider": refuse("provider", "runs a program of the host", name=None),
+    "runtime": refuse("runtime", "is another isolation than the engine's", "runc"),
+    "scale": replicas_rule, "shm_size": shm_rule,
+    "security_opt": refuse("security_opt", "takes a protection away",
+                           "no-new-privileges([:=]true)?"),
+    "stop_grace_period": at_most("stop_grace_period", "stop_grace_period", MAX_GRACE, seconds_of,
+                                 "is longer than 2 minutes"),
+    "storage_opt": refuse("storage_opt", HOST_POWER, name=None),
+    "sysctls": refuse("sysctls", "is a setting of the host's kernel", r"net\..*", named),
+    "tmpfs": tmpfs_rule,
+    "use_api_socket": refuse("use_api_socket", "is the engine's socket", name=None),
     "userns_mode": refuse("userns_mode", HOST_POWER), "uts": refuse("uts", HOST_POWER),
-    "volumes": volumes_rule, "volumes_from": volumes_from_rule,
+    "volumes": volumes_rule,
+    "volumes_from": refuse("volumes_from", "may be another's container", "(?!container:).*"),
 }
 TOP_KEYS = frozenset("name services networks volumes configs secrets version".split())
 FILE_KEYS = frozenset("name file content environment labels".split())
@@ -2158,14 +2129,10 @@ ENGINE_NETWORKS = ("host", "bridge", "none", "default", "ingress")
 
 def check_compose_service(where: str, service: Mapping[str, Any], around: Surroundings) -> Found:
     """The table's rules on one compose service, and what needs two of its keys."""
-    for key, value in service.items():
-        if key.startswith("x-"):
-            continue
-        rule = SERVICE_RULES.get(key)
-        if rule:
-            yield from rule(where, value, around)
-        elif value not in (None, False, [], {}, ""):
-            yield Violation(where, key, shown(value), "is not known to this pgod", f"key:{key}")
+    yield from unknown_keys(where, "", service, SERVICE_RULES)
+    for key in service:
+        if key in SERVICE_RULES:
+            yield from SERVICE_RULES[key](where, service[key], around)
     if service.get("build"):
         yield from built_image_rule(where, image_of(around.name, where, service), around)
     made_up = f"{around.name}-{where}"
@@ -2178,10 +2145,7 @@ def check_networks(model: Model, around: Surroundings) -> Found:
     for key, network in (model.get("networks") or {}).items():
         network = network or {}
         name = str(network.get("name") or f"{around.name}_{key}")
-        for unknown in sorted(set(network) - NETWORK_KEYS):
-            if not unknown.startswith("x-"):
-                yield Violation("networks", f"{key}.{unknown}", shown(network[unknown]),
-                                "is not known", f"key:{unknown}")
+        yield from unknown_keys("networks", f"{key}.", network, NETWORK_KEYS)
         yield from labels_rule(f"networks.{key}", network.get("labels"), around)
         if network.get("external"):
             if around.service.networks and name not in around.service.networks:
@@ -2239,10 +2203,7 @@ def check_volumes(model: Model, around: Surroundings) -> Found:
     for key, volume in (model.get("volumes") or {}).items():
         volume = volume or {}
         name = str(volume.get("name") or f"{around.name}_{key}")
-        for unknown in sorted(set(volume) - VOLUME_KEYS):
-            if not unknown.startswith("x-"):
-                yield Violation("volumes", f"{key}.{unknown}", shown(volume[unknown]),
-                                "is not known", f"key:{unknown}")
+        yield from unknown_keys("volumes", f"{key}.", volume, VOLUME_KEYS)
         yield from labels_rule(f"volumes.{key}", volume.get("labels"), around)
         if volume.get("external") or not around.owns(name, "_"):
             yield Violation("volumes", key, name, f"must be the project's own, {around.name}_…",
@@ -2255,19 +2216,13 @@ def check_volumes(model: Model, around: Surroundings) -> Found:
 def check_top_level(model: Model, around: Surroundings) -> Found:
     """Unknown keys, where configs and secrets come from, and how many containers there are."""
     count = sum(max(0, replicas) for replicas in expected_replicas(model).values())
-    if count > allowed_replicas(around, MAX_CONTAINERS):
+    if count > allowed("replicas", MAX_CONTAINERS, int, around):
         yield Violation("services", "replicas", str(count), f"is more than {MAX_CONTAINERS} "
                         "containers in all", f"replicas:{count}")
-    for key in sorted(set(model) - TOP_KEYS):
-        if not key.startswith("x-") and model[key]:
-            yield Violation(key, key, shown(model[key]), "is not known to this pgod",
-                            key if key in ALLOW else f"key:{key}")
+    yield from unknown_keys("the compose file", "", model, TOP_KEYS)
     for kind in ("configs", "secrets"):
         for name, entry in (model.get(kind) or {}).items():
-            for unknown in sorted(set(entry or {}) - FILE_KEYS):
-                if not unknown.startswith("x-") and (entry or {})[unknown]:
-                    yield Violation(kind, f"{name}.{unknown}", shown(entry[unknown]),
-                                    "is not known", f"key:{unknown}")
+            yield from unknown_keys(kind, f"{name}.", entry, FILE_KEYS)
 
 
 def bind_allowed(bind: Bind, service: Service) -> bool:
