@@ -88,7 +88,7 @@ log = logging.getLogger("pgod")
 
 # Compose's own order of preference.
 COMPOSE_FILES = ("compose.yaml", "compose.yml", "docker-compose.yml", "docker-compose.yaml")
-NAME_PATTERN = re.compile(r"[a-z0-9][a-z0-9_-]*")
+NAME_PATTERN = re.compile(r"[a-z0-9][a-z0-9_-]{0,59}")
 BACKOFF_CEILING = 3600.0  # seconds between two tries of the same thing, at most
 SAME_TIME_DEPLOYS = 4
 SLOW_DEPLOY = 30.0  # seconds after which a deploy holds up no other
@@ -510,12 +510,25 @@ def as_strings(value: object) -> tuple[str, ...]:
     return tuple(value)
 
 
-def as_file_in_repository(value: object) -> str:
-    """A relative path without dots and doubled slashes in it."""
-    text = as_string(value)
-    if text.startswith("/") or any(part in ("", ".", "..", ".git") for part in text.split("/")):
-        raise ValueError(f"{text!r} must be a path inside the repository, without . or ..")
-    return text
+def matching(pattern: str, why: str) -> Callable[[object], str]:
+    """A parser of strings; `why` ends the sentence about one that the pattern does not match."""
+    def parse(value: object) -> str:
+        if not re.fullmatch(pattern, as_string(value)):
+            raise ValueError(f"{value!r} {why}")
+        return as_string(value)
+    return parse
+
+
+as_file_in_repository = matching(r"(?!(.*/)?(\.|\.\.|\.git)?(/|$))[^\n]+",
+                                 "must be a path inside the repository, without . or ..")
+as_mount = matching(r"nfs://[A-Za-z0-9][A-Za-z0-9.:-]*/[^\s,]*",
+                    "is not of the form nfs://server/path")
+as_network = matching(r"[A-Za-z0-9][A-Za-z0-9_.-]*", "is not a name of a network")
+as_name = matching(NAME_PATTERN.pattern, "is not a name; use a-z 0-9 _ - (60 at most), "
+                   "a letter or digit first")
+# What `git check-ref-format --branch` takes.
+as_branch = matching(r"(?!.*(\.\.|@\{|//|/\.|\.lock(/|$)|[/.]$))[^-/.\x00-\x20~^:?*\[\\\x7f]"
+                     r"[^\x00-\x20~^:?*\[\\\x7f]*", "is not a name of a branch")
 
 
 def as_compose(value: object) -> tuple[str, ...]:
@@ -548,17 +561,7 @@ def as_urls(value: object) -> tuple[tuple[str, str], ...]:
 
 def as_networks(value: object) -> tuple[str, ...]:
     """Names of networks."""
-    for name in as_strings(value):
-        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", name):
-            raise ValueError(f"{name!r} is not a name of a network")
-    return as_strings(value)
-
-
-def as_mount(value: object) -> str:
-    """nfs://server/path."""
-    if not re.fullmatch(r"nfs://[A-Za-z0-9][A-Za-z0-9.:-]*/[^\s,]*", as_string(value)):
-        raise ValueError(f"{value!r} is not of the form nfs://server/path")
-    return as_string(value)
+    return tuple(map(as_network, as_strings(value)))
 
 
 def as_outside_file(value: object) -> str:
@@ -571,14 +574,6 @@ def as_outside_file(value: object) -> str:
             return str(path)
     except OSError as error:
         raise ValueError(f"{value!r} cannot be read: {error.strerror}") from None
-
-
-def as_branch(value: object) -> str:
-    """A name that `git check-ref-format --branch` takes."""
-    text = as_string(value)
-    if re.search(r"[\x00-\x20~^:?*\[\\\x7f]|\.\.|@\{|//|\.lock(/|$)|^[-/.]|/\.|[/.]$", text):
-        raise ValueError(f"{text!r} is not a name of a branch")
-    return text
 
 
 def as_seconds(value: object) -> float:
@@ -601,15 +596,6 @@ def as_bool(value: object) -> bool:
     if not isinstance(value, bool):
         raise ValueError("must be true or false")
     return value
-
-
-def as_name(value: object) -> str:
-    """The name of a service: a compose project, a folder and a word of a command line."""
-    text = as_string(value)
-    if not NAME_PATTERN.fullmatch(text) or len(text) > 60:
-        raise ValueError(f"{text!r} is not a name; use a-z 0-9 _ - (60 at most), "
-                         "a letter or digit first")
-    return text
 
 
 def as_known_user(value: object) -> str:
@@ -2758,30 +2744,27 @@ class Engine:
             raise Refused(f"build failed: {one_line(result.stderr + result.trouble, 600)}")
         on_line("built")
 
+    def image_identity(self, name: str) -> str:
+        """Empty where the image is not here. Raises EngineGone."""
+        result = self.docker("image", "inspect", "--format", "{{.Id}}", "--", name)
+        if result.status and "o such image" not in result.stderr:
+            raise EngineGone(f"the engine does not answer: {result.complaint}")
+        return result.stdout.decode().strip()
+
     def images(self, model: Model) -> dict[str, str]:
-        """Name and identity of the images of a model that are here."""
-        names = sorted({image_of(self.service.name, name, service)
-                        for name, service in compose_services(model).items()})
-        found = {}
-        for name in names:
-            result = self.docker("image", "inspect", "--format", "{{.Id}}", "--", name)
-            if result.status == 0:
-                found[name] = result.stdout.decode().strip()
-            elif "o such image" not in result.stderr:
-                raise EngineGone(f"the engine does not answer: {result.complaint}")
-        return found
+        """Name and identity of a model's images, empty for those that are not here."""
+        names = {image_of(self.service.name, name, service)
+                 for name, service in compose_services(model).items()}
+        return {name: self.image_identity(name) for name in sorted(names)}
 
     def missing_images(self, model: Model) -> list[str]:
-        here = self.images(model)
-        return sorted({name for name in (image_of(self.service.name, key, service)
-                                         for key, service in compose_services(model).items())
-                       if name not in here})
+        return [name for name, identity in self.images(model).items() if not identity]
 
     def keep_images(self, images: Mapping[str, str]) -> None:
         """Tag the images of the good commit, so that pruning leaves them; drop older tags."""
         repository = f"pgod.keep/{self.service.name}"
         wanted = {f"{repository}:{identity.removeprefix('sha256:')[:20]}": identity
-                  for identity in images.values()}
+                  for identity in images.values() if identity}
         for tag, identity in wanted.items():
             self.docker("tag", identity, tag)
         listed = self.docker("image", "ls", "--format", "{{.Repository}}:{{.Tag}}", repository)
@@ -2789,15 +2772,11 @@ class Engine:
         if old and listed.status == 0:
             self.docker("rmi", "--no-prune", *sorted(old))
 
-    def restore_images(self, images: Mapping[str, str], model: Model) -> None:
+    def restore_images(self, images: Mapping[str, str]) -> None:
         """Move tags that a newer commit moved back to what the good commit ran."""
         for name, identity in images.items():
-            if self.images_now(name) != identity and "@" not in name:
+            if identity and "@" not in name and self.image_identity(name) != identity:
                 self.docker("tag", identity, name)
-
-    def images_now(self, name: str) -> str:
-        result = self.docker("image", "inspect", "--format", "{{.Id}}", "--", name)
-        return result.stdout.decode().strip() if result.status == 0 else ""
 
     def containers(self) -> tuple[Container, ...]:
         """The containers of the project, one-off ones left out. Raises Fault."""
@@ -3213,13 +3192,13 @@ class Worker(threading.Thread):
         elif decision.action == "heal":
             self.heal(decision, say)
 
-    def restore_images(self, model: Model) -> None:
+    def restore_images(self) -> None:
         """Tags of the good commit's images, but for those of images that a neighbour builds."""
         around = self.around({})
         theirs = tuple(other.name + mark for other in around.others for mark in "-/")
         self.engine.restore_images(
             {name: identity for name, identity in self.state.images.items()
-             if around.owns(name, "-", "/") or not name.startswith(theirs)}, model)
+             if around.owns(name, "-", "/") or not name.startswith(theirs)})
 
     def heal(self, decision: Decision, say: Say) -> None:
         """Bring containers back; those that end by themselves at most once an interval."""
@@ -3230,7 +3209,7 @@ class Worker(threading.Thread):
             self.last_crash_heal = now
         say(f"brings back: {'; '.join(decision.reasons)}")
         model = self.running_model()
-        self.restore_images(model)
+        self.restore_images()
         self.make_binds(model)
         self.engine.up(log.debug, *decision.services)
         self.containers = self.engine.containers()
@@ -3458,7 +3437,7 @@ class Worker(threading.Thread):
         model = self.good_model()
         try:
             tree = self.git.export(self.state.commit)
-            self.restore_images(model)
+            self.restore_images()
             self.install(tree, model, log.debug)
             self.await_health(model, say)
         except (Fault, OSError) as error:
@@ -3577,21 +3556,15 @@ class Worker(threading.Thread):
             raise Refused(f"{short(self.state.wanted)} is not deployed: "
                           f"{self.state.failed_reason}")
 
-    def request_down(self, request: Request) -> None:
-        self.stop_until_up(request, "down")
-
     def request_stop(self, request: Request) -> None:
-        self.stop_until_up(request, "stop")
-
-    def stop_until_up(self, request: Request, command: str) -> None:
         """The file goes first: nothing must bring back what is being stopped."""
         facts = {"by": request.by, "since": time.time(), "reason": ""}
         write_atomic(self.places.stop, json.dumps(facts).encode())
-        log.info("%s: %s: by %s", self.service.name, command, request.by)
+        log.info("%s: %s: by %s", self.service.name, request.command, request.by)
         if not self.running_model():
             request.say("nothing was deployed yet, and nothing will be until up")
             return
-        self.compose_for(request, command, *request.arguments)
+        self.compose_for(request)
         self.containers = self.engine.containers()
 
     def request_start(self, request: Request) -> None:
@@ -3599,7 +3572,7 @@ class Worker(threading.Thread):
         model = self.deployed_model()
         self.places.stop.unlink(missing_ok=True)
         self.before = {c.identity: c for c in self.engine.containers()}
-        self.restore_images(model)
+        self.restore_images()
         self.make_binds(model)
         self.engine.up(request.say)
         self.await_health(model, request.say)
@@ -3607,7 +3580,7 @@ class Worker(threading.Thread):
     def request_restart(self, request: Request) -> None:
         if self.hold():
             raise Refused(f"{self.hold()}; up or start ends that")
-        self.compose_for(request, "restart", *request.arguments)
+        self.compose_for(request)
 
     def request_load(self, request: Request) -> None:
         """Check the newest commit against the policy; change nothing."""
@@ -3647,11 +3620,13 @@ class Worker(threading.Thread):
             raise Refused("nothing was deployed yet; up does it")
         return model
 
-    def compose_for(self, request: Request, *words: str) -> None:
+    def compose_for(self, request: Request) -> None:
+        """The compose command of the same name."""
         self.deployed_model()
-        result = self.engine.compose(*words, deadline="up", on_line=request.say)
+        result = self.engine.compose(request.command, *request.arguments, deadline="up",
+                                     on_line=request.say)
         if result.status or result.trouble:
-            raise Fault(f"{words[0]}: {result.complaint}")
+            raise Fault(f"{request.command}: {result.complaint}")
 
     def saying(self, request: Request) -> Say:
         """Tell the one who asked, and the log."""
@@ -3662,7 +3637,7 @@ class Worker(threading.Thread):
 
 
 REQUESTS: dict[str, Callable[[Worker, Request], None]] = {
-    "up": Worker.request_up, "git pull": Worker.request_pull, "down": Worker.request_down,
+    "up": Worker.request_up, "git pull": Worker.request_pull, "down": Worker.request_stop,
     "stop": Worker.request_stop, "start": Worker.request_start,
     "restart": Worker.request_restart, "load": Worker.request_load,
     "plan": Worker.request_plan,
