@@ -3198,6 +3198,13 @@ def test_crowd_does_not_keep_a_key_holder_out(shared: Lab) -> None:
         assert memory(shared, "VmRSS") < before + (50 << 20)
 
 
+def test_client_that_never_logs_in_is_sent_away(shared: Lab) -> None:
+    with socket.create_connection(("127.0.0.1", shared.ssh_port), PATIENCE) as sock:
+        sock.sendall(b"SSH-2.0-x\r\n")
+        while sock.recv(1 << 16):
+            pass
+
+
 WRONG_KEYS = """
 import asyncio, asyncssh, sys
 async def main():
