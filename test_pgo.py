@@ -2542,19 +2542,20 @@ def test_history_tells_who_deployed_what(lab: Lab) -> None:
     assert "failed" in lab.ssh(f"{name}//history -n 1", check=True).stdout
 
 
-@pytest.mark.parametrize("damage", ["", "{", "[]", '{"commit": 3, "from the future": true}', None])
-def test_damaged_state_recreates_nothing(lab: Lab, damage: str | None) -> None:
+@pytest.mark.parametrize("damage", ["", "{", "[]", '{"commit": 3, "from the future": true}', None,
+                                    ("state", "tracked", "model"),
+                                    ("state", "tracked", "model", "good")])
+def test_damaged_state_recreates_nothing(lab: Lab, damage: str | tuple[str, ...] | None) -> None:
     name = lab.service("a", {"compose.yaml": compose_file(volumes=["./conf:/conf:ro"]),
                              "conf": "x"})
     deployed(lab, name)
     commit, before = lab.state(name)["commit"], lab.containers(name)
     lab.daemon.stop(signal.SIGKILL)
     state = lab.directory / ".pgod" / name / "state.json"
-    if damage is None:
-        for path in (state, state.with_name("tracked.json"), state.with_name("model.json")):
-            path.unlink()
-    else:
+    if isinstance(damage, str):
         state.write_text(damage)
+    for lost in ("state",) if damage is None else damage if isinstance(damage, tuple) else ():
+        state.with_name(f"{lost}.json").unlink()
     lab.start()
     lab.runs(name, commit)
     assert lab.containers(name) == before
