@@ -1883,8 +1883,9 @@ def device_path(item: Any) -> str:
     return str(item.get("source") if isinstance(item, dict) else item).split(":")[0]
 
 
-def log_driver(value: Any) -> list[Any]:
-    return [value.get("driver")]
+def log_settings(value: Any) -> list[Any]:
+    """The driver, and options of others: without a driver they are for the engine's usual one."""
+    return [value.get("driver"), *({*(value.get("options") or {})} - LOG_OPTIONS)]
 
 
 def container_name_rule(where: str, value: Any, around: Surroundings) -> Found:
@@ -1928,6 +1929,9 @@ def tmpfs_rule(where: str, value: Any, around: Surroundings) -> Found:
                 yield from tmpfs_size_rule(where, option[5:], around)
 
 
+LOG_OPTIONS = frozenset(("max-size max-file max-buffer-size mode compress tag labels labels-regex "
+                         "env env-regex cache-disabled cache-max-size cache-max-file "
+                         "cache-compress").split())
 DEPLOY_KEYS = frozenset(("mode replicas labels update_config rollback_config resources "
                          "restart_policy placement endpoint_mode").split())
 
@@ -2081,7 +2085,7 @@ SERVICE_RULES: dict[str, Rule] = {
     "ipc": refuse("ipc", "is another's memory", "private|shareable|none|service:.*"),
     "isolation": refuse("isolation", HOST_POWER, "default"), "labels": labels_rule,
     "logging": refuse("logging", "lets the engine connect elsewhere", "json-file|local|none",
-                      of=log_driver),
+                      of=log_settings),
     "models": refuse("models", "runs a program of the host", name=None),
     "network_mode": refuse("network_mode", "is a network that is not its own",
                            "none|bridge|default|service:.*"),
@@ -3702,6 +3706,8 @@ COMMANDS: dict[str, Command] = {
 }
 # Options that pgod sets itself, or that mean nothing without a terminal of the engine's.
 DROPPED_OPTIONS = frozenset(("-T", "--no-TTY", "-i", "--interactive", "-t", "--tty"))
+# docker's templates have functions; `pad` alone takes as much memory as it is told to.
+PLAIN_FORMAT = re.compile(r"([^{}]|\{\{ *(json +)?\.\w* *\}\})*")
 LIST_REQUEST = "//list"
 USAGE_STATUS = 2
 DENIED_STATUS = 1
@@ -3770,6 +3776,8 @@ def parse_options(command: str,
                 if not left:
                     raise Refused(f"{command}: option {option} needs a value")
                 value = left.popleft()
+            if option == "--format" and not PLAIN_FORMAT.fullmatch(value):
+                raise Refused(f"{command}: --format takes table, json or fields as {{{{.Name}}}}")
             options += [f"{option}={value}"] if option.startswith("--") else [option, value]
     return tuple(options), tuple(operands)
 

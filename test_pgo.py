@@ -1029,6 +1029,8 @@ NETWORKED = "services: {{web: {{image: x, networks: {uses}}}}}\nnetworks: {{n: {
 # compose file, words that the message has, the entry of `allow` that permits it ("": none).
 ATTACKS: tuple[tuple[str, str, str], ...] = (
     (web("privileged: true"), "web: privileged", "privileged"),
+    (web("logging: {options: {gelf-address: 'udp://192.0.2.1:1'}}"), "gelf-address",
+     "logging:gelf-address"),
     (web("cap_add: [NET_ADMIN]"), "cap_add: NET_ADMIN", "cap_add:NET_ADMIN"),
     (web("cap_add: [cap_sys_admin]"), "cap_add", "cap_add:SYS_ADMIN"),
     (web("cap_add: [ALL]"), "cap_add: ALL", "cap_add:ALL"),
@@ -2854,6 +2856,7 @@ REFUSED_ORDERS = (
     "a//ps --dry-run", "a//ps --dry", "a//ps --all=", "a//logs -ft=1", "a//ps -- --dry-run",
     "a//restart -- -v", "a//stop ../x", "a//exec web", "a//exec -- --privileged id", "a//ping x",
     "a//git", "a//git push", "a//git hash x", "a//nothing", "a/ping", "//ping", "a//", "", " ",
+    "a//ps --format '{{pad .Name 1000000000 0}}'", "a//ps --format={{range}}",
     "a//exec web 'x", "a//exec web " + "x " * 300, "a//exec web " + "x" * 70_000,
 )
 
@@ -2870,6 +2873,8 @@ def test_what_the_table_does_not_list_is_refused(text: str) -> None:
     ("a//exec -Tit -eA=1 -u 0 web sh -c 'a  b' --privileged",
      ["exec", "-T", "-e", "A=1", "-u", "0", "--", "web", "sh", "-c", "a  b", "--privileged"]),
     ("a//down -t -5", ["down", "-t", "-5", "--"]),
+    ("a//ps --format 'table {{.Name}}\t{{json .}}'",
+     ["ps", "--format=table {{.Name}}\t{{json .}}", "--"]),
 ])
 def test_orders_reach_compose_as_they_were_given(text: str, words: list[str]) -> None:
     assert pgod.compose_command(pgod.parse_order(text), terminal=False) == words
