@@ -922,6 +922,17 @@ def temporary_name() -> str:
     return f".pgod-{os.getpid()}-{threading.get_ident()}"
 
 
+def put_in_place(folder: int, temporary: str, name: str, path: str) -> None:
+    """Rename within a folder; Refused where a folder is in its way."""
+    try:
+        os.rename(temporary, name, src_dir_fd=folder, dst_dir_fd=folder)
+    except OSError as error:
+        os.unlink(temporary, dir_fd=folder)
+        if isinstance(error, IsADirectoryError):
+            raise Refused(f"{path} is a folder where a file must be; move or remove it") from None
+        raise
+
+
 def write_beneath(root: Path, path: str, data: BinaryIO, mode: int = 0o644) -> None:
     """A regular file beneath root, by a temporary name; a folder in its place is Refused."""
     *parts, name = path.split("/")
@@ -937,12 +948,10 @@ def write_beneath(root: Path, path: str, data: BinaryIO, mode: int = 0o644) -> N
                 os.fchmod(descriptor, mode)
                 file.flush()
                 os.fsync(descriptor)
-            os.rename(temporary, name, src_dir_fd=folder, dst_dir_fd=folder)
-        except OSError as error:
+        except OSError:
             os.unlink(temporary, dir_fd=folder)
-            if isinstance(error, IsADirectoryError):
-                raise Refused(f"{root}/{path} is a folder where a file must be") from None
             raise
+        put_in_place(folder, temporary, name, f"{root}/{path}")
 
 
 def link_beneath(root: Path, path: str, target: str) -> None:
@@ -953,7 +962,7 @@ def link_beneath(root: Path, path: str, target: str) -> None:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(temporary, dir_fd=folder)
         os.symlink(target, temporary, dir_fd=folder)
-        os.rename(temporary, name, src_dir_fd=folder, dst_dir_fd=folder)
+        put_in_place(folder, temporary, name, f"{root}/{path}")
 
 
 def remove_beneath(root: Path, path: str, keep: frozenset[str]) -> None:
@@ -1463,6 +1472,12 @@ class Git:
 # ---- Work tree ---------------------------------------------------------------------------------
 
 
+def folders_of(path: str) -> list[str]:
+    """The folders that a path lies in, the topmost first."""
+    parts = path.split("/")
+    return ["/".join(parts[:depth]) for depth in range(1, len(parts))]
+
+
 def blob_of(data: bytes) -> str:
     """The name that git gives a content (SHA-1 repositories)."""
     return hashlib.sha1(b"blob %d\0" % len(data) + data, usedforsecurity=False).hexdigest()
@@ -1555,34 +1570,41 @@ def write_entry(root: Path, export: Path, path: str, mode: str) -> None:
             write_beneath(root, path, data, 0o755 if mode == "100755" else 0o644)
 
 
-def update_worktree(root: Path, export: Path, tracked: Tree, new: Tree,
-                    keep: frozenset[str]) -> None:
-    """Make tracked files those of the commit.
+def update_worktree(root: Path, export: Path, tracked: Tree, new: Tree, keep: frozenset[str],
+                    beat: Callable[[], None]) -> list[str]:
+    """Make tracked files those of the commit; why some could not be made so.
 
     In place: no folder is ever replaced, for a bind mount would keep the old one. Call it as the
-    user. Raises Refused at a link or folder in the way, and where a container keeps the user out
-    of what the commit changes; what it does not change may well be a container's by now.
+    user. In the way may be a link, a folder with untracked files, or a container that keeps the
+    user out; what the commit does not change may well be a container's by now.
     """
-    def remove(paths: Iterable[str]) -> None:
-        for path in paths:
-            with explaining_owners(root, path):
-                remove_beneath(root, path, keep)
+    failures = []
 
-    gone = sorted(set(tracked) - set(new))
-    folders = {"/".join(parts[:depth]) for parts in (path.split("/") for path in new)
-               for depth in range(1, len(parts))}
-    remove(path for path in gone if path in folders)
-    for path, (mode, _) in sorted(new.items()):
-        if mode == "160000":
-            continue
-        remove(other for other in gone if other.startswith(path + "/"))
+    def attempt(path: str, act: Callable[[], None]) -> None:
+        beat()
         try:
             with explaining_owners(root, path):
-                write_entry(root, export, path, mode)
-        except Refused:
-            if tracked.get(path) != new[path]:
-                raise
-    remove(gone)
+                act()
+        except Refused as refused:
+            if path not in new or tracked.get(path) != new[path]:
+                failures.append(str(refused))
+
+    def remove(path: str) -> None:
+        attempt(path, lambda: remove_beneath(root, path, keep))
+
+    gone = sorted(set(tracked) - set(new))
+    folders = {folder for path in new for folder in folders_of(path)}
+    for path in filter(folders.__contains__, gone):  # files that become folders
+        remove(path)
+    for path, (mode, _) in sorted(new.items()):
+        for other in gone:
+            if other.startswith(path + "/"):  # a folder that becomes a file
+                remove(other)
+        if mode != "160000":
+            attempt(path, functools.partial(write_entry, root, export, path, mode))
+    for path in gone:
+        remove(path)
+    return failures
 
 
 def hand_over(root: Path, paths: Iterable[str], former: int, account: Account) -> None:
@@ -1590,8 +1612,7 @@ def hand_over(root: Path, paths: Iterable[str], former: int, account: Account) -
 
     Only those that are the former user's (a number): what a container took stays the container's.
     """
-    folders = {str(folder) for path in paths for folder in Path(path).parents} - {"."}
-    for path in {*paths, *folders}:
+    for path in {*paths, *(folder for file in paths for folder in folders_of(file))}:
         *parts, name = path.split("/")
         with contextlib.suppress(FileNotFoundError, Refused), folder_beneath(root, parts) as folder:
             if os.stat(name, dir_fd=folder, follow_symlinks=False).st_uid == former:
@@ -2284,10 +2305,10 @@ def check_policy(model: Model, around: Surroundings) -> list[Violation]:
     return [violation for violation in offered if violation.allow not in allowed]
 
 
-def check_bound_links(model: Model, tree: Tree, worktree: str) -> list[str]:
-    """Paths that the running model binds and that a new commit would turn into a link."""
+def check_bound_links(binds: Iterable[Bind], tree: Tree, worktree: str) -> list[str]:
+    """Paths that containers bind and that a commit would turn into a link."""
     reasons = []
-    for bind in binds_of(model):
+    for bind in binds:
         relative = beneath(bind.source, worktree)
         if relative and link_above(relative, tree):
             reasons.append(f"{bind.compose_service}: {relative}, which is mounted now, "
@@ -2395,6 +2416,7 @@ class Container:
     policy: str  # restart policy: no, always, on-failure or unless-stopped
     image: str
     started: str
+    binds: tuple[Bind, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -2583,11 +2605,15 @@ ENGINE_GONE = r"Cannot connect to the Docker daemon|error during connect|server 
 def parse_container(facts: Mapping[str, Any]) -> Container:
     """A Container of what `docker inspect` says."""
     state, labels = facts["State"], facts["Config"]["Labels"] or {}
+    compose_service = labels.get("com.docker.compose.service", "")
+    binds = tuple(Bind(compose_service, "bind", mount["Source"], not mount["RW"])
+                  for mount in facts.get("Mounts") or () if mount["Type"] == "bind")
     return Container(
-        facts["Id"], labels.get("com.docker.compose.service", ""), facts["Name"].lstrip("/"),
+        facts["Id"], compose_service, facts["Name"].lstrip("/"),
         state["Status"], state["ExitCode"], (state.get("Health") or {}).get("Status", "")
         .replace("none", ""), facts.get("RestartCount", 0),
-        facts["HostConfig"]["RestartPolicy"]["Name"] or "no", facts["Image"], state["StartedAt"])
+        facts["HostConfig"]["RestartPolicy"]["Name"] or "no", facts["Image"], state["StartedAt"],
+        binds)
 
 
 def render_fault(result: Result) -> Fault:
@@ -2660,10 +2686,10 @@ class Engine:
             env=self.environment(), deadline=DEADLINE[deadline] + waits, on_line=on_line,
             kind=(self.service.name, "compose", command[0]), secrets=self.service.secrets)
 
-    def docker(self, *command: str) -> Result:
+    def docker(self, *command: str, deadline: str = "docker") -> Result:
         return self.children.run(
             ["docker", *command], account=self.docker_account, env=self.environment(),
-            deadline=DEADLINE["docker"], kind=(self.service.name, "docker", command[0]),
+            deadline=DEADLINE[deadline], kind=(self.service.name, "docker", command[0]),
             secrets=self.service.secrets)
 
     def compose_files(self, tree: Tree) -> list[str]:
@@ -3228,8 +3254,7 @@ class Worker(threading.Thread):
         tree = self.git.export(commit)
         model = with_tmpfs_sizes(self.moved(self.engine.render(tree)))
         self.enforce(model, tree)
-        links = check_bound_links(self.running_model(), tree, str(self.places.worktree))
-        if links and not self.service.trusted:
+        if links := self.bound_links(self.engine.containers(), tree):
             raise Refused("; ".join(links))
         seals = file_seals(model, tree, str(self.places.worktree), self.generated())
         # Built is from the export alone, also where the file names the work tree itself.
@@ -3247,6 +3272,12 @@ class Worker(threading.Thread):
         for violation in violations:
             log.warning("%s: root's repository, so only reported: %s", self.service.name,
                         redact(str(violation), self.service.secrets))
+
+    def bound_links(self, containers: Iterable[Container], tree: Tree) -> list[str]:
+        """Why the tree must not be put beneath these: their next restart would follow a link."""
+        binds = [bind for container in containers for bind in container.binds]
+        worktree = str(self.places.worktree)
+        return [] if self.service.trusted else check_bound_links(binds, tree, worktree)
 
     def generated(self) -> dict[str, str]:
         """Files that pgod writes into the work tree, with their hashes."""
@@ -3324,37 +3355,47 @@ class Worker(threading.Thread):
         self.record_success(commit, model, by, began)
         say(f"runs {short(commit)}, healthy after {time.monotonic() - began:.1f} s")
 
-    def install(self, tree: Tree, model: Model, say: Say) -> None:
+    def install(self, tree: Tree, model: Model, say: Say, strict: bool = True) -> None:
         """Work tree, binds, import, model and `up`."""
-        self.write_files(tree, model)
         self.before = {c.identity: c for c in self.engine.containers()}
+        self.write_files(tree, model, strict)
         self.write_import()
         self.stop_writers(model)
         self.make_binds(model)
         self.write_model("model.json", model)
         self.engine.up(say)
 
-    def write_files(self, tree: Tree, model: Model) -> None:
-        """Tracked files follow the commit; the list of them never lacks one that is there."""
+    def write_files(self, tree: Tree, model: Model, strict: bool) -> None:
+        """Tracked files follow the commit; the list of them never lacks one that is there.
+
+        Raises Refused if it is to be `strict`; a rollback takes what it can get.
+        """
         tracked, worktree = self.tracked(), str(self.places.worktree)
-        sources = [bind.source for bind in (*binds_of(model), *binds_of(self.running_model()))]
-        keep = frozenset(filter(None, (beneath(source, worktree) for source in sources)))
+        mounted = [bind for container in self.before.values() for bind in container.binds]
+        sources = (beneath(bind.source, worktree) for bind in (*binds_of(model), *mounted))
+        keep = frozenset(filter(None, sources))
         self.write_tracked({path: tree[path] if tracked.get(path) == tree.get(path) else ("", "")
                             for path in {*tracked, *tree}})
         with as_user(self.engine.account):
-            update_worktree(self.places.worktree, self.places.export, tracked, tree, keep)
+            failures = update_worktree(self.places.worktree, self.places.export, tracked, tree,
+                                       keep, self.shared.children.beat)
+        if failures and strict:
+            raise Refused("; ".join(failures[:5]))
+        for failure in failures:
+            log.warning("%s: left as it is: %s", self.service.name, failure)
         self.write_tracked(tree)
 
     def stop_writers(self, model: Model) -> None:
         """Stop what could still put a link where the new model binds a path beneath its own."""
         binds = binds_of(model)
-        racing = {*nested_binds(binds, binds_of(self.running_model()))} - {
-            *nested_binds(binds, binds)}
-        names = sorted({above.compose_service for _, above in racing})
-        if names:
-            result = self.engine.compose("stop", "--", *names, deadline="up")
+        permitted = {(bind.source, above.source) for bind, above in nested_binds(binds, binds)}
+        racing = {container.identity for container in self.before.values()
+                  for bind, above in nested_binds(binds, container.binds)
+                  if (bind.source, above.source) not in permitted}
+        if racing:
+            result = self.engine.docker("stop", *sorted(racing), deadline="up")
             if result.status or result.trouble:
-                raise Fault(f"stop of {', '.join(names)}: {result.complaint}")
+                raise Fault(f"stop of containers that write above a bind: {result.complaint}")
 
     def make_binds(self, model: Model) -> None:
         """Look at every bound path without following links; make missing folders, as the user."""
@@ -3442,7 +3483,10 @@ class Worker(threading.Thread):
         try:
             tree = self.git.export(self.state.commit)
             self.restore_images()
-            self.install(tree, model, log.debug)
+            if linked := [container.identity for container in self.engine.containers()
+                          if self.bound_links([container], tree)]:
+                self.engine.docker("rm", "--force", *linked)
+            self.install(tree, model, log.debug, strict=False)
             self.await_health(model, say)
         except (Fault, OSError) as error:
             raise Fault(f"ROLLBACK to {short(self.state.commit)} FAILED, will be tried again: "

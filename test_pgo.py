@@ -1669,6 +1669,30 @@ def test_bound_path_that_becomes_a_link_is_refused_before_it_is_there(lab: Lab) 
     assert not (lab.directory / name / "d").is_symlink()
 
 
+def test_rollback_puts_no_link_beneath_what_still_runs(lab: Lab) -> None:
+    """A bad commit has a folder, and binds it, where the good one has a link to the host."""
+    outside = lab.folder / "outside"
+    outside.mkdir(mode=0o777)
+    outside.chmod(0o777)
+    name = lab.service("a", wait="20s")
+    lab.duration = "1h"
+    repository = lab.repositories[name]
+    (repository.work / "d").symlink_to(outside)
+    repository.push({})
+    lab.start()
+    lab.runs(name, repository.git("rev-parse", "HEAD"))
+    (repository.work / "d").unlink()
+    command = "sh -c 'echo $$(date) >> /d/harm; sleep 0.1; exit 1'"
+    commit = lab.push(name, {"d/x": "x", "compose.yaml": compose_file(services={
+        "bad": sleeper(command=command, volumes=["./d:/d"], restart="always")})})
+    assert lab.ssh(f"{name}//up").returncode == 1
+    lab.failed(name, commit)
+    logged(lab, "left as it is:")
+    assert (lab.directory / name / "d/harm").read_text(), "a file that git does not track"
+    assert not list(outside.iterdir())
+    assert set(lab.containers(name)) == {f"{name}-web-1"}
+
+
 def test_link_that_a_container_made_is_not_followed(lab: Lab) -> None:
     outside = lab.folder / "outside"
     outside.mkdir(mode=0o777)
