@@ -112,15 +112,17 @@ CHILD_OUTPUT = 16 << 20
 
 # Of pgod's own environment, children see these and nothing else.
 PASSED_ENVIRONMENT = (
-    "PATH", "LANG", "LC_ALL", "TZ", "DOCKER_HOST", "http_proxy", "https_proxy", "no_proxy",
-    "HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY", "SSL_CERT_FILE", "SSL_CERT_DIR", "GIT_SSL_CAINFO",
-)
+    "PATH", "LANG", "LC_ALL", "TZ", "DOCKER_HOST", "SSL_CERT_FILE", "SSL_CERT_DIR")
+# And git these: a compose file could show what credentials are in them.
+GIT_ENVIRONMENT = ("http_proxy", "https_proxy", "no_proxy", "HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY",
+                   "GIT_SSL_CAINFO")
 DEFAULT_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 
 SSH_UNPROVEN_BYTES = 64 * 1024  # what a client may send before it has proven a key
 SSH_UNPROVEN = 100
 SSH_UNPROVEN_PER_ADDRESS = 20
 SSH_SESSIONS = 10  # at one time in one connection
+SSH_SESSIONS_PER_KEY = 50
 SSH_LOGIN_SECONDS = 20
 SSH_COMMAND_BYTES = 64 * 1024
 SSH_ARGUMENTS = 256
@@ -136,6 +138,8 @@ SSH_ALGORITHMS: dict[str, Any] = {
         "ecdsa-sha2-nistp521", "sk-ecdsa-sha2-nistp256@openssh.com", "rsa-sha2-512",
         "rsa-sha2-256"],
 }
+# docker's templates have functions; `pad` alone takes as much memory as it is told to.
+PLAIN_TEMPLATE = re.compile(r"([^{}]|\{\{ *(json +)?\.\w* *\}\})*")
 HTTP_CONNECTIONS = 100
 HTTP_SECONDS = 10.0
 
@@ -245,9 +249,10 @@ class Service:
     @property
     def secrets(self) -> tuple[str, ...]:
         """What must never be shown. Short values of env would redact half of every line."""
-        tokens = tuple(r.token for r in self.registries)
-        values = (self.webhook, *(value for _, value in self.env if len(value) >= 6))
-        return self.repository.secrets + tokens + values
+        tokens = (r.token for r in self.registries)
+        values = (*self.repository.secrets, *tokens, self.webhook,
+                  *(value for _, value in self.env if len(value) >= 6))
+        return tuple({form for value in values for form in (value, json.dumps(value)[1:-1])})
 
     def digest(self) -> str:
         """Changes when something changes that a deploy depends on."""
@@ -464,6 +469,20 @@ def parse_public_key(line: str) -> PublicKey:
     if kind == "ssh-rsa" and rsa_bits(blob) < 2048:
         raise ValueError("is an RSA key of under 2048 bits")
     return PublicKey(key_fingerprint(blob), re.sub(r"[^\x20-\x7e]", "?", comment)[:100])
+
+
+def parse_key_file(data: bytes) -> tuple[list[PublicKey], str]:
+    """The keys in a file of at most 16 KiB, one a line, and what is wrong with the other lines."""
+    if len(data) > KEY_FILE_BYTES:
+        return [], "has more than 16 KiB"
+    keys, wrong = [], ""
+    for number, line in enumerate(data.decode(errors="replace").splitlines(), 1):
+        if line.strip() and not line.startswith("#"):
+            try:
+                keys.append(parse_public_key(line))
+            except ValueError as error:
+                wrong = wrong or f"line {number} {error}"
+    return keys, wrong
 
 
 def redact(text: str, secrets: Iterable[str]) -> str:
@@ -1291,7 +1310,8 @@ class Git:
                "GIT_TERMINAL_PROMPT": "0", "GIT_ASKPASS": "/bin/false", "SSH_ASKPASS": "/bin/false",
                "GIT_ALLOW_PROTOCOL": f"{remote.scheme}:file", "GIT_SSH_VARIANT": "ssh",
                "GIT_SSH_COMMAND": shlex.join(self.ssh_words()), "GIT_OPTIONAL_LOCKS": "0",
-               "GIT_CONFIG_COUNT": str(len(settings)), "LC_ALL": "C"}
+               "GIT_CONFIG_COUNT": str(len(settings)), "LC_ALL": "C",
+               **{name: os.environ[name] for name in GIT_ENVIRONMENT if name in os.environ}}
         for number, (key, value) in enumerate(settings.items()):
             env |= {f"GIT_CONFIG_KEY_{number}": key, f"GIT_CONFIG_VALUE_{number}": value}
         return env
@@ -1443,25 +1463,15 @@ class Git:
         return self.identity("refs/pgod/good")
 
     def public_keys(self, tree: Tree) -> tuple[PublicKey, ...]:
-        """The keys in ssh/ of the export: regular files of at most 16 KiB, every line of them."""
+        """The keys in ssh/ of the export: regular files, every line of them."""
         keys: dict[str, PublicKey] = {}
-        for path, (mode, _) in sorted(tree.items()):
-            if not re.fullmatch(r"ssh/[^/]+", path) or mode in LINK_MODES:
-                continue
-            data = self.read_export(path)
-            if len(data) > KEY_FILE_BYTES:
-                log.warning("%s: key file ignored: %s has more than 16 KiB", self.service.name,
-                            printable(path))
-                continue
-            for number, line in enumerate(data.decode(errors="replace").splitlines(), 1):
-                if not line.strip() or line.startswith("#"):
-                    continue
-                try:
-                    key = parse_public_key(line)
-                    keys.setdefault(key.fingerprint, key)
-                except ValueError as error:
-                    log.warning("%s: key ignored: %s line %d %s", self.service.name,
-                                printable(path), number, error)
+        paths = [path for path, (mode, _) in sorted(tree.items())
+                 if re.fullmatch(r"ssh/[^/]+", path) and mode not in LINK_MODES]
+        for path in paths[:KEY_COUNT]:
+            found, wrong = parse_key_file(self.read_export(path))
+            keys |= {key.fingerprint: key for key in found if key.fingerprint not in keys}
+            if wrong:
+                log.warning("%s: key ignored: %s %s", self.service.name, printable(path), wrong)
         return tuple(keys.values())[:KEY_COUNT]
 
     def read_export(self, path: str) -> bytes:
@@ -1634,6 +1644,7 @@ class Bind:
     kind: str  # bind, config or secret
     source: str
     read_only: bool
+    target: str = ""  # known of a container's
 
 
 def moved_paths(value: Any, old: str, new: str) -> Any:
@@ -1661,14 +1672,16 @@ def binds_of(model: Model) -> list[Bind]:
                                   volume.get("read_only") is True))
         for kind in ("config", "secret"):
             table = model.get(f"{kind}s") or {}
-            build = service.get("build")
-            built = build.get(f"{kind}s") if isinstance(build, dict) else ()
-            for use in (*(service.get(f"{kind}s") or ()), *(built or ())):
-                source = use.get("source") if isinstance(use, dict) else use
-                file = (table.get(source) or {}).get("file")
-                if file:
-                    binds.append(Bind(name, kind, str(file), True))
+            binds += [Bind(name, kind, file, True)
+                      for file in files_used(service.get(f"{kind}s"), table)]
     return binds
+
+
+def files_used(uses: Any, table: Mapping[str, Any]) -> list[str]:
+    """The files of configs or secrets that are named, in short or long form."""
+    sources = [str(use.get("source") if isinstance(use, dict) else use) for use in uses or ()]
+    files = [(table.get(source) or {}).get("file") for source in sources]
+    return [str(file) for file in files if file]
 
 
 def expected_replicas(model: Model) -> dict[str, int]:
@@ -1688,14 +1701,12 @@ def file_seals(model: Model, tree: Tree, worktree: str,
     matter: they stay in place. `generated` has the hashes of files that pgod writes itself.
     """
     blobs = {path: blob for path, (_, blob) in tree.items()} | dict(generated)
-    seals = {}
-    for name in compose_services(model):
-        files = sorted({(bind.source, blobs.get(bind.source.removeprefix(worktree + "/"), ""))
-                        for bind in binds_of(model) if bind.compose_service == name})
-        files = [(source, blob) for source, blob in files if blob]
-        if files:
-            seals[name] = hashlib.sha256(repr(files).encode()).hexdigest()[:16]
-    return seals
+    files = collections.defaultdict[str, set[tuple[str, str]]](set)
+    for bind in binds_of(model):
+        if blob := blobs.get(bind.source.removeprefix(worktree + "/")):
+            files[bind.compose_service].add((bind.source, blob))
+    return {name: hashlib.sha256(repr(sorted(found)).encode()).hexdigest()[:16]
+            for name, found in files.items()}
 
 
 def with_file_labels(model: Model, seals: Mapping[str, str],
@@ -1744,6 +1755,19 @@ def model_differences(old: Model, new: Model) -> dict[str, str]:
     return changes
 
 
+def inherits_bind(binds: Iterable[Bind], service: Mapping[str, Any],
+                  image_volumes: Iterable[str]) -> bool:
+    """Whether compose would hand an old container's bind on to the new one.
+
+    It does so where the new one has an anonymous volume, of the compose file or of the image.
+    """
+    mounts = {os.path.normpath(str(mount.get("target"))): mount.get("source")
+              for mount in service.get("volumes") or () if isinstance(mount, dict)}
+    anonymous = {*map(os.path.normpath, image_volumes)} - {*mounts} | {
+        target for target, source in mounts.items() if not source}
+    return any(os.path.normpath(bind.target) in anonymous for bind in binds)
+
+
 def waits_for_up(model: Model) -> bool:
     """`x-pgo: {reload: false}`: changes wait for `up`."""
     own = model.get("x-pgo")
@@ -1773,6 +1797,12 @@ class Violation:
     value: str
     why: str
     allow: str = ""
+
+    def redacted(self, secrets: Sequence[str]) -> Violation:
+        """Without secrets, also those with a $, which compose doubles."""
+        plain = {name: redact(text.replace("$$", "$"), secrets)
+                 for name, text in dataclasses.asdict(self).items()}
+        return Violation(**plain)
 
     def __str__(self) -> str:
         remedy = f"; an administrator permits it with allow = [{json.dumps(self.allow)}]"
@@ -1818,6 +1848,8 @@ Rule = Callable[[str, Any, "Surroundings"], Found]
 
 MAX_REPLICAS = 20
 MAX_CONTAINERS = 100  # of one project
+MAX_BINDS = 500
+MAX_PORTS = 1000
 MAX_GRACE = 120.0
 
 
@@ -1870,8 +1902,8 @@ def at_most(key: str, kind: str, usual: float, measure: Callable[[Any], float],
 
 
 def bytes_of(value: Any) -> float:
-    """A size as compose renders it or a tmpfs option has it; unknown forms are too large."""
-    match = re.fullmatch(r"(\d+)([kmgb]?)b?", str(value).strip().lower())
+    """A size as compose renders it or a tmpfs option has it; 0 and unknown forms are no limit."""
+    match = re.fullmatch(r"0*([1-9]\d{0,14})([kmgb]?)b?", str(value).strip().lower())
     return int(match[1]) << {"k": 10, "m": 20, "g": 30}.get(match[2], 0) if match else math.inf
 
 
@@ -1905,8 +1937,10 @@ def device_path(item: Any) -> str:
 
 
 def log_settings(value: Any) -> list[Any]:
-    """The driver, and options of others: without a driver they are for the engine's usual one."""
-    return [value.get("driver"), *({*(value.get("options") or {})} - LOG_OPTIONS)]
+    """The driver, options of others, for those may be the engine's usual one, and templates."""
+    options = value.get("options") or {}
+    return [value.get("driver"), *({*options} - LOG_OPTIONS),
+            *(text for text in options.values() if not PLAIN_TEMPLATE.fullmatch(str(text)))]
 
 
 def container_name_rule(where: str, value: Any, around: Surroundings) -> Found:
@@ -1929,7 +1963,7 @@ def ports_rule(where: str, value: Any, around: Surroundings) -> Found:
                  if entry.startswith("ports:")]
     for item in value or ():
         published = item.get("published") if isinstance(item, dict) else item
-        if not re.fullmatch(r"(\d+(-\d+)?)?", str(published or "")):
+        if not re.fullmatch(r"(\d{1,5}(-\d{1,5})?)?", str(published or "")):
             yield Violation(where, "ports", shown(published), "is not a port")
             continue
         first, last = port_range(published)
@@ -1999,11 +2033,17 @@ def link_above(relative: str, tree: Tree) -> str:
 
 
 def outside_commit(path: str, around: Surroundings) -> str:
-    """Why a path is not a plain one of the commit, or nothing."""
+    """Why a path is not a plain one of the commit, or nothing. compose doubles $ in a model."""
+    if "$" in path:
+        return "must be written without $"
     relative = beneath(path, around.worktree)
     if relative is None:
         return "lies outside the repository"
     return link_above(relative, around.tree)
+
+
+CACHES = (r"[^=,\"\s]+|type=(registry|gha|inline)(,(ref|mode|scope|compression|oci-mediatypes|"
+          r"image-manifest|ignore-error)=[^=,\"\s]+)*")
 
 
 def build_paths_rule(where: str, build: Mapping[str, Any], around: Surroundings) -> Found:
@@ -2024,14 +2064,16 @@ def build_paths_rule(where: str, build: Mapping[str, Any], around: Surroundings)
             yield Violation(where, f"build.{key}", path, why)
     for key in ("cache_from", "cache_to"):
         for item in build.get(key) or ():
-            if not re.fullmatch(r"[^=,\"\s]+|type=registry(,(ref|mode)=[^=,\"\s]+)*", str(item)):
+            if not re.fullmatch(CACHES, str(item)):
                 yield Violation(where, f"build.{key}", str(item), "uses files of the host")
 
 
 def built_image_rule(where: str, image: str, around: Surroundings) -> Found:
-    if not around.owns(str(image), "-", "/"):
-        yield Violation(where, "image", str(image), "is built here and may be what others use; "
-                        f"call it {around.name}-… or {around.name}/…", f"image:{image}")
+    repository = re.sub(r"(:[^/:]*)?(@.*)?$", "", image)
+    entries = {f"image:{image}", f"image:{repository}"}
+    if not around.owns(image, "-", "/") and not entries & {*around.service.allow}:
+        yield Violation(where, "image", image, "is built here and may be what others use; "
+                        f"call it {around.name}-… or {around.name}/…", f"image:{repository}")
 
 
 def build_rule(where: str, value: Any, around: Surroundings) -> Found:
@@ -2045,7 +2087,7 @@ def build_rule(where: str, value: Any, around: Surroundings) -> Found:
         yield Violation(where, "build.network", shown(build["network"]),
                         "is a network that is not its own", f"build:network:{build['network']}")
     for tag in build.get("tags") or ():
-        yield from built_image_rule(where, tag, around)
+        yield from built_image_rule(where, str(tag), around)
     yield from shm_rule(where, build.get("shm_size"), around)
     yield from build_paths_rule(where, build, around)
 
@@ -2077,13 +2119,16 @@ def no_rule(where: str, value: Any, around: Surroundings) -> Found:
 
 
 HOST_POWER = "is a power over the host"
+# Of those that every container has, what Kubernetes' baseline lets one ask for by name.
+USUAL_CAPABILITIES = ("(?i)(cap_)?(audit_write|chown|dac_override|fowner|fsetid|kill|mknod|"
+                      "net_bind_service|setfcap|setgid|setpcap|setuid|sys_chroot)")
 RESOURCE_KEYS = (
     "cpu_count cpu_percent cpu_period cpu_quota cpu_shares cpus cpuset mem_limit mem_reservation "
     "mem_swappiness memswap_limit pids_limit ulimits oom_score_adj").split()
 PLAIN_KEYS = (
     "attach cap_drop command configs depends_on develop dns dns_opt dns_search domainname "
-    "entrypoint env_file environment expose extends extra_hosts healthcheck hostname image init "
-    "label_file links mac_address networks platform profiles pull_policy pull_refresh_after "
+    "entrypoint environment expose extra_hosts healthcheck hostname image init "
+    "links mac_address networks platform profiles pull_policy pull_refresh_after "
     "read_only restart secrets stdin_open stop_signal tty user working_dir").split()
 
 # Every key of a compose service that pgod knows. One that is not here is refused by name.
@@ -2091,7 +2136,8 @@ SERVICE_RULES: dict[str, Rule] = {
     **{key: no_rule for key in (*PLAIN_KEYS, *RESOURCE_KEYS)},
     "annotations": refuse("annotations", "speaks to the runtime", name=None),
     "blkio_config": refuse("blkio_config", "takes the host's disks", name=None),
-    "build": build_rule, "cap_add": refuse("cap_add", HOST_POWER, name=capability),
+    "build": build_rule,
+    "cap_add": refuse("cap_add", HOST_POWER, USUAL_CAPABILITIES, name=capability),
     "cgroup": refuse("cgroup", HOST_POWER, "private"),
     "cgroup_parent": refuse("cgroup_parent", "leaves the engine's limits"),
     "container_name": container_name_rule,
@@ -2134,6 +2180,8 @@ TOP_KEYS = frozenset("name services networks volumes configs secrets version".sp
 FILE_KEYS = frozenset("name file content environment labels".split())
 NETWORK_KEYS = frozenset(("name driver driver_opts external internal attachable enable_ipv4 "
                           "enable_ipv6 ipam labels").split())
+ATTACHMENT_KEYS = frozenset(("aliases driver_opts gw_priority interface_name ipv4_address "
+                             "ipv6_address link_local_ips mac_address priority").split())
 VOLUME_KEYS = frozenset("name driver driver_opts external labels".split())
 ENGINE_NETWORKS = ("host", "bridge", "none", "default", "ingress")
 
@@ -2184,13 +2232,16 @@ def check_networks(model: Model, around: Surroundings) -> Found:
 
 def check_attachments(model: Model, around: Surroundings) -> Found:
     """On an external network nobody may answer to a neighbour's name or take an address."""
+    listed_by_others = {name for other in around.others for name in other.networks}
     shared = {key for key, network in (model.get("networks") or {}).items()
-              if (network or {}).get("external")}
+              if (network or {}).get("external")
+              or str((network or {}).get("name")) in listed_by_others}
     taken = around.neighbour_names()
     for where, service in compose_services(model).items():
         networks = service.get("networks") or {}
         for key, attachment in (networks if isinstance(networks, dict) else {}).items():
             attachment = attachment or {}
+            yield from unknown_keys(where, f"networks.{key}.", attachment, ATTACHMENT_KEYS)
             if attachment.get("driver_opts"):
                 yield Violation(where, f"networks.{key}", "driver_opts",
                                 "reaches into the host's network")
@@ -2224,16 +2275,28 @@ def check_volumes(model: Model, around: Surroundings) -> Found:
                             f"volume:{key}_driver")
 
 
-def check_top_level(model: Model, around: Surroundings) -> Found:
-    """Unknown keys, where configs and secrets come from, and how many containers there are."""
+def check_size(model: Model, around: Surroundings) -> Found:
+    """How much of everything there is in all."""
     count = sum(max(0, replicas) for replicas in expected_replicas(model).values())
     if count > allowed("replicas", MAX_CONTAINERS, int, around):
         yield Violation("services", "replicas", str(count), f"is more than {MAX_CONTAINERS} "
                         "containers in all", f"replicas:{count}")
+    for key, most in (("volumes", MAX_BINDS), ("ports", MAX_PORTS)):
+        count = sum(len(service.get(key) or ()) for service in compose_services(model).values())
+        if count > most:
+            yield Violation("services", key, str(count), f"is more than {most} in all")
+
+
+def check_top_level(model: Model, around: Surroundings) -> Found:
+    """Unknown keys, and where configs and secrets come from."""
     yield from unknown_keys("the compose file", "", model, TOP_KEYS)
     for kind in ("configs", "secrets"):
         for name, entry in (model.get(kind) or {}).items():
             yield from unknown_keys(kind, f"{name}.", entry, FILE_KEYS)
+
+
+# Read-only, these tell a container nothing but the time: very many compose files have them.
+CLOCK_BINDS = (("/etc/localtime", True), ("/etc/timezone", True))
 
 
 def bind_allowed(bind: Bind, service: Service) -> bool:
@@ -2265,7 +2328,8 @@ def check_nested_binds(binds: Sequence[Bind], around: Surroundings) -> Found:
     for bind, above in nested_binds(binds, binds):
         if not {f"bind:{bind.source}", f"bind:{bind.source}:ro"} & {*around.service.allow}:
             yield Violation(bind.compose_service, bind.kind, bind.source,
-                            f"lies beneath {above.source}, which a container can write")
+                            f"lies beneath {above.source}, which a container can write; bind "
+                            "it from elsewhere, or that one read-only")
 
 
 def check_binds(model: Model, around: Surroundings) -> Found:
@@ -2273,11 +2337,11 @@ def check_binds(model: Model, around: Surroundings) -> Found:
     binds = binds_of(model)
     for bind in binds:
         entry = f"bind:{bind.source}{':ro' if bind.read_only else ''}"
-        if bind_allowed(bind, around.service):
+        if bind_allowed(bind, around.service) or (bind.source, bind.read_only) in CLOCK_BINDS:
             continue
         why, relative = "", beneath(bind.source, around.worktree)
-        if os.path.normpath(bind.source) != (bind.source.rstrip("/") or "/"):
-            why, entry = "must be written without . and ..", ""
+        if os.path.normpath(bind.source) != (bind.source.rstrip("/") or "/") or "$" in bind.source:
+            why, entry = "must be written without . and .. and $", ""
         elif relative is None:
             if beneath(bind.source, around.data) is None:
                 why = f"lies neither in the repository nor in {around.data}"
@@ -2292,12 +2356,29 @@ def check_binds(model: Model, around: Surroundings) -> Found:
     yield from check_nested_binds(binds, around)
 
 
+def check_build_secrets(model: Model, around: Surroundings) -> Found:
+    """A build reads them with the docker group, and before containers are looked at again."""
+    for where, service in compose_services(model).items():
+        build = service.get("build")
+        uses = build.get("secrets") if isinstance(build, dict) else ()
+        for file in files_used(uses, model.get("secrets") or {}):
+            if why := outside_commit(file, around):
+                yield Violation(where, "build.secrets", file, why)
+
+
 def check_policy(model: Model, around: Surroundings) -> list[Violation]:
-    """Every violation of a model whose paths are those of the work tree. Pure."""
-    found = list(check_top_level(model, around))
+    """Every violation of a model whose paths are those of the work tree. Pure.
+
+    One that is too large is not read any further: it may be made to take minutes.
+    """
+    found = list(check_size(model, around))
+    if found:
+        return [v for v in found if v.allow not in around.service.allow]
+    found += check_top_level(model, around)
     for where, service in compose_services(model).items():
         found += check_compose_service(where, service or {}, around)
-    for check in (check_networks, check_attachments, check_volumes, check_binds):
+    for check in (check_networks, check_attachments, check_volumes, check_binds,
+                  check_build_secrets):
         found += check(model, around)
     allowed = set(around.service.allow)
     offered = (v if permits(v.allow) else dataclasses.replace(v, allow="")
@@ -2606,7 +2687,8 @@ def parse_container(facts: Mapping[str, Any]) -> Container:
     """A Container of what `docker inspect` says."""
     state, labels = facts["State"], facts["Config"]["Labels"] or {}
     compose_service = labels.get("com.docker.compose.service", "")
-    binds = tuple(Bind(compose_service, "bind", mount["Source"], not mount["RW"])
+    binds = tuple(Bind(compose_service, "bind", mount["Source"], not mount["RW"],
+                       mount["Destination"])
                   for mount in facts.get("Mounts") or () if mount["Type"] == "bind")
     return Container(
         facts["Id"], compose_service, facts["Name"].lstrip("/"),
@@ -2835,9 +2917,24 @@ class Engine:
         if half_made:
             self.docker("rm", "--force", *half_made)
 
-    def up(self, on_line: Callable[[str], None], *services: str) -> None:
+    def image_volumes(self, name: str) -> list[str]:
+        result = self.docker("image", "inspect", "--format", "{{json .Config.Volumes}}", "--", name)
+        return [*(json.loads(result.stdout or b"null") or {})]
+
+    def remove_inherited(self, model: Model) -> None:
+        """Remove containers whose bind mount would outlive the model that had it."""
+        services = compose_services(model)
+        heirs = [c.identity for c in self.containers()
+                 if c.binds and (service := services.get(c.compose_service)) and inherits_bind(
+                     c.binds, service, self.image_volumes(
+                         image_of(self.service.name, c.compose_service, service)))]
+        if heirs:
+            self.docker("rm", "--force", *heirs)
+
+    def up(self, model: Model, on_line: Callable[[str], None], *services: str) -> None:
         """Bring the checked model up; of named compose services, these alone. Raises Fault."""
         self.remove_half_made()
+        self.remove_inherited(model)
         extra = ("--no-deps", "--", *services) if services else ("--remove-orphans",)
         result = self.compose("up", "--detach", "--no-build", "--quiet-pull", "--pull", "never",
                               *extra, deadline="up", on_line=on_line)
@@ -3090,7 +3187,7 @@ class Worker(threading.Thread):
 
     def adopt(self, commit: str, tree: Tree) -> None:
         """Take what runs for a good deploy of the commit. Raises Refused where the policy does."""
-        model = self.moved(self.engine.render(tree))
+        model = self.render(tree)
         self.enforce(model, tree)
         self.state.baseline = file_seals(model, tree, str(self.places.worktree), {})
         self.state.commit, self.state.since = commit, time.time()
@@ -3146,10 +3243,14 @@ class Worker(threading.Thread):
         return Surroundings(self.service, others, str(self.places.worktree), str(self.places.data),
                             tree, ports)
 
-    def moved(self, model: Model) -> Model:
-        """A rendered model with its paths moved from the export to the work tree."""
-        moved: Model = moved_paths(model, str(self.places.export), str(self.places.worktree))
-        return moved
+    def render(self, tree: Tree) -> Model:
+        """The exported commit's model, its paths those of the work tree. Raises Refused."""
+        try:
+            model: Model = moved_paths(self.engine.render(tree), str(self.places.export),
+                                       str(self.places.worktree))
+        except RecursionError:
+            raise Refused("the compose file is nested too deeply") from None
+        return model
 
     # Looking:
 
@@ -3241,7 +3342,7 @@ class Worker(threading.Thread):
         model = self.running_model()
         self.restore_images()
         self.make_binds(model)
-        self.engine.up(log.debug, *decision.services)
+        self.engine.up(model, log.debug, *decision.services)
         self.containers = self.engine.containers()
         with self._condition:
             self._by_hand -= {c.identity for c in self.containers if c.status == "running"}
@@ -3252,7 +3353,7 @@ class Worker(threading.Thread):
     def checked(self, commit: str) -> tuple[Tree, Model, Model]:
         """The commit's tree, the model as rendered, and the one to run. Raises Refused."""
         tree = self.git.export(commit)
-        model = with_tmpfs_sizes(self.moved(self.engine.render(tree)))
+        model = with_tmpfs_sizes(self.render(tree))
         self.enforce(model, tree)
         if links := self.bound_links(self.engine.containers(), tree):
             raise Refused("; ".join(links))
@@ -3263,15 +3364,15 @@ class Worker(threading.Thread):
 
     def enforce(self, model: Model, tree: Tree) -> None:
         """Raises Refused with every violation; those of root's repositories are only logged."""
-        violations = check_policy(model, self.around(tree))
+        violations = [v.redacted(self.service.secrets) for v in
+                      check_policy(model, self.around(tree))]
         self.shared.metrics.set("pgo_service_policy_violations", len(violations),
                                 service=self.service.name)
         if violations and not self.service.trusted:
             text = "the policy refuses it:\n" + "\n".join(f"  {v}" for v in violations)
-            raise Refused(redact(text, self.service.secrets))
+            raise Refused(text)
         for violation in violations:
-            log.warning("%s: root's repository, so only reported: %s", self.service.name,
-                        redact(str(violation), self.service.secrets))
+            log.warning("%s: root's repository, so only reported: %s", self.service.name, violation)
 
     def bound_links(self, containers: Iterable[Container], tree: Tree) -> list[str]:
         """Why the tree must not be put beneath these: their next restart would follow a link."""
@@ -3363,7 +3464,7 @@ class Worker(threading.Thread):
         self.stop_writers(model)
         self.make_binds(model)
         self.write_model("model.json", model)
-        self.engine.up(say)
+        self.engine.up(model, say)
 
     def write_files(self, tree: Tree, model: Model, strict: bool) -> None:
         """Tracked files follow the commit; the list of them never lacks one that is there.
@@ -3622,12 +3723,13 @@ class Worker(threading.Thread):
         self.before = {c.identity: c for c in self.engine.containers()}
         self.restore_images()
         self.make_binds(model)
-        self.engine.up(request.say)
+        self.engine.up(model, request.say)
         self.await_health(model, request.say)
 
     def request_restart(self, request: Request) -> None:
         if self.hold():
             raise Refused(f"{self.hold()}; up or start ends that")
+        self.make_binds(self.deployed_model())
         self.compose_for(request)
 
     def request_load(self, request: Request) -> None:
@@ -3750,8 +3852,6 @@ COMMANDS: dict[str, Command] = {
 }
 # Options that pgod sets itself, or that mean nothing without a terminal of the engine's.
 DROPPED_OPTIONS = frozenset(("-T", "--no-TTY", "-i", "--interactive", "-t", "--tty"))
-# docker's templates have functions; `pad` alone takes as much memory as it is told to.
-PLAIN_FORMAT = re.compile(r"([^{}]|\{\{ *(json +)?\.\w* *\}\})*")
 LIST_REQUEST = "//list"
 USAGE_STATUS = 2
 DENIED_STATUS = 1
@@ -3820,7 +3920,7 @@ def parse_options(command: str,
                 if not left:
                     raise Refused(f"{command}: option {option} needs a value")
                 value = left.popleft()
-            if option == "--format" and not PLAIN_FORMAT.fullmatch(value):
+            if option == "--format" and not PLAIN_TEMPLATE.fullmatch(value):
                 raise Refused(f"{command}: --format takes table, json or fields as {{{{.Name}}}}")
             options += [f"{option}={value}"] if option.startswith("--") else [option, value]
     return tuple(options), tuple(operands)
@@ -3957,7 +4057,7 @@ def answer_status(worker: Worker, order: Order, by: str) -> str:
 
 def answer_history(worker: Worker, order: Order, by: str) -> str:
     count = option_value(order, "-n") or "20"
-    if not count.isdigit():
+    if not re.fullmatch("[0-9]{1,6}", count):
         raise Refused(f"history: -n takes a number, not {printable(count)!r}")
     lines = worker.history()[::-1][:int(count)]
     if "--json" in order.options:
@@ -4115,6 +4215,7 @@ class SshServer:
     def __init__(self, shared: Shared, asyncssh: Any) -> None:
         self.shared = shared
         self.asyncssh = asyncssh
+        self.sessions = collections.Counter[str]()  # key: commands that run now
         self.unproven: dict[Any, Client] = {}  # connection: client, oldest first
         self.loop = asyncio.new_event_loop()
         self.beat = time.monotonic()
@@ -4248,6 +4349,7 @@ class SshServer:
             process.get_extra_info("connection").abort()
             return
         client.sessions += 1
+        self.sessions[client.key] += 1
         status = 1
         bound_input(process.channel)
         try:
@@ -4259,6 +4361,7 @@ class SshServer:
             self.tell(process, "an error of pgod, see its log")
         finally:
             client.sessions -= 1
+            self.sessions[client.key] -= 1
             with contextlib.suppress(OSError, self.asyncssh.Error):
                 process.exit(min(status, 255))
 
@@ -4272,8 +4375,11 @@ class SshServer:
         """Parse, permit, audit and carry out."""
         mine = self.services_of(client.key)
         command = process.command or ""
-        if process.subsystem or client.sessions > SSH_SESSIONS or not client.key:
+        if process.subsystem or not client.key:
             self.tell(process, "refused")
+            return DENIED_STATUS
+        if client.sessions > SSH_SESSIONS or self.sessions[client.key] > SSH_SESSIONS_PER_KEY:
+            self.tell(process, "refused: too many commands at one time")
             return DENIED_STATUS
         if command in ("", LIST_REQUEST):
             process.stdout.write("".join(f"{name}\n" for name in mine).encode())

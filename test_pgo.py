@@ -984,7 +984,8 @@ def test_large_files_of_a_commit_are_never_in_memory(lab: Lab) -> None:
 NEIGHBOURS = (
     pgod.Service("app-b", "root", pgod.Remote("/r"), urls=(("b.example.org", "shop:80"),)),
     pgod.Service("app_c", "root", pgod.Remote("/r")),
-    pgod.Service("other", "root", pgod.Remote("/r"), urls=(("o.example.org", "other:80"),)),
+    pgod.Service("other", "root", pgod.Remote("/r"), urls=(("o.example.org", "other:80"),),
+                 networks=("app_shared",)),
 )
 
 
@@ -1234,7 +1235,7 @@ ATTACKS: tuple[tuple[str, str, str], ...] = (
     ("services: {web: {build: ., image: 'docker.io/library/app-web'}}", "docker.io",
      "image:docker.io/library/app-web"),
     ("services: {web: {build: ., image: 'pgod.keep/other:1'}}", "pgod.keep",
-     "image:pgod.keep/other:1"),
+     "image:pgod.keep/other"),
     ("services: {web: {build: {context: ., tags: [app-x, 'localhost:5000/app-x']}}}",
      "localhost:5000", "image:localhost:5000/app-x"),
     (web("volumes: ['vol:/v']") + "\nvolumes: {vol: {external: true}}", "vol", "volume:vol"),
@@ -1315,7 +1316,20 @@ ATTACKS: tuple[tuple[str, str, str], ...] = (
      "key:external"),
     # Builds.
     ("services: {web: {build: {context: ., secrets: [s]}}}\nsecrets: {s: {file: /lib/.pgod/x}}",
-     "secret: /lib/.pgod/x", "bind:/lib/.pgod/x:ro"),
+     "build.secrets: /lib/.pgod/x", ""),
+    ("services: {web: {build: {context: ., secrets: [s]}}}\nsecrets: {s: {file: /data/app/x}}",
+     "build.secrets: /data/app/x", ""),
+    (web("volumes: ['./a$$b:/x']"), "without . and .. and $", ""),
+    (web("secrets: [s]") + "\nsecrets: {s: {file: './a$$b'}}", "without . and .. and $", ""),
+    ("services: {web: {build: './a$$b'}}", "without $", ""),
+    (web("logging: {driver: json-file, options: {tag: '{{printf \"%0999999d\" 1}}'}}"), "printf",
+     'logging:{{printf "%0999999d" 1}}'),
+    (web("ports: ['10000-29999:10000-29999']"), "is more than 1000 in all", ""),
+    (web("ports: [{target: 80, published: '" + "9" * 5000 + "'}]"), "is not a port", ""),
+    (web("tmpfs: ['/t:size=" + "9" * 5000 + "']"), "is more memory", "size:" + "9" * 5000),
+    (web("tmpfs: ['/t:size=0']"), "is more memory", "size:0"),
+    (NETWORKED.format(uses="{n: {aliases: [other]}}", network="{name: app_shared}"),
+     "neighbour's name", "network:n_name_other"),
     ("services: {web: {build: ..}}", "build.context", ""),
     ("services: {web: {build: {context: 'git@example.org:x.git'}}}", "build.context", ""),
     ("services: {web: {build: {context: ./a, dockerfile: ../../x}}}", "build.dockerfile: /lib/x",
@@ -1389,6 +1403,27 @@ def test_memory_disk_without_a_limit_gets_one(tmp_path: Path) -> None:
     assert judged({"services": {"web": limited}}, {}) == []
 
 
+def test_many_binds_are_refused_before_they_are_compared(tmp_path: Path) -> None:
+    volumes = ", ".join(f"./d{n}:/d{n}" for n in range(600))
+    model, tree = rendered(tmp_path, web(f"volumes: [{volumes}]"))
+    assert [v.why for v in judged(model, tree)] == ["is more than 500 in all"]
+
+
+def test_keys_of_a_repository_are_bounded(tmp_path: Path) -> None:
+    good = "ssh-ed25519 " + base64.b64encode(
+        b"\0\0\0\x0bssh-ed25519\0\0\0\x20" + b"k" * 32).decode()
+    keys, wrong = pgod.parse_key_file(f"# mine\n\n{good} a\nrubbish\n{good} b\nmore".encode())
+    assert [key.comment for key in keys] == ["a", "b"]
+    assert wrong.startswith("line 4 ")
+    assert pgod.parse_key_file(b"#" * 16385) == ([], "has more than 16 KiB")
+
+
+def test_secret_in_a_violation_is_hidden_however_long_it_is() -> None:
+    secret = "s$" * 150
+    found = pgod.Violation("web", "cap_add", secret.replace("$", "$$"), "is wrong")
+    assert "s$" not in str(found.redacted([secret]))
+
+
 def test_unknown_key_is_refused_by_its_name() -> None:
     model = {"services": {"web": {"image": "x", "teleport": "home"}}, "wormholes": {"a": 1}}
     around = pgod.Surroundings(pgod.Service("app", "nobody", pgod.Remote("/r")), (), "/l", "/d")
@@ -1409,6 +1444,17 @@ FILES = {"html/index.html": "x", "nginx.conf": "x", "password.txt": "x", "web.en
 
 # What people write; none of it may be refused.
 ORDINARY: dict[str, str] = {
+    "usual capabilities": """
+services:
+  web:
+    image: x
+    cap_drop: [ALL]
+    cap_add: [CHOWN, CAP_SETUID, setgid, DAC_OVERRIDE, NET_BIND_SERVICE]
+    security_opt: ["no-new-privileges:true"]
+    volumes: ["/etc/localtime:/etc/localtime:ro", "/etc/timezone:/etc/timezone:ro"]
+    logging: {driver: json-file, options: {max-size: 10m, tag: "{{.Name}}/{{.ID}}"}}
+    build: {context: ., cache_from: ["type=gha"], cache_to: ["type=inline"]}
+""",
     "web and database": """
 services:
   web:
@@ -1651,6 +1697,27 @@ def test_harm_is_not_done_by_a_malicious_push(lab: Lab) -> None:
     assert not pwned.exists()
     assert memory(lab) < 200 << 20
     assert_nowhere(lab, seen, f"{SECRET}-{lab.name}")
+
+
+def test_no_bind_outlives_its_commit_in_an_anonymous_volume(lab: Lab) -> None:
+    """compose would hand it on, and above ./a/sub it would be a way out of the work tree."""
+    name = lab.service("a", {"compose.yaml": compose_file(volumes=["./a:/x"]), "a/sub/f": "x"})
+    lab.start()
+    lab.runs(name, lab.repositories[name].git("rev-parse", "HEAD"))
+    commit = lab.push(name, {"compose.yaml": compose_file(volumes=["/x", "./a/sub:/sub"])})
+    lab.runs(name, commit)
+    mounts = json.loads(docker("inspect", "--format", "{{json .Mounts}}", f"{name}-web-1"))
+    assert {(m["Destination"], m["Type"]) for m in mounts} == {("/x", "volume"), ("/sub", "bind")}
+
+
+def test_deeply_nested_compose_file_is_refused_and_remembered(lab: Lab) -> None:
+    name = lab.service("a")
+    lab.start()
+    lab.runs(name, lab.repositories[name].git("rev-parse", "HEAD"))
+    nested = "x-a: " + "[" * 700 + "]" * 700 + "\n" + compose_file()
+    commit = lab.push(name, {"compose.yaml": nested})
+    assert lab.failed(name, commit)
+    assert "Traceback" not in lab.daemon.log()
 
 
 def test_bound_path_that_becomes_a_link_is_refused_before_it_is_there(lab: Lab) -> None:
@@ -2881,6 +2948,7 @@ REFUSED_ORDERS = (
     "a//restart -- -v", "a//stop ../x", "a//exec web", "a//exec -- --privileged id", "a//ping x",
     "a//git", "a//git push", "a//git hash x", "a//nothing", "a/ping", "//ping", "a//", "", " ",
     "a//ps --format '{{pad .Name 1000000000 0}}'", "a//ps --format={{range}}",
+    "a//history -n x y",
     "a//exec web 'x", "a//exec web " + "x " * 300, "a//exec web " + "x" * 70_000,
 )
 
