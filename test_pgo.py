@@ -1447,7 +1447,7 @@ ORDINARY: dict[str, str] = {
     "usual capabilities": """
 services:
   web:
-    image: x
+    image: app-web
     cap_drop: [ALL]
     cap_add: [CHOWN, CAP_SETUID, setgid, DAC_OVERRIDE, NET_BIND_SERVICE]
     security_opt: ["no-new-privileges:true"]
