@@ -858,9 +858,11 @@ def write_atomic(path: Path, data: bytes, mode: int = 0o600, account: Account | 
             file.flush()
             os.fsync(file.fileno())
         os.rename(temporary, path)
-    except BaseException:
+    except BaseException as error:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(temporary)
+        if isinstance(error, OSError):
+            raise OSError(error.errno, error.strerror, str(path)) from None
         raise
     flush_folder(path.parent)
 
@@ -1633,6 +1635,7 @@ def hand_over(root: Path, paths: Iterable[str], former: int, account: Account) -
 
 Model = dict[str, Any]
 MAX_BYTES = 1 << 30  # of the host's memory, for a tmpfs or shared memory
+KEEP_LABEL = "io.pgod.keep"  # of the containers that keep images
 FILES_LABEL = "io.pgod.files"  # changes when a bound file does, and so compose recreates
 
 
@@ -2408,9 +2411,13 @@ class State:
     digest: str = ""  # of the configuration that it was deployed with
     images: dict[str, str] = field(default_factory=dict)  # name: identity, of the good commit
     baseline: dict[str, str] = field(default_factory=dict)  # file seals at a take-over
+    installed: str = ""  # the commit whose files and model were put in place last
     deploying: str = ""  # a deploy of it began and has not ended
+    before: dict[str, str] = field(default_factory=dict)  # containers then; "" where one was ill
+    finished: list[str] = field(default_factory=list)  # compose services whose jobs are done
     wanted: str = ""  # the branch's commit when last asked
-    waiting: str = ""  # the commit that waits for `up`
+    waiting: str = ""  # the commit that waits for `up`, and the configuration
+    waiting_digest: str = ""
     failed_commit: str = ""
     failed_digest: str = ""
     failed_reason: str = ""
@@ -2418,6 +2425,11 @@ class State:
     owes_rollback: bool = False
     reload_pending: bool = False
 
+
+    @property
+    def in_place(self) -> str:
+        """The commit whose containers there are, good or not."""
+        return self.installed or self.commit
 
     def good(self) -> dict[str, Any]:
         """What is known of the last good deploy; kept a second time beside its model."""
@@ -2453,6 +2465,9 @@ def format_time(seconds: float) -> str:
     return moment.strftime("%Y-%m-%d %H:%M:%SZ")
 
 
+BY_HAND = "an administrator"
+
+
 @dataclass(frozen=True)
 class Hold:
     """Why nothing is deployed or healed: `down` and `stop`, or `hold`."""
@@ -2462,6 +2477,11 @@ class Hold:
     since: float
     until: float = 0.0  # 0: until released
     kind: str = "stop"
+
+    @property
+    def by_command(self) -> bool:
+        """Of `stop` or `down`: nothing is to run. A file made by hand only holds."""
+        return self.kind == "stop" and self.by != BY_HAND
 
     def __str__(self) -> str:
         end = f" until {format_time(self.until)}" if self.until else ""
@@ -2477,7 +2497,7 @@ def load_hold(path: Path, kind: str) -> Hold | None:
     except FileNotFoundError:
         return None
     facts = load_json(path, {})
-    return Hold(str(facts.get("by", "an administrator")), str(facts.get("reason", "")),
+    return Hold(str(facts.get("by", BY_HAND)), str(facts.get("reason", "")),
                 float(facts.get("since", since)), float(facts.get("until", 0)), kind)
 
 # ---- Decisions ---------------------------------------------------------------------------------
@@ -2511,7 +2531,10 @@ class Observed:
     running_digest: str = ""
     deploying: str = ""
     failed: tuple[str, str, bool] = ("", "", False)  # commit, digest, will be retried
-    waiting: str = ""
+    waiting: tuple[str, str] = ("", "")  # commit, digest
+    installed: str = ""
+    stopped: bool = False  # the hold is one of `stop` or `down`
+    finished: frozenset[str] = frozenset()  # compose services whose jobs are done
     owes_rollback: bool = False  # and it is time to try it again
     asked: bool = False  # by `up`
     containers: tuple[Container, ...] | None = None  # None: not looked at
@@ -2521,7 +2544,7 @@ class Observed:
 
 @dataclass(frozen=True)
 class Decision:
-    """What to do: nothing, deploy or rollback to `commit`, or heal `services`; and why."""
+    """What to do: nothing, stop, deploy or rollback to `commit`, or heal `services`; and why."""
 
     action: str
     commit: str = ""
@@ -2532,6 +2555,9 @@ class Decision:
 
 def short(commit: str) -> str:
     return commit[:10]
+
+
+FOREVER = ("always", "unless-stopped")  # restart policies of what never is done
 
 
 def broken(container: Container, by_hand: bool) -> tuple[str, bool]:
@@ -2547,8 +2573,7 @@ def broken(container: Container, by_hand: bool) -> tuple[str, bool]:
     if by_hand:
         return "was stopped by hand", False
     if container.status == "exited" and container.exit_code == 0:
-        forever = container.policy in ("always", "unless-stopped")
-        return ("was stopped", False) if forever else ("", False)
+        return ("was stopped", False) if container.policy in FOREVER else ("", False)
     return f"ended with {container.exit_code}", True
 
 
@@ -2565,7 +2590,7 @@ def decide_heal(seen: Observed, calm: str) -> Decision:
             if why:
                 needs[name] = f"{container.name} {why}"
                 crashed = crashed and by_itself
-        if len(mine) < count:
+        if len(mine) < count and name not in seen.finished:
             needs[name] = f"{name}: {count - len(mine)} of {count} containers missing"
             crashed = False
     if not needs:
@@ -2581,6 +2606,8 @@ def deploy_reason(seen: Observed, target: str) -> str:
         return f"the deploy of {short(seen.deploying)} was interrupted"
     if target != seen.running:
         return f"new commit {short(target)} (runs: {short(seen.running)})"
+    if seen.installed and seen.installed != target:
+        return f"{short(seen.installed)} is still in place"
     if seen.digest != seen.running_digest:
         return "the configuration changed"
     return ""
@@ -2589,38 +2616,44 @@ def deploy_reason(seen: Observed, target: str) -> str:
 def decide(seen: Observed) -> Decision:
     """The one place where it is decided what is done for a service. Pure."""
     if seen.hold:
-        return Decision("nothing", reasons=(seen.hold,))
+        up = seen.stopped and any(c.status in ("running", "restarting")
+                                  for c in seen.containers or ())
+        return Decision("stop" if up else "nothing", reasons=(seen.hold,))
     target = seen.wanted or seen.deploying or seen.running
     if seen.asked and target:
         return Decision("deploy", target, reasons=("asked for by up",))
     if not target:
         return Decision("nothing", reasons=("the repository could not be reached yet",))
-    if seen.owes_rollback and seen.failed[0] == target:
+    if seen.owes_rollback and target in (seen.failed[0], seen.running):
         return Decision("rollback", seen.running, reasons=("the last rollback failed",))
     reason, calm = deploy_reason(seen, target), "in sync"
     if reason and seen.failed[:2] == (target, seen.digest) and not seen.failed[2]:
         reason, calm = "", f"{short(target)} failed and is not tried now"
-    if reason and seen.waiting == target and seen.digest == seen.running_digest:
+    if reason and seen.waiting == (target, seen.digest):
         reason, calm = "", f"{short(target)} waits for up"
     if reason:
         return Decision("deploy", target, reasons=(reason,))
     return decide_heal(seen, calm)
 
 
+def is_ill(container: Container) -> bool:
+    """Whether it fails by itself, now or between two restarts."""
+    return (container.status in ("restarting", "paused", "dead") or container.restarts > 0
+            or container.health == "unhealthy")
+
+
 def judge(containers: Sequence[Container], expected: Mapping[str, int],
-          restarts: Mapping[str, int], unchanged: frozenset[str] = frozenset()) -> tuple[str, str]:
+          unchanged: frozenset[str] = frozenset()) -> tuple[str, str]:
     """One look at a deploy: ("good" | "wait" | "bad", why).
 
-    `restarts` has what each container's count was before `up`; those that it left as they were
-    (`unchanged`) say nothing about the commit.
+    Containers that `up` left as they were (`unchanged`) say nothing about the commit.
     """
     waiting = ""
     for container in containers:
         if container.identity in unchanged:
             continue
         who = f"{container.compose_service} ({container.name})"
-        if container.status == "restarting" or container.restarts > restarts.get(
-                container.identity, 0):
+        if container.status == "restarting" or container.restarts > 0:
             return "bad", f"{who} restarts after it ended with {container.exit_code}"
         if container.status in ("exited", "dead") and container.exit_code != 0:
             return "bad", f"{who} ended with {container.exit_code}"
@@ -2873,16 +2906,22 @@ class Engine:
         return [name for name, identity in self.images(model).items() if not identity]
 
     def keep_images(self, images: Mapping[str, str]) -> None:
-        """Tag the images of the good commit, so that pruning leaves them; drop older tags."""
-        repository = f"pgod.keep/{self.service.name}"
-        wanted = {f"{repository}:{identity.removeprefix('sha256:')[:20]}": identity
-                  for identity in images.values() if identity}
-        for tag, identity in wanted.items():
-            self.docker("tag", identity, tag)
-        listed = self.docker("image", "ls", "--format", "{{.Repository}}:{{.Tag}}", repository)
-        old = set(listed.stdout.decode().split()) - set(wanted)
-        if old and listed.status == 0:
-            self.docker("rmi", "--no-prune", *sorted(old))
+        """Have a container of each image of the good commit that is never started.
+
+        `docker image prune --all` takes every image that no container has, tagged or not.
+        """
+        label = f"{KEEP_LABEL}={self.service.name}"
+        wanted = {f"pgod-keep-{hashlib.sha256((label + identity).encode()).hexdigest()[:12]}":
+                  identity for identity in images.values() if identity}
+        listed = self.docker("ps", "--all", "--filter", f"label={label}", "--format", "{{.Names}}")
+        have = set(listed.stdout.decode().split())
+        for name in sorted({*wanted} - have):
+            places = (f"--mount=type=tmpfs,destination={place}"  # instead of anonymous volumes
+                      for place in self.image_volumes(wanted[name]))
+            self.docker("create", "--name", name, "--label", label, "--network", "none", "--pull",
+                        "never", *places, "--", wanted[name], "never-started")
+        if (old := sorted(have - {*wanted})) and listed.status == 0:
+            self.docker("rm", "--force", "--volumes", *old)
 
     def restore_images(self, images: Mapping[str, str]) -> None:
         """Move tags that a newer commit moved back to what the good commit ran."""
@@ -2936,8 +2975,12 @@ class Engine:
         self.remove_half_made()
         self.remove_inherited(model)
         extra = ("--no-deps", "--", *services) if services else ("--remove-orphans",)
-        result = self.compose("up", "--detach", "--no-build", "--quiet-pull", "--pull", "never",
-                              *extra, deadline="up", on_line=on_line)
+        words = ("up", "--detach", "--no-build", "--quiet-pull", "--pull", "never")
+        result = self.compose(*words, *extra, deadline="up", on_line=on_line)
+        if result.status and re.search(r"network \S+ not found", result.stderr):
+            # It was deleted beneath containers that are stopped; they keep to its number.
+            result = self.compose(*words, "--force-recreate", *extra, deadline="up",
+                                  on_line=on_line)
         if result.status or result.trouble:
             gone = re.search(ENGINE_GONE, result.stderr)
             raise (EngineGone if gone else Fault)(f"up: {result.complaint}")
@@ -3020,8 +3063,8 @@ class Worker(threading.Thread):
         self.unfetched = ""
         self.next_look = 0.0  # monotonic
         self.last_crash_heal = -1e9
+        self.unsettled = True  # something may be amiss that no event will tell of
         self.containers: tuple[Container, ...] = ()
-        self.before: dict[str, Container] = {}  # what there was when `up` began
         self._condition = threading.Condition()
         self._wakes: set[str] = {"start"}
         self._requests: collections.deque[Request] = collections.deque()
@@ -3106,7 +3149,9 @@ class Worker(threading.Thread):
             log.error("%s: failed: %s", self.service.name, text, exc_info=None if known else error)
         self.last_error = text
         self.failures += 1
-        self.schedule()
+        self.unsettled = True
+        if self.next_look <= self.shared.clock():
+            self.schedule()
         self.show_metrics()
 
     def schedule(self) -> None:
@@ -3122,6 +3167,10 @@ class Worker(threading.Thread):
         places, account = self.places, self.engine.account
         make_folder(places.own, 0o711)
         self.follow_user()
+        removed = sorted((places.own.parent / "removed").glob(f"{self.service.name}-????????T*"))
+        if removed and not places.worktree.exists():
+            log.warning("%s: begins anew; what it had before it left the configuration is in %s",
+                        self.service.name, removed[-1])
         make_folder(places.worktree, 0o700, account)
         if not places.data.exists():
             make_folder(places.data, 0o750, account)
@@ -3189,15 +3238,21 @@ class Worker(threading.Thread):
         """Take what runs for a good deploy of the commit. Raises Refused where the policy does."""
         model = self.render(tree)
         self.enforce(model, tree)
+        self.state.installed = commit
         self.state.baseline = file_seals(model, tree, str(self.places.worktree), {})
         self.state.commit, self.state.since = commit, time.time()
-        self.state.digest = self.service.digest()
+        self.state.digest = self.digest()
         self.write_model("model.json", model)
         self.keep_good(model)
         self.save()
         log.info("%s: taken over at %s", self.service.name, short(commit))
 
     # What is known:
+
+    def digest(self) -> str:
+        """Changes when a deploy must be done again for the configuration's sake."""
+        parts = (self.service.digest(), str(self.places.worktree), str(self.places.data))
+        return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
 
     def save(self) -> None:
         data = json.dumps(dataclasses.asdict(self.state), indent=1, sort_keys=True)
@@ -3259,23 +3314,41 @@ class Worker(threading.Thread):
         asking = asked or bool(wakes - {"event"})
         if asking:
             self.ask_remote(say if asked else log.debug)
-        looked = (bool(wakes & {"start", "event", "engine"})
+        looked = (bool(wakes & {"start", "event", "engine"}) or self.unsettled
                   or not self.shared.events_flow.is_set())
         if looked and self.state.commit:
             self.containers = self.engine.containers()
-        decision = decide(self.observe(looked, asked))
+            self.note_finished()
+        seen = self.observe(looked, asked)
+        decision = decide(seen)
         log.debug("%s: %s: %s", self.service.name, decision.action, "; ".join(decision.reasons))
         self.act(decision, say, by, asked)
+        # A hold ends without an event, and so does the cause of a heal that was put off.
+        self.unsettled = bool(seen.hold) or decision.action == "heal"
         self.follow_import()
         serves = asked and decision.action != "nothing" and not self.unfetched
         if asking and self.remote_error and not serves:
             raise Fault(self.remote_error)
-        self.failures, self.last_error = 0, ""
-        self.shared.metrics.set("pgo_service_last_success_timestamp_seconds", time.time(),
-                                service=self.service.name)
-        self.schedule()
+        if asking:  # an event must not put polls off
+            self.failures, self.last_error = 0, ""
+            self.shared.metrics.set("pgo_service_last_success_timestamp_seconds", time.time(),
+                                    service=self.service.name)
+            self.schedule()
         self.show_metrics()
         return decision
+
+    def note_finished(self) -> None:
+        """Remember jobs that are done: their containers may be pruned."""
+        if self.hold():
+            return
+        done = {c.compose_service for c in self.containers if c.status == "exited"
+                and c.exit_code == 0 and c.policy not in FOREVER
+                and c.identity not in self._by_hand}
+        others = {c.compose_service for c in self.containers} - done
+        finished = sorted(done | {*self.state.finished} - others)
+        if finished != self.state.finished:
+            self.state.finished = finished
+            self.save()
 
     def ask_remote(self, say: Callable[..., None]) -> None:
         """Learn the branch's commit; fetch it, and the keys in it, if it is new.
@@ -3307,11 +3380,14 @@ class Worker(threading.Thread):
         state, hold = self.state, self.hold()
         retry = state.failed_retry and self.shared.clock() >= self.next_look
         return Observed(
-            hold=str(hold) if hold else "", wanted=state.wanted, running=state.commit,
-            digest=self.service.digest(), running_digest=state.digest, deploying=state.deploying,
-            failed=(state.failed_commit, state.failed_digest, retry), waiting=state.waiting,
+            hold=str(hold) if hold else "", stopped=bool(hold and hold.by_command),
+            wanted=state.wanted, running=state.commit, installed=state.installed,
+            finished=frozenset(state.finished), digest=self.digest(),
+            running_digest=state.digest, deploying=state.deploying,
+            failed=(state.failed_commit, state.failed_digest, retry),
+            waiting=(state.waiting, state.waiting_digest),
             owes_rollback=state.owes_rollback and self.shared.clock() >= self.next_look,
-            asked=asked, containers=self.containers if looked and state.commit else None,
+            asked=asked, containers=self.containers if looked and self.state.commit else None,
             expected=expected_replicas(self.running_model()) if looked else {},
             by_hand=frozenset(self._by_hand))
 
@@ -3322,6 +3398,9 @@ class Worker(threading.Thread):
             self.roll_back(say)
         elif decision.action == "heal":
             self.heal(decision, say)
+        elif decision.action == "stop":  # as after a reboot, where the engine starts them
+            self.say_log(f"stops what runs: {'; '.join(decision.reasons)}")
+            self.engine.compose("stop", deadline="up")
 
     def restore_images(self) -> None:
         """Tags of the good commit's images, but for those of images that a neighbour builds."""
@@ -3342,11 +3421,15 @@ class Worker(threading.Thread):
         model = self.running_model()
         self.restore_images()
         self.make_binds(model)
+        self.forget_hands()
         self.engine.up(model, log.debug, *decision.services)
         self.containers = self.engine.containers()
-        with self._condition:
-            self._by_hand -= {c.identity for c in self.containers if c.status == "running"}
         self.shared.metrics.add("pgo_service_heals_total", service=self.service.name)
+
+    def forget_hands(self) -> None:
+        """What ends from now on was not stopped by hand, until an event says so."""
+        with self._condition:
+            self._by_hand.clear()
 
     # Deploying:
 
@@ -3412,15 +3495,16 @@ class Worker(threading.Thread):
                 self.write_model("render.json", rendered)
                 self.engine.pull(rendered, say)
                 self.refuse_conflicts(tree)
+                self.refuse_paused()
             except Fault as fault:
                 self.record_failure(commit, fault, by, began)
                 raise
-            self.bring_up(commit, tree, model, say, by, began)
+            self.bring_up(commit, tree, model, say, by, began, asked)
 
     def wait_for_up(self, commit: str) -> None:
-        if self.state.waiting != commit:
+        if (self.state.waiting, self.state.waiting_digest) != (commit, self.digest()):
             log.info("%s: %s waits for up: x-pgo: reload: false", self.service.name, short(commit))
-        self.state.waiting, self.state.digest = commit, self.service.digest()
+        self.state.waiting, self.state.waiting_digest = commit, self.digest()
         self.save()
 
     def refuse_conflicts(self, tree: Tree) -> None:
@@ -3431,16 +3515,24 @@ class Worker(threading.Thread):
             raise Refused("the commit would overwrite untracked files; move or remove them: "
                           + ", ".join(map(printable, conflicts[:10])))
 
+    def refuse_paused(self) -> None:
+        """compose can neither start nor recreate them. Raises Fault, for it will pass."""
+        if paused := [c.name for c in self.engine.containers() if c.status == "paused"]:
+            raise Fault(f"{', '.join(paused)} is paused by hand; once docker unpause has ended "
+                        "that, it is tried again")
+
     def bring_up(self, commit: str, tree: Tree, model: Model, say: Say, by: str,
-                 began: float) -> None:
+                 began: float, asked: bool) -> None:
         """From here on the host changes; what fails is rolled back."""
         for name, change in model_differences(self.running_model(), model).items():
             say(f"{name}: {change}")
+        if not self.state.deploying:  # else: what came before the one that was interrupted counts
+            self.note_before()
         self.state.deploying = commit
         self.save()
         away = time.monotonic()
         try:
-            self.install(tree, model, say)
+            self.install(commit, tree, model, say)
             self.await_health(model, say)
         except EngineGone:
             raise
@@ -3454,25 +3546,44 @@ class Worker(threading.Thread):
             self.give_up(fault, say, away)
             raise Refused(f"{short(commit)}: {fault}") from None
         self.record_success(commit, model, by, began)
+        if asked and (ill := self.ill_names()):
+            raise Fault(f"runs {short(commit)}, but as before: {ill}")
         say(f"runs {short(commit)}, healthy after {time.monotonic() - began:.1f} s")
 
-    def install(self, tree: Tree, model: Model, say: Say, strict: bool = True) -> None:
+    def note_before(self) -> None:
+        """Which containers there are, that one of them that stays says nothing of a commit."""
+        self.state.before = {c.identity: "" if is_ill(c) else c.started
+                             for c in self.engine.containers()}
+
+    def ill_names(self) -> str:
+        """Containers that should be well and are not, though no deploy made them so."""
+        return ", ".join(f"{c.name} is {c.health if c.health == 'unhealthy' else c.status}"
+                         for c in self.containers if c.health == "unhealthy"
+                         or c.status in ("restarting", "dead", "paused")
+                         or (c.status == "exited" and c.exit_code))
+
+    def install(self, commit: str, tree: Tree, model: Model, say: Say,
+                strict: bool = True) -> None:
         """Work tree, binds, import, model and `up`."""
-        self.before = {c.identity: c for c in self.engine.containers()}
-        self.write_files(tree, model, strict)
+        self.state.installed, self.state.finished = commit, []
+        self.save()
+        containers = self.engine.containers()
+        self.write_files(tree, model, containers, strict)
         self.write_import()
-        self.stop_writers(model)
+        self.stop_writers(model, containers)
         self.make_binds(model)
         self.write_model("model.json", model)
+        self.forget_hands()
         self.engine.up(model, say)
 
-    def write_files(self, tree: Tree, model: Model, strict: bool) -> None:
+    def write_files(self, tree: Tree, model: Model, containers: Iterable[Container],
+                    strict: bool) -> None:
         """Tracked files follow the commit; the list of them never lacks one that is there.
 
         Raises Refused if it is to be `strict`; a rollback takes what it can get.
         """
         tracked, worktree = self.tracked(), str(self.places.worktree)
-        mounted = [bind for container in self.before.values() for bind in container.binds]
+        mounted = [bind for container in containers for bind in container.binds]
         sources = (beneath(bind.source, worktree) for bind in (*binds_of(model), *mounted))
         keep = frozenset(filter(None, sources))
         self.write_tracked({path: tree[path] if tracked.get(path) == tree.get(path) else ("", "")
@@ -3486,11 +3597,11 @@ class Worker(threading.Thread):
             log.warning("%s: left as it is: %s", self.service.name, failure)
         self.write_tracked(tree)
 
-    def stop_writers(self, model: Model) -> None:
+    def stop_writers(self, model: Model, containers: Iterable[Container]) -> None:
         """Stop what could still put a link where the new model binds a path beneath its own."""
         binds = binds_of(model)
         permitted = {(bind.source, above.source) for bind, above in nested_binds(binds, binds)}
-        racing = {container.identity for container in self.before.values()
+        racing = {container.identity for container in containers
                   for bind, above in nested_binds(binds, container.binds)
                   if (bind.source, above.source) not in permitted}
         if racing:
@@ -3527,10 +3638,10 @@ class Worker(threading.Thread):
         good, looks, told = 0, HEALTHY_LOOKS, ""
         while good < looks:
             self.containers = self.engine.containers()
-            unchanged = frozenset(c.identity for c in self.containers if self.was_before(c))
+            unchanged = frozenset(c.identity for c in self.containers
+                                  if self.state.before.get(c.identity) in ("", c.started))
             looks = HEALTHY_LOOKS if len(unchanged) < len(self.containers) else 1
-            restarts = {identity: c.restarts for identity, c in self.before.items()}
-            verdict, why = judge(self.containers, expected, restarts, unchanged)
+            verdict, why = judge(self.containers, expected, unchanged)
             if verdict == "bad":
                 raise Fault(why)
             good = good + 1 if verdict == "good" else 0
@@ -3542,17 +3653,13 @@ class Worker(threading.Thread):
             if good < looks and self.shared.stopping.wait(1.0):
                 raise Stopping
 
-    def was_before(self, container: Container) -> bool:
-        """Whether `up` left the container as it was."""
-        old = self.before.get(container.identity)
-        return old is not None and old.started == container.started
-
     def record_success(self, commit: str, model: Model, by: str, began: float) -> None:
         state = self.state
         if commit != state.commit:
             state.since = time.time()
-        state.commit, state.digest = commit, self.service.digest()
+        state.commit, state.digest = commit, self.digest()
         state.deploying = state.waiting = state.failed_commit = state.failed_reason = ""
+        state.installed = commit
         state.owes_rollback = False
         self.git.mark_good(commit)
         self.keep_good(model)
@@ -3562,7 +3669,7 @@ class Worker(threading.Thread):
     def record_failure(self, commit: str, fault: Fault, by: str, began: float) -> None:
         state = self.state
         known = (state.failed_commit, state.failed_reason) == (commit, str(fault))
-        state.failed_commit, state.failed_digest = commit, self.service.digest()
+        state.failed_commit, state.failed_digest = commit, self.digest()
         state.failed_reason, state.failed_retry = str(fault), fault.retry
         state.deploying = ""
         self.save()
@@ -3587,7 +3694,8 @@ class Worker(threading.Thread):
             if linked := [container.identity for container in self.engine.containers()
                           if self.bound_links([container], tree)]:
                 self.engine.docker("rm", "--force", *linked)
-            self.install(tree, model, log.debug, strict=False)
+            self.note_before()
+            self.install(self.state.commit, tree, model, log.debug, strict=False)
             self.await_health(model, say)
         except (Fault, OSError) as error:
             raise Fault(f"ROLLBACK to {short(self.state.commit)} FAILED, will be tried again: "
@@ -3664,7 +3772,8 @@ class Worker(threading.Thread):
 
     def in_sync(self) -> bool:
         state = self.state
-        return bool(state.commit) and state.commit == state.wanted and not state.owes_rollback
+        return bool(state.commit) and state.commit == state.wanted == state.in_place and not (
+            state.owes_rollback or state.waiting)
 
     def show_metrics(self) -> None:
         """Set the service's gauges."""
@@ -3673,7 +3782,7 @@ class Worker(threading.Thread):
         metrics.set("pgo_service_held", self.hold() is not None, service=name)
         metrics.set("pgo_service_consecutive_failures", self.failures, service=name)
         metrics.replace("pgo_service_info", name,
-                        [({"commit": state.commit, "wanted": state.wanted}, 1)])
+                        [({"commit": state.in_place, "wanted": state.wanted}, 1)])
         counts = collections.Counter(c.status for c in self.containers)
         counts["healthy"] = sum(c.health == "healthy" for c in self.containers)
         metrics.replace("pgo_service_containers", name,
@@ -3684,6 +3793,7 @@ class Worker(threading.Thread):
 
     def answer(self, request: Request) -> None:
         """Carry a request out in this thread. Raises Fault."""
+        self.unsettled = True
         REQUESTS[request.command](self, request)
         self.show_metrics()
 
@@ -3720,17 +3830,22 @@ class Worker(threading.Thread):
         """Release a stop and bring up what was deployed last, without a fetch."""
         model = self.deployed_model()
         self.places.stop.unlink(missing_ok=True)
-        self.before = {c.identity: c for c in self.engine.containers()}
+        self.note_before()
+        self.state.finished = []
         self.restore_images()
         self.make_binds(model)
+        self.forget_hands()
         self.engine.up(model, request.say)
         self.await_health(model, request.say)
+        if ill := self.ill_names():
+            raise Fault(f"as before: {ill}")
 
     def request_restart(self, request: Request) -> None:
         if self.hold():
             raise Refused(f"{self.hold()}; up or start ends that")
         self.make_binds(self.deployed_model())
         self.compose_for(request)
+        self.forget_hands()
 
     def request_load(self, request: Request) -> None:
         """Check the newest commit against the policy; change nothing."""
@@ -3981,7 +4096,7 @@ def answer_ping(worker: Worker, order: Order, by: str) -> str:
 def answer_hash(worker: Worker, order: Order, by: str) -> str:
     if not worker.state.commit:
         raise Refused("nothing was deployed yet")
-    return worker.state.commit
+    return worker.state.in_place
 
 
 def answer_journal(worker: Worker, order: Order, by: str) -> str:
@@ -4014,12 +4129,13 @@ def status_facts(worker: Worker, now: float) -> dict[str, Any]:
     """All that is known of a service, for programs. Times are seconds since the epoch."""
     state, hold = worker.state, worker.hold()
     failed = state.failed_commit and state.failed_commit == state.wanted
-    why = (str(hold) if hold else "" if worker.in_sync() else
+    why = (str(hold) if hold else worker.remote_error if worker.in_sync() else
            f"{short(state.wanted)} failed: {state.failed_reason}" if failed else
            f"{short(state.waiting)} waits for up" if state.waiting else
            worker.remote_error or ("deploying" if state.deploying else "not looked at yet"))
     return {
-        "service": worker.service.name, "commit": state.commit, "since": state.since,
+        "service": worker.service.name, "commit": state.in_place,
+        "since": state.since,
         "wanted": state.wanted, "in_sync": worker.in_sync(), "why": why,
         "hold": dataclasses.asdict(hold) if hold else None, "last_error": worker.last_error,
         "failures": worker.failures, "next_look": now + worker.next_look - worker.shared.clock(),
@@ -4419,8 +4535,8 @@ class SshServer:
         answer = ANSWERS[order.command]
         try:
             text = await self.loop.run_in_executor(None, answer, worker, order, by)
-        except Fault as fault:
-            self.tell(process, str(fault))
+        except (Fault, OSError) as error:
+            self.tell(process, str(error))
             return 1
         self.tell(process, text, process.stdout)
         return 0
@@ -4662,7 +4778,7 @@ def serve_http(address: tuple[str, int], shared: Shared) -> HttpServer:
 
 # ---- Life --------------------------------------------------------------------------------------
 
-HAND_ACTIONS = ("stop", "kill")
+ENDING_SIGNALS = ("9", "15")  # of `docker kill`; others may be a word to the program
 WAKING_ACTIONS = ("die", "destroy", "health_status: unhealthy", "oom")
 CONFIGURATION_SECONDS = 2.0
 WORKER_SILENCE = 120.0  # seconds; every wait and every child's loop beats far more often
@@ -4764,8 +4880,9 @@ class EventStream(threading.Thread):
             action, identity = str(event["Action"]), str(event["Actor"]["ID"])
         except (ValueError, KeyError, TypeError):
             return
-        worker = self.shared.workers.get(project)
-        if worker and action in HAND_ACTIONS:
+        worker, attributes = self.shared.workers.get(project), event["Actor"]["Attributes"]
+        if worker and (action == "stop" or (action == "kill" and attributes.get("signal")
+                                            in ENDING_SIGNALS)):
             worker.wake("event", stopped_by_hand=identity)
         elif worker and action in WAKING_ACTIONS:
             worker.wake("event")
@@ -4780,6 +4897,12 @@ def remove_service(shared: Shared, path: Path) -> None:
         env={"COMPOSE_FILE": "", "DOCKER_CONFIG": str(path / "docker")})
     if result.status or result.trouble:
         raise Fault(result.complaint)
+    kept = shared.children.run(
+        ["docker", "ps", "--all", "--quiet", "--filter", f"label={KEEP_LABEL}={name}"],
+        deadline=DEADLINE["docker"], kind=(name, "docker", "ps")).stdout.decode().split()
+    if kept:
+        shared.children.run(["docker", "rm", "--force", "--volumes", *kept],
+                            deadline=DEADLINE["docker"], kind=(name, "docker", "rm"))
     stamp = datetime.datetime.now(datetime.UTC).strftime("%Y%m%dT%H%M%SZ")
     aside = path.parent / "removed" / f"{name}-{stamp}"
     make_folder(path.parent / "removed", 0o700)
@@ -5045,9 +5168,9 @@ class Demo:
         """Containers, network, images and files."""
         for remove, *find in (
                 ("rm", "ps", "-aq", "--filter", "label=com.docker.compose.project=demo"),
+                ("rm", "ps", "-aq", "--filter", f"label={KEEP_LABEL}=demo"),
                 ("network", "network", "ls", "-q", "--filter",
                  "label=com.docker.compose.project=demo"),
-                ("rmi", "image", "ls", "-q", "pgod.keep/demo"),
                 ("rmi", "image", "ls", "-q", "pgod-demo")):
             found = self.children.run(("docker", *find), deadline=60, kind=("", "docker", find[0]))
             if identities := found.stdout.decode().split():

@@ -270,6 +270,10 @@ class Lab:
             if daemon.process.poll() is None:
                 daemon.stop()
         self.exits.close()
+        if keepers := docker("ps", "-aq", "--filter", "label=io.pgod.keep").split():
+            mine = [k for k in keepers if self.name in docker(
+                "inspect", "--format", '{{index .Config.Labels "io.pgod.keep"}}', k, check=False)]
+            docker("rm", "-f", "-v", *mine, check=False)
         for kind, remove, listing in (
                 ("container", ["rm", "-f", "-v"], ["ps", "-a", "--format", "{{.Names}}"]),
                 ("network", ["network", "rm"], ["network", "ls", "--format", "{{.Name}}"]),
@@ -1938,8 +1942,14 @@ def looked(*containers: pgod.Container, **facts: Any) -> pgod.Observed:
     (seen(wanted="c2", failed=("c2", "d", False), asked=True), "deploy", "asked for"),
     (seen(wanted="c2", failed=("c2", "d", False), owes_rollback=True), "rollback", "rollback"),
     (seen(wanted="c3", failed=("c2", "d", False), owes_rollback=True), "deploy", "new commit c3"),
-    (seen(wanted="c2", waiting="c2"), "nothing", "waits for up"),
-    (seen(wanted="c2", waiting="c2", asked=True), "deploy", "asked for"),
+    (seen(wanted="c2", waiting=("c2", "d")), "nothing", "waits for up"),
+    (seen(wanted="c2", waiting=("c2", "old")), "deploy", "new commit"),
+    (seen(wanted="c2", waiting=("c2", "d"), asked=True), "deploy", "asked for"),
+    (seen(installed="c2"), "deploy", "c2 is still in place"),
+    (seen(owes_rollback=True, failed=("c2", "d", False)), "rollback", "the last rollback failed"),
+    (looked(container(), hold="stopped by x", stopped=True), "stop", "stopped by x"),
+    (looked(container(status="exited"), hold="stopped by x", stopped=True), "nothing", "stopped"),
+    (looked(finished=frozenset({"web"})), "nothing", "in sync"),
     (looked(container()), "nothing", "in sync"),
     (looked(), "heal", "1 of 1 containers missing"),
     (looked(container(status="restarting", exit_code=1)), "nothing", "in sync"),
@@ -1971,12 +1981,11 @@ def test_what_is_done_follows_from_what_is_seen(observed: pgod.Observed, action:
     ([container(status="exited", exit_code=2)], "bad", "ended with 2"),
     ([container(status="restarting", exit_code=2)], "bad", "restarts"),
     ([container(restarts=1)], "bad", "restarts"),
-    ([container(restarts=1, identity="old")], "good", ""),
     ([container(status="exited", exit_code=2, identity="same")], "good", ""),
 ])
 def test_a_bad_deploy_is_told_from_a_good_one(containers: list[pgod.Container], verdict: str,
                                               why: str) -> None:
-    judged = pgod.judge(containers, {"web": 1}, {"old": 1}, frozenset({"same"}))
+    judged = pgod.judge(containers, {"web": 1}, frozenset({"same"}))
     assert judged[0] == verdict
     assert why in judged[1]
 
@@ -2378,6 +2387,12 @@ def polls(lab: Lab, name: str) -> int:
     return int(match[1]) if match else 0
 
 
+def more_polls(lab: Lab, name: str, count: int) -> None:
+    """Wait until the remote was asked that many times again."""
+    before = polls(lab, name)
+    until(lambda: polls(lab, name) >= before + count, f"{count} polls")
+
+
 def files_of(folder: Path) -> dict[str, tuple[int, bytes]]:
     """Inode and content of every file beneath it."""
     return {str(path): (path.lstat().st_ino, path.read_bytes())
@@ -2498,6 +2513,28 @@ def test_images_of_the_good_commit_survive_pruning_and_a_moved_tag(lab: Lab) -> 
     until(lambda: lab.containers(name, "--filter", "status=running"), "healed without the tag")
 
 
+def keepers(name: str) -> list[str]:
+    """The containers that keep a service's images."""
+    return docker("ps", "-aq", "--filter", f"label=io.pgod.keep={name}").split()
+
+
+def test_pruning_takes_no_image_that_is_needed_again(lab: Lab) -> None:
+    image = f"{lab.name}-app"
+    (lab.folder / "Dockerfile").write_text(
+        f"FROM {IMAGE}\nLABEL pgotest={lab.name}\nVOLUME /v\nENV A={lab.name}\n")
+    run("docker", "build", "-q", "-t", image, lab.folder, env=os.environ | {"DOCKER_BUILDKIT": "0"})
+    name = lab.service("a", {"compose.yaml": compose_file(image=image)})
+    deployed(lab, name)
+    lab.ssh(f"{name}//down", check=True)
+    docker("image", "prune", "--all", "--force", "--filter", f"label=pgotest={lab.name}")
+    lab.ssh(f"{name}//start", check=True)
+    keeper, = keepers(name)
+    facts = docker("inspect", "--format", "{{.State.Status}} {{json .Mounts}}", keeper)
+    assert facts.startswith("created ")
+    assert '"volume"' not in facts
+    docker("rm", "-f", "-v", f"{name}-web-1")
+
+
 def test_failed_rollback_is_said_loudly_and_tried_again(lab: Lab) -> None:
     image = f"{lab.name}-app:1"
     docker("tag", IMAGE, image)
@@ -2509,8 +2546,8 @@ def test_failed_rollback_is_said_loudly_and_tried_again(lab: Lab) -> None:
     lab.daemon.stop()
     run("docker", "save", "-o", lab.folder / "image.tar", image)
     docker("rm", "-f", f"{name}-web-1", check=False)
-    kept = docker("image", "ls", "--format", "{{.Repository}}:{{.Tag}}", f"pgod.keep/{name}")
-    docker("rmi", "-f", *kept.split(), image)
+    docker("rm", "-f", *keepers(name))
+    docker("rmi", "-f", image)
     commit = lab.push(name, {"compose.yaml": compose_file("false")})
     lab.start()
     until(lambda: "ROLLBACK" in lab.daemon.log() and "FAILED" in lab.daemon.log(), "said loudly")
@@ -2885,6 +2922,152 @@ def test_engine_that_ends_in_the_middle_of_a_deploy_leaves_no_duplicates(lab: La
     until(lambda: sorted(engine.docker("ps", "--format", "{{.Names}}").split())
           == [f"{name}-db-1", f"{name}-web-1"], "both run")
     assert len(engine.docker("ps", "-aq").split()) == 2
+
+
+def test_container_that_dies_ever_again_does_not_stop_the_polls(lab: Lab) -> None:
+    lab.duration = "3s"
+    name = lab.service("a", {"compose.yaml": compose_file()})
+    deployed(lab, name)
+    lab.runs(name, lab.push(name, {"compose.yaml": compose_file(services={"dies": sleeper(
+        command="sh -c 'sleep 6; exit 1'", restart="always")})}))
+    until(lambda: "1" in docker("inspect", "--format", "{{.RestartCount}}", f"{name}-dies-1"))
+    more_polls(lab, name, 3)
+    lab.runs(name, lab.push(name, {"compose.yaml": compose_file()}))
+
+
+def test_heal_that_was_put_off_is_made_good(lab: Lab) -> None:
+    """Nothing but a timer tells of the end of a hold, or of a file that is gone again."""
+    name = lab.service("a")
+    deployed(lab, name)
+    stop = lab.directory / f"{name}.stop"
+    stop.touch()
+    docker("rm", "-f", f"{name}-web-1")
+    more_polls(lab, name, 2)
+    assert not lab.containers(name)
+    stop.unlink()
+    until(lambda: lab.containers(name), "brought back")
+
+
+def test_container_that_is_killed_twice_in_an_interval_comes_back(lab: Lab) -> None:
+    name = lab.service("a")
+    deployed(lab, name)
+
+    def pid() -> int:
+        return int(docker("inspect", "--format", "{{.State.Pid}}", f"{name}-web-1"))
+
+    for _ in range(2):
+        before = pid()
+        os.kill(before, signal.SIGKILL)
+        until(lambda before=before: pid() not in (0, before), "brought back")  # type: ignore[misc]
+
+
+def test_end_while_health_is_awaited_makes_no_bad_commit_a_good_one(lab: Lab) -> None:
+    name = lab.service("a", **WAIT)
+    deployed(lab, name)
+    good = lab.state(name)["commit"]
+    check = {"test": ["CMD", "false"], "interval": "1s", "retries": 4}
+    bad = lab.push(name, {"compose.yaml": compose_file("sleep 77777", healthcheck=check)})
+    logged(lab, "is starting")
+    lab.daemon.stop(signal.SIGKILL)
+    until(lambda: docker("inspect", "--format", "{{.State.Health.Status}}", f"{name}-web-1")
+          == "unhealthy", "unhealthy")
+    lab.start()
+    lab.failed(name, bad)
+    assert lab.state(name)["commit"] == good
+    assert "sleep 100000" in docker("inspect", "--format", "{{.Config.Cmd}}", f"{name}-web-1")
+
+
+def test_branch_that_goes_back_to_the_good_commit_ends_the_bad_one(lab: Lab) -> None:
+    name = lab.service("a", rollback=False, **WAIT)
+    deployed(lab, name)
+    good, repository = lab.state(name)["commit"], lab.repositories[name]
+    bad = lab.push(name, {"compose.yaml": compose_file("sh -c 'sleep 1; exit 7'")})
+    lab.failed(name, bad)
+    assert lab.ssh(f"{name}//git hash").stdout.strip() == bad
+    assert "in sync    no" in lab.ssh(f"{name}//status").stdout
+    repository.git("reset", "-q", "--hard", good)
+    repository.send()
+    until(lambda: lab.state(name)["installed"] == good and not lab.state(name)["deploying"])
+    assert "sleep 100000" in docker("inspect", "--format", "{{.Config.Cmd}}", f"{name}-web-1")
+
+
+def test_neighbour_that_is_ill_already_spoils_no_deploy(lab: Lab) -> None:
+    check = {"test": ["CMD", "test", "!", "-e", "/tmp/ill"], "interval": "1s", "retries": 1}
+    name = lab.service("a", {"compose.yaml": compose_file(services={"b": sleeper(
+        healthcheck=check)})}, **WAIT)
+    deployed(lab, name)
+    docker("exec", f"{name}-b-1", "touch", "/tmp/ill")
+    until(lambda: docker("inspect", "--format", "{{.State.Health.Status}}", f"{name}-b-1")
+          == "unhealthy", "unhealthy")
+    before = lab.containers(name)
+    commit = lab.push(name, {"compose.yaml": compose_file("sleep 55555", services={"b": sleeper(
+        healthcheck=check)})})
+    lab.runs(name, commit)
+    assert changed(name, before, lab.containers(name)) == {"web"}
+    done = lab.ssh(f"{name}//up")
+    assert done.returncode == 1
+    assert f"{name}-b-1 is unhealthy" in done.stderr
+    docker("pause", f"{name}-web-1")
+    commit = lab.push(name, {"compose.yaml": compose_file("sleep 44444")})
+    assert "is paused by hand" in lab.failed(name, commit)
+    docker("unpause", f"{name}-web-1")
+    lab.runs(name, commit)
+
+
+def test_job_that_is_done_and_pruned_is_not_run_again(lab: Lab) -> None:
+    name = lab.service("a", {"compose.yaml": compose_file(services={"job": sleeper(
+        command="true")})})
+    deployed(lab, name)
+    until(lambda: lab.state(name)["finished"] == ["job"], "the job is done")
+    docker("rm", f"{name}-job-1")
+    docker("rm", "-f", f"{name}-web-1")
+    until(lambda: lab.containers(name), "the server is brought back")
+    more_polls(lab, name, 2)
+    assert set(lab.containers(name)) == {f"{name}-web-1"}
+
+
+def test_stopped_service_that_the_engine_started_is_stopped_again(lab: Lab) -> None:
+    """As the engine does at its own start with what has `restart: always`."""
+    name = lab.service("a", {"compose.yaml": compose_file(restart="always")})
+    deployed(lab, name)
+    lab.ssh(f"{name}//stop", check=True)
+    docker("start", f"{name}-web-1")
+    until(lambda: docker("inspect", "--format", "{{.State.Status}}", f"{name}-web-1") == "exited")
+    assert "stopped by" in lab.ssh(f"{name}//status").stdout
+
+
+def test_network_that_was_removed_meanwhile_is_made_again(lab: Lab) -> None:
+    name = lab.service("a")
+    deployed(lab, name)
+    lab.ssh(f"{name}//stop", check=True)
+    docker("network", "rm", f"{name}_default")
+    lab.ssh(f"{name}//start", check=True)
+    assert docker("inspect", "--format", "{{.State.Status}}", f"{name}-web-1") == "running"
+
+
+def test_moved_folder_is_used_where_it_is_now(lab: Lab) -> None:
+    name = lab.service("a", {"compose.yaml": compose_file(volumes=["./d:/d"]), "d/x": "x"})
+    deployed(lab, name)
+    assert lab.daemon.stop() == 0
+    old, lab.directory = lab.directory, lab.directory.with_name("moved")
+    old.rename(lab.directory)
+    lab.start()
+    until(lambda: str(lab.directory) in docker("inspect", "--format", "{{json .Mounts}}",
+                                               f"{name}-web-1", check=False), "moved")
+    assert not old.exists()
+
+
+def test_configuration_change_waits_for_up_and_says_so(lab: Lab) -> None:
+    name = lab.service("a", {"compose.yaml": compose_file(
+        environment=["X"], top={"x-pgo": {"reload": False}})}, env=["X=1"])
+    deployed(lab, name)
+    lab.services[name]["env"] = ["X=2"]
+    lab.write_config()
+    new_start(lab)
+    logged(lab, "waits for up")
+    assert "in sync    no" in lab.ssh(f"{name}//status").stdout
+    lab.ssh(f"{name}//up", check=True)
+    assert docker("exec", f"{name}-web-1", "sh", "-c", "echo $X") == "2"
 
 
 def test_jump_of_the_wall_clock_neither_hurries_nor_delays_a_poll(lab: Lab) -> None:
