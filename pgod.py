@@ -2918,8 +2918,10 @@ class Engine:
         for name in sorted({*wanted} - have):
             places = (f"--mount=type=tmpfs,destination={place}"  # instead of anonymous volumes
                       for place in self.image_volumes(wanted[name]))
-            self.docker("create", "--name", name, "--label", label, "--network", "none", "--pull",
-                        "never", *places, "--", wanted[name], "never-started")
+            # An image that compose built has its project's label, and hands it on.
+            self.docker("create", "--name", name, "--label", label, "--label",
+                        "com.docker.compose.project=", "--network", "none", "--pull", "never",
+                        *places, "--", wanted[name], "never-started")
         if (old := sorted(have - {*wanted})) and listed.status == 0:
             self.docker("rm", "--force", "--volumes", *old)
 
@@ -2970,11 +2972,15 @@ class Engine:
         if heirs:
             self.docker("rm", "--force", *heirs)
 
-    def up(self, model: Model, on_line: Callable[[str], None], *services: str) -> None:
-        """Bring the checked model up; of named compose services, these alone. Raises Fault."""
+    def up(self, model: Model, on_line: Callable[[str], None], services: Iterable[str] = (),
+           alone: bool = False) -> None:
+        """Bring the checked model up, or some compose services of it. Raises Fault.
+
+        `alone`: without what they depend on.
+        """
         self.remove_half_made()
         self.remove_inherited(model)
-        extra = ("--no-deps", "--", *services) if services else ("--remove-orphans",)
+        extra = ("--no-deps" if alone else "--remove-orphans", "--", *services)
         words = ("up", "--detach", "--no-build", "--quiet-pull", "--pull", "never")
         result = self.compose(*words, *extra, deadline="up", on_line=on_line)
         if result.status and re.search(r"network \S+ not found", result.stderr):
@@ -3422,7 +3428,7 @@ class Worker(threading.Thread):
         self.restore_images()
         self.make_binds(model)
         self.forget_hands()
-        self.engine.up(model, log.debug, *decision.services)
+        self.engine.up(model, log.debug, decision.services, alone=True)
         self.containers = self.engine.containers()
         self.shared.metrics.add("pgo_service_heals_total", service=self.service.name)
 
@@ -3565,16 +3571,26 @@ class Worker(threading.Thread):
     def install(self, commit: str, tree: Tree, model: Model, say: Say,
                 strict: bool = True) -> None:
         """Work tree, binds, import, model and `up`."""
-        self.state.installed, self.state.finished = commit, []
-        self.save()
         containers = self.engine.containers()
+        spared = self.spared_jobs(model, containers)
+        self.state.installed, self.state.finished = commit, sorted(spared)
+        self.save()
         self.write_files(tree, model, containers, strict)
         self.write_import()
         self.stop_writers(model, containers)
         self.make_binds(model)
         self.write_model("model.json", model)
         self.forget_hands()
-        self.engine.up(model, say)
+        self.engine.up(model, say, compose_services(model).keys() - spared if spared else ())
+
+    def spared_jobs(self, model: Model, containers: Iterable[Container]) -> set[str]:
+        """Compose services that are done, that nothing needs, and that the model leaves alone."""
+        services, changes = compose_services(model), model_differences(self.running_model(), model)
+        needed = {name for service in services.values() for name in service.get("depends_on") or ()}
+        return {c.compose_service for c in containers
+                if c.compose_service in {*self.state.finished} - {*changes} - needed
+                and c.image == self.engine.image_identity(image_of(
+                    self.service.name, c.compose_service, services[c.compose_service]))}
 
     def write_files(self, tree: Tree, model: Model, containers: Iterable[Container],
                     strict: bool) -> None:

@@ -3019,6 +3019,10 @@ def test_job_that_is_done_and_pruned_is_not_run_again(lab: Lab) -> None:
         command="true")})})
     deployed(lab, name)
     until(lambda: lab.state(name)["finished"] == ["job"], "the job is done")
+    before = docker("inspect", "--format", "{{.State.StartedAt}}", f"{name}-job-1")
+    lab.runs(name, lab.push(name, {"compose.yaml": compose_file(
+        "sleep 99999", services={"job": sleeper(command="true")})}))
+    assert docker("inspect", "--format", "{{.State.StartedAt}}", f"{name}-job-1") == before
     docker("rm", f"{name}-job-1")
     docker("rm", "-f", f"{name}-web-1")
     until(lambda: lab.containers(name), "the server is brought back")
