@@ -777,8 +777,8 @@ def parse_configuration(text: str) -> tuple[Service, ...]:
 def configuration_seal(path: Path) -> str:
     """A hash of pgo.toml and of each env_file and deploy_key that it names, gone or not."""
     digest = hashlib.sha256(path.read_bytes())
-    named = re.findall(rb'(?:env_file|deploy_key)\s*=\s*["\']([^"\']+)', path.read_bytes())
-    for name in sorted(named):
+    paths = re.findall(rb'(?:env_file|deploy_key)\s*=\s*["\']([^"\']+)', path.read_bytes())
+    for name in sorted(paths):
         with contextlib.suppress(OSError):
             digest.update(name + b"\0" + Path(os.fsdecode(name)).read_bytes())
     return digest.hexdigest()
@@ -1258,7 +1258,6 @@ class Children:
                     return b"", b"", f"wrote more than {limit >> 10} KiB"
         return bytes(output["stdout"]), bytes(output["stderr"]), ""
 
-
 # ---- Git ---------------------------------------------------------------------------------------
 
 # path: (mode, blob) of everything in a commit, as `git ls-tree -r` says it.
@@ -1480,7 +1479,6 @@ class Git:
         with as_user(self.account):
             return read_beneath(self.places.export, path, KEY_FILE_BYTES + 1)
 
-
 # ---- Work tree ---------------------------------------------------------------------------------
 
 
@@ -1539,6 +1537,23 @@ def conflicts_at(root: Path, export: Path, path: str, mode: str, known: set[str]
     return []
 
 
+@contextlib.contextmanager
+def explaining_owners(root: Path, path: str) -> Iterator[None]:
+    """Say what to do where the user is kept out of his own work tree."""
+    try:
+        yield
+    except PermissionError:
+        raise Refused(f"{root}/{path} cannot be changed: it or its folder belongs to another user, "
+                      "as when a container took it; chown it") from None
+
+
+def try_to_write(root: Path, folder: str) -> None:
+    """Raises PermissionError where nothing can be made in root/folder."""
+    with folder_beneath(root, folder.split("/") if folder else ()) as descriptor:
+        os.mkdir(temporary_name(), 0o700, dir_fd=descriptor)
+        os.rmdir(temporary_name(), dir_fd=descriptor)
+
+
 def worktree_conflicts(root: Path, export: Path, tracked: Tree, new: Tree) -> list[str]:
     """All that the commit would overwrite. Raises Refused where the user is kept out."""
     known, conflicts = set(tracked), []
@@ -1551,23 +1566,6 @@ def worktree_conflicts(root: Path, export: Path, tracked: Tree, new: Tree) -> li
         with explaining_owners(root, path), contextlib.suppress(FileNotFoundError, Refused):
             try_to_write(root, folder)
     return conflicts
-
-
-def try_to_write(root: Path, folder: str) -> None:
-    """Raises PermissionError where nothing can be made in root/folder."""
-    with folder_beneath(root, folder.split("/") if folder else ()) as descriptor:
-        os.mkdir(temporary_name(), 0o700, dir_fd=descriptor)
-        os.rmdir(temporary_name(), dir_fd=descriptor)
-
-
-@contextlib.contextmanager
-def explaining_owners(root: Path, path: str) -> Iterator[None]:
-    """Say what to do where the user is kept out of his own work tree."""
-    try:
-        yield
-    except PermissionError:
-        raise Refused(f"{root}/{path} cannot be changed: it or its folder belongs to another user, "
-                      "as when a container took it; chown it") from None
 
 
 def write_entry(root: Path, export: Path, path: str, mode: str) -> None:
@@ -1630,7 +1628,6 @@ def hand_over(root: Path, paths: Iterable[str], former: int, account: Account) -
             if os.stat(name, dir_fd=folder, follow_symlinks=False).st_uid == former:
                 os.chown(name, account.uid, account.gid, dir_fd=folder, follow_symlinks=False)
 
-
 # ---- Model -------------------------------------------------------------------------------------
 
 Model = dict[str, Any]
@@ -1665,6 +1662,13 @@ def compose_services(model: Model) -> dict[str, Any]:
     return model.get("services") or {}
 
 
+def files_used(uses: Any, table: Mapping[str, Any]) -> list[str]:
+    """The files of configs or secrets that are named, in short or long form."""
+    sources = [str(use.get("source") if isinstance(use, dict) else use) for use in uses or ()]
+    files = [(table.get(source) or {}).get("file") for source in sources]
+    return [str(file) for file in files if file]
+
+
 def binds_of(model: Model) -> list[Bind]:
     """Every bind mount, and configs and secrets from files, which the engine binds too."""
     binds = []
@@ -1678,13 +1682,6 @@ def binds_of(model: Model) -> list[Bind]:
             binds += [Bind(name, kind, file, True)
                       for file in files_used(service.get(f"{kind}s"), table)]
     return binds
-
-
-def files_used(uses: Any, table: Mapping[str, Any]) -> list[str]:
-    """The files of configs or secrets that are named, in short or long form."""
-    sources = [str(use.get("source") if isinstance(use, dict) else use) for use in uses or ()]
-    files = [(table.get(source) or {}).get("file") for source in sources]
-    return [str(file) for file in files if file]
 
 
 def expected_replicas(model: Model) -> dict[str, int]:
@@ -2990,7 +2987,6 @@ class Engine:
         if result.status or result.trouble:
             gone = re.search(ENGINE_GONE, result.stderr)
             raise (EngineGone if gone else Fault)(f"up: {result.complaint}")
-
 
 # ---- Service -----------------------------------------------------------------------------------
 
@@ -4675,7 +4671,6 @@ def import_asyncssh() -> Any:
              else "; 2.24.1 or newer is recommended")
     return asyncssh
 
-
 # ---- HTTP --------------------------------------------------------------------------------------
 
 
@@ -5217,7 +5212,6 @@ def demo() -> int:
         return 0
     finally:
         example.clean()
-
 
 # ---- Command line ------------------------------------------------------------------------------
 
