@@ -2474,11 +2474,7 @@ class Hold:
     since: float
     until: float = 0.0  # 0: until released
     kind: str = "stop"
-
-    @property
-    def by_command(self) -> bool:
-        """Of `stop` or `down`: nothing is to run. A file made by hand only holds."""
-        return self.kind == "stop" and self.by != BY_HAND
+    services: tuple[str, ...] = ()  # of compose, that `stop` named; none: all
 
     def __str__(self) -> str:
         end = f" until {format_time(self.until)}" if self.until else ""
@@ -2495,7 +2491,8 @@ def load_hold(path: Path, kind: str) -> Hold | None:
         return None
     facts = load_json(path, {})
     return Hold(str(facts.get("by", BY_HAND)), str(facts.get("reason", "")),
-                float(facts.get("since", since)), float(facts.get("until", 0)), kind)
+                float(facts.get("since", since)), float(facts.get("until", 0)), kind,
+                tuple(facts.get("services", ())))
 
 # ---- Decisions ---------------------------------------------------------------------------------
 
@@ -2530,7 +2527,7 @@ class Observed:
     failed: tuple[str, str, bool] = ("", "", False)  # commit, digest, will be retried
     waiting: tuple[str, str] = ("", "")  # commit, digest
     installed: str = ""
-    stopped: bool = False  # the hold is one of `stop` or `down`
+    stopped: frozenset[str] = frozenset()  # compose services that `stop` or `down` has stopped
     finished: frozenset[str] = frozenset()  # compose services whose jobs are done
     owes_rollback: bool = False  # and it is time to try it again
     asked: bool = False  # by `up`
@@ -2613,9 +2610,9 @@ def deploy_reason(seen: Observed, target: str) -> str:
 def decide(seen: Observed) -> Decision:
     """The one place where it is decided what is done for a service. Pure."""
     if seen.hold:
-        up = seen.stopped and any(c.status in ("running", "restarting")
-                                  for c in seen.containers or ())
-        return Decision("stop" if up else "nothing", reasons=(seen.hold,))
+        up = {c.compose_service for c in seen.containers or ()
+              if c.compose_service in seen.stopped and c.status in ("running", "restarting")}
+        return Decision("stop" if up else "nothing", "", tuple(sorted(up)), (seen.hold,))
     target = seen.wanted or seen.deploying or seen.running
     if seen.asked and target:
         return Decision("deploy", target, reasons=("asked for by up",))
@@ -2999,6 +2996,7 @@ class Request:
 
     command: str
     arguments: tuple[str, ...]
+    services: tuple[str, ...]  # of compose, that the arguments name
     by: str
     say: Say
     status: int = 0
@@ -3382,8 +3380,8 @@ class Worker(threading.Thread):
         state, hold = self.state, self.hold()
         retry = state.failed_retry and self.shared.clock() >= self.next_look
         return Observed(
-            hold=str(hold) if hold else "", stopped=bool(hold and hold.by_command),
-            wanted=state.wanted, running=state.commit, installed=state.installed,
+            hold=str(hold) if hold else "", stopped=self.stopped(hold), wanted=state.wanted,
+            running=state.commit, installed=state.installed,
             finished=frozenset(state.finished), digest=self.digest(),
             running_digest=state.digest, deploying=state.deploying,
             failed=(state.failed_commit, state.failed_digest, retry),
@@ -3392,6 +3390,12 @@ class Worker(threading.Thread):
             asked=asked, containers=self.containers if looked and self.state.commit else None,
             expected=expected_replicas(self.running_model()) if looked else {},
             by_hand=frozenset(self._by_hand))
+
+    def stopped(self, hold: Hold | None) -> frozenset[str]:
+        """Compose services that a command has stopped. A file made by hand only holds."""
+        if not hold or hold.kind != "stop" or hold.by == BY_HAND:
+            return frozenset()
+        return frozenset(hold.services or compose_services(self.running_model()))
 
     def act(self, decision: Decision, say: Say, by: str, asked: bool) -> None:
         if decision.action == "deploy":
@@ -3402,7 +3406,7 @@ class Worker(threading.Thread):
             self.heal(decision, say)
         elif decision.action == "stop":  # as after a reboot, where the engine starts them
             self.say_log(f"stops what runs: {'; '.join(decision.reasons)}")
-            self.engine.compose("stop", deadline="up")
+            self.engine.compose("stop", "--", *decision.services, deadline="up")
 
     def restore_images(self) -> None:
         """Tags of the good commit's images, but for those of images that a neighbour builds."""
@@ -3829,7 +3833,7 @@ class Worker(threading.Thread):
 
     def request_stop(self, request: Request) -> None:
         """The file goes first: nothing must bring back what is being stopped."""
-        facts = {"by": request.by, "since": time.time(), "reason": ""}
+        facts = {"by": request.by, "since": time.time(), "services": request.services}
         write_atomic(self.places.stop, json.dumps(facts).encode())
         log.info("%s: %s: by %s", self.service.name, request.command, request.by)
         if not self.running_model():
@@ -4567,7 +4571,7 @@ class SshServer:
                       f"there are: {', '.join(known)}")
             return 1
         words = (*order.options, *order.operands)
-        request = worker.ask(Request(order.command, words, by, say))
+        request = worker.ask(Request(order.command, words, order.operands, by, say))
         while not request.done.is_set() and not process.channel.is_closing():
             await asyncio.sleep(0.05)
         return request.status

@@ -1947,8 +1947,10 @@ def looked(*containers: pgod.Container, **facts: Any) -> pgod.Observed:
     (seen(wanted="c2", waiting=("c2", "d"), asked=True), "deploy", "asked for"),
     (seen(installed="c2"), "deploy", "c2 is still in place"),
     (seen(owes_rollback=True, failed=("c2", "d", False)), "rollback", "the last rollback failed"),
-    (looked(container(), hold="stopped by x", stopped=True), "stop", "stopped by x"),
-    (looked(container(status="exited"), hold="stopped by x", stopped=True), "nothing", "stopped"),
+    (looked(container(), hold="stopped by x", stopped=frozenset({"web"})), "stop", "stopped by x"),
+    (looked(container(status="exited"), hold="stopped by x", stopped=frozenset({"web"})),
+     "nothing", "stopped"),
+    (looked(container(), hold="stopped by x", stopped=frozenset({"db"})), "nothing", "stopped"),
     (looked(finished=frozenset({"web"})), "nothing", "in sync"),
     (looked(container()), "nothing", "in sync"),
     (looked(), "heal", "1 of 1 containers missing"),
@@ -3032,11 +3034,17 @@ def test_job_that_is_done_and_pruned_is_not_run_again(lab: Lab) -> None:
 
 def test_stopped_service_that_the_engine_started_is_stopped_again(lab: Lab) -> None:
     """As the engine does at its own start with what has `restart: always`."""
-    name = lab.service("a", {"compose.yaml": compose_file(restart="always")})
+    name = lab.service("a", {"compose.yaml": compose_file(restart="always", services=TWO)})
     deployed(lab, name)
-    lab.ssh(f"{name}//stop", check=True)
+
+    def status(service: str) -> str:
+        return docker("inspect", "--format", "{{.State.Status}}", f"{name}-{service}-1")
+
+    lab.ssh(f"{name}//stop web", check=True)
     docker("start", f"{name}-web-1")
-    until(lambda: docker("inspect", "--format", "{{.State.Status}}", f"{name}-web-1") == "exited")
+    until(lambda: status("web") == "exited", "stopped again")
+    more_polls(lab, name, 2)
+    assert status("db") == "running"
     assert "stopped by" in lab.ssh(f"{name}//status").stdout
 
 
