@@ -2547,6 +2547,9 @@ class Decision:
     crashed: bool = False  # the heal is for containers that ended by themselves
 
 
+CALM = "in sync"
+
+
 def short(commit: str) -> str:
     return commit[:10]
 
@@ -2620,7 +2623,7 @@ def decide(seen: Observed) -> Decision:
         return Decision("nothing", reasons=("the repository could not be reached yet",))
     if seen.owes_rollback and target in (seen.failed[0], seen.running):
         return Decision("rollback", seen.running, reasons=("the last rollback failed",))
-    reason, calm = deploy_reason(seen, target), "in sync"
+    reason, calm = deploy_reason(seen, target), CALM
     if reason and seen.failed[:2] == (target, seen.digest) and not seen.failed[2]:
         reason, calm = "", f"{short(target)} failed and is not tried now"
     if reason and seen.waiting == (target, seen.digest):
@@ -3322,6 +3325,9 @@ class Worker(threading.Thread):
         seen = self.observe(looked, asked)
         decision = decide(seen)
         log.debug("%s: %s: %s", self.service.name, decision.action, "; ".join(decision.reasons))
+        if self.state.waiting and decision.reasons == (CALM,):  # what waited was taken back
+            self.state.waiting = ""
+            self.save()
         self.act(decision, say, by, asked)
         # A hold ends without an event, and so does the cause of a heal that was put off.
         self.unsettled = bool(seen.hold) or decision.action == "heal"

@@ -3078,6 +3078,13 @@ def test_configuration_change_waits_for_up_and_says_so(lab: Lab) -> None:
     new_start(lab)
     logged(lab, "waits for up")
     assert "in sync    no" in lab.ssh(f"{name}//status").stdout
+    lab.services[name]["env"] = ["X=1"]
+    lab.write_config()
+    new_start(lab)
+    until(lambda: "in sync    yes" in lab.ssh(f"{name}//status").stdout, "taken back")
+    lab.services[name]["env"] = ["X=2"]
+    lab.write_config()
+    new_start(lab)
     lab.ssh(f"{name}//up", check=True)
     assert docker("exec", f"{name}-web-1", "sh", "-c", "echo $X") == "2"
 
