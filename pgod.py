@@ -99,7 +99,7 @@ KEY_COUNT = 100
 # Deadlines of child processes, in seconds.
 DEADLINE = {
     "ls-remote": 60.0, "fetch": 900.0, "git": 120.0, "render": 60.0, "login": 60.0,
-    "pull": 1800.0, "build": 3600.0, "up": 600.0, "docker": 60.0, "reload": 60.0,
+    "pull": 1800.0, "build": 3600.0, "up": 600.0, "docker": 60.0, "reload": 30.0,
     "mount": 60.0,
 }
 # What a rendering may use: CPU seconds, bytes of data (address space is no measure: a Go program
