@@ -975,11 +975,11 @@ def test_large_files_of_a_commit_are_never_in_memory(lab: Lab) -> None:
     work = lab.repositories[name].work
     for path in ("big", "ssh/big"):
         with (work / path).open("wb") as file:
-            file.truncate(400 << 20)
+            file.truncate(256 << 20)
     commit = lab.push(name, {"more": "1"})
     lab.start()
     until(lambda: lab.state(name).get("commit") == commit, patience=90)
-    assert (lab.directory / name / "big").stat().st_size == 400 << 20
+    assert (lab.directory / name / "big").stat().st_size == 256 << 20
     lab.push(name, {"more": "2"})
     lab.ssh(f"{name}//up", check=True)
     status = Path(f"/proc/{lab.daemon.process.pid}/status").read_text()
@@ -3515,8 +3515,8 @@ def test_client_that_never_logs_in_is_sent_away(shared: Lab) -> None:
 WRONG_KEYS = """
 import asyncio, asyncssh, sys
 async def main():
+    keys = [asyncssh.generate_private_key("ssh-ed25519") for _ in range(200)]
     for _ in range(50):
-        keys = [asyncssh.generate_private_key("ssh-ed25519") for _ in range(200)]
         try:
             await asyncssh.connect("127.0.0.1", int(sys.argv[1]), client_keys=keys, config=None,
                                    known_hosts=None, local_addr=("127.0.0.2", 0), agent_path=None)
