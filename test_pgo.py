@@ -1240,8 +1240,8 @@ ATTACKS: tuple[tuple[str, str, str], ...] = (
     ("services: {web: {build: ., image: app}}", "image: app", "image:app"),
     ("services: {web: {build: ., image: apple/x}}", "image: apple/x", "image:apple/x"),
     ("services: {web: {build: ., image: app_c-web}}", "image: app_c-web", "image:app_c-web"),
-    ("services: {web: {build: ., image: 'docker.io/library/app-web'}}", "docker.io",
-     "image:docker.io/library/app-web"),
+    ("services: {web: {build: ., image: 'registry.example.org/app-web'}}", "registry.example.org",
+     "image:registry.example.org/app-web"),
     ("services: {web: {build: ., image: 'pgod.keep/other:1'}}", "pgod.keep",
      "image:pgod.keep/other"),
     ("services: {web: {build: {context: ., tags: [app-x, 'localhost:5000/app-x']}}}",
@@ -1568,7 +1568,7 @@ secrets: {password: {file: ./password.txt}}
         "64m}}}\nsecrets: {s: {file: ./password.txt}}",
     "image and build of one name": "services: {web: {build: ., image: 'app-web:1.0', pull_policy: "
                                    "build}, worker: {image: 'app-web:1.0', command: work}}",
-    "digest": "services: {web: {image: 'docker.io/library/nginx@sha256:" + "0" * 64 + "'}}",
+    "digest": "services: {web: {image: 'registry.example.org/nginx@sha256:" + "0" * 64 + "'}}",
     "same folder twice": "services: {web: {image: x, volumes: ['./up:/up']}, job: {image: y, "
                          "volumes: ['./up:/in:ro']}}",
     "neighbouring folders with one beginning": web("volumes: ['./data:/d', './data-old:/o', "
