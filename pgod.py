@@ -3433,15 +3433,15 @@ class Worker(threading.Thread):
         model = self.running_model()
         self.restore_images()
         self.make_binds(model)
-        self.forget_hands()
+        self.forget_hands(c for c in self.containers if c.compose_service in decision.services)
         self.engine.up(model, log.debug, decision.services, alone=True)
         self.containers = self.engine.containers()
         self.shared.metrics.add("pgo_service_heals_total", service=self.service.name)
 
-    def forget_hands(self) -> None:
-        """What ends from now on was not stopped by hand, until an event says so."""
+    def forget_hands(self, containers: Iterable[Container]) -> None:
+        """What of these ends from now on was not stopped by hand, until an event says so."""
         with self._condition:
-            self._by_hand.clear()
+            self._by_hand -= {container.identity for container in containers}
 
     # Deploying:
 
@@ -3586,7 +3586,7 @@ class Worker(threading.Thread):
         self.stop_writers(model, containers)
         self.make_binds(model)
         self.write_model("model.json", model)
-        self.forget_hands()
+        self.forget_hands(containers)
         self.engine.up(model, say, compose_services(model).keys() - spared if spared else ())
 
     def spared_jobs(self, model: Model, containers: Iterable[Container]) -> set[str]:
@@ -3856,7 +3856,7 @@ class Worker(threading.Thread):
         self.state.finished = []
         self.restore_images()
         self.make_binds(model)
-        self.forget_hands()
+        self.forget_hands(self.containers)
         self.engine.up(model, request.say)
         self.await_health(model, request.say)
         if ill := self.ill_names():
@@ -3867,7 +3867,7 @@ class Worker(threading.Thread):
             raise Refused(f"{self.hold()}; up or start ends that")
         self.make_binds(self.deployed_model())
         self.compose_for(request)
-        self.forget_hands()
+        self.forget_hands(self.engine.containers())
 
     def request_load(self, request: Request) -> None:
         """Check the newest commit against the policy; change nothing."""
