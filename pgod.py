@@ -11,26 +11,27 @@ holders may steer that service over pgod's SSH port with pgoctl.
 
 It runs as root. To read it before that, read downwards: a section uses only what stands above it.
 
-    Tables          closed sets: limits, option and key tables
+    Limits          what is the most that anybody may have, send or take; key tables
     Values          errors, the dataclasses that the rest passes around
     Parsing         durations, words, addresses, public keys: text to values
     Configuration   pgo.toml to Service values, with every error at once
     Files           atomic writes; paths beneath a root, opened without following links
     Metrics         what Prometheus reads
     Children        the one door to other programs
-    Git             ask, fetch, export; the git folder lies outside the work tree
+    Git             ask, fetch, export, keys of a repository; no container reaches the git folder
     Work tree       tracked files follow the commit, untracked ones are never touched
-    Model           the rendered compose model: paths, files, differences (pure)
+    Engine          the engine's API (containers, events) and docker compose, for one service
+    Model           the rendered compose model: files, values, digests, differences (pure)
     Policy          what a repository may ask for (pure)
-    State           what is known of a service across restarts
-    Decisions       what to do, from what was observed (pure)
-    Engine          docker and compose, for one service
-    Service         the thread of one service: look, deploy, roll back, heal
-    Commands        what a key holder may say
+    Release         what should run, compared with what does; what to do about it (pure)
+    Store           what is on disk of a service: releases, failures, holds, NAME.stop, history
+    Reverse proxy   Caddy's import file and reload
+    Deploy          prepare, install, wait until it is well, or roll back; heal
+    Worker          the thread of one service: when it looks, at what, and what it shows
+    Commands        what a key holder may say, hold and status among it
     SSH             the server that they say it to
     HTTP            /metrics, /healthz and webhooks
-    Life            start, stale services, changes of the configuration, the end
-    Demo            one service from nothing
+    Daemon          start, stale services, events, changes of the configuration, the end
     Command line    options and main
 """
 
@@ -40,26 +41,33 @@ import argparse
 import asyncio
 import base64
 import binascii
+import bisect
 import collections
 import contextlib
 import ctypes
 import dataclasses
 import datetime
 import difflib
+import email.utils
 import fcntl
 import functools
+import getopt
 import grp
 import hashlib
 import hmac
+import http.client
 import http.server
 import io
+import itertools
 import json
 import logging
 import math
 import os
 import pwd
+import queue
 import random
 import re
+import select
 import selectors
 import shlex
 import shutil
@@ -76,15 +84,16 @@ import time
 import tomllib
 import urllib.parse
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
-from typing import Any, BinaryIO, NoReturn
+from typing import Any, BinaryIO, NoReturn, cast
 
 VERSION = "0.1.0"
 log = logging.getLogger("pgod")
 
-# ---- Tables ------------------------------------------------------------------------------------
+# ---- Limits ------------------------------------------------------------------------------------
 
 # Compose's own order of preference.
 COMPOSE_FILES = ("compose.yaml", "compose.yml", "docker-compose.yml", "docker-compose.yaml")
@@ -92,7 +101,6 @@ NAME_PATTERN = re.compile(r"[a-z0-9][a-z0-9_-]{0,59}")
 BACKOFF_CEILING = 3600.0  # seconds between two tries of the same thing, at most
 SAME_TIME_DEPLOYS = 4
 SLOW_DEPLOY = 30.0  # seconds after which a deploy holds up no other
-HEALTHY_LOOKS = 3  # that many looks in a row, a second apart, must be good
 KEY_FILE_BYTES = 16 * 1024
 KEY_COUNT = 100
 
@@ -144,6 +152,9 @@ HTTP_CONNECTIONS = 100
 HTTP_SECONDS = 10.0
 
 # ---- Values ------------------------------------------------------------------------------------
+
+
+Progress = Callable[[str], None]  # is told what happens, a line at a time
 
 
 class Fault(Exception):
@@ -289,7 +300,7 @@ class Settings:
 
 
 @dataclass(frozen=True)
-class Places:
+class ServicePaths:
     """Where a service's things lie. All but `worktree` and `data` are closed to containers."""
 
     service: str
@@ -1089,6 +1100,23 @@ class Result:
         """One line for a person."""
         return self.trouble or one_line(self.stderr) or f"exit status {self.status}"
 
+    def check(self, doing: str) -> Result:
+        """Itself, if all went well. Raises Fault."""
+        if self.status or self.trouble:
+            raise Fault(f"{doing}: {self.complaint}")
+        return self
+
+
+@dataclass(frozen=True)
+class RunAs:
+    """Who a child is: its account (None: pgod's own), environment and directory."""
+
+    service: str = ""  # of pgo.toml, for the log and the metrics; "" is pgod itself
+    account: Account | None = None
+    env: Mapping[str, str] = field(default_factory=dict)
+    directory: Path = Path("/")
+    secrets: tuple[str, ...] = ()  # are redacted in the log and in standard error
+
 
 def session_processes(session: int) -> list[int]:
     """The processes of a session, from proc(5)."""
@@ -1128,7 +1156,7 @@ def child_environment(extra: Mapping[str, str]) -> dict[str, str]:
     return {"PATH": DEFAULT_PATH, "HOME": "/nonexistent", **passed, **extra}
 
 
-def feed_lines(data: bytearray, on_line: Callable[[str], None],
+def feed_lines(data: bytearray, on_line: Progress,
                secrets: Sequence[str]) -> bytearray:
     """Hand on the whole lines in `data`; what is left of it."""
     *lines, rest = data.split(b"\n")
@@ -1137,6 +1165,18 @@ def feed_lines(data: bytearray, on_line: Callable[[str], None],
         if text:
             on_line(redact(text, secrets))
     return bytearray(rest)
+
+
+LEFT_BEHIND = "something that it left behind holds its pipes"
+
+
+def as_account(words: Sequence[str], account: Account | None) -> list[str]:
+    """The words as that account's. By setpriv, so that Python need not fork itself for it."""
+    if not account or os.geteuid():
+        return [*words]
+    groups = ",".join(map(str, account.groups))
+    return ["setpriv", f"--reuid={account.uid}", f"--regid={account.gid}",
+            f"--groups={groups}" if groups else "--clear-groups", "--", *words]
 
 
 class Children:
@@ -1161,24 +1201,20 @@ class Children:
     def stop(self) -> None:
         self.stopped_at = time.monotonic()
 
-    def start(self, words: Sequence[str], *, account: Account | None = None,
-              env: Mapping[str, str] | None = None, folder: Path = Path("/"),
-              stdin: int = DEVNULL, stdout: int = PIPE,
+    def start(self, words: Sequence[str], who: RunAs, *, stdin: int = DEVNULL, stdout: int = PIPE,
               stderr: int = PIPE, session: bool = True) -> Child:
         """A running child; whoever starts it must wait for it. Raises Fault if there is none."""
-        who: dict[str, Any] = {}
-        if account and os.geteuid() == 0:
-            who = {"user": account.uid, "group": account.gid, "extra_groups": account.groups}
-        environment = dict(child_environment(env or {}))
+        environment = child_environment(who.env)
         if self.mark:
             name, _, value = self.mark.partition("=")
             environment[name] = value
+        if not shutil.which(words[0], path=environment["PATH"]):
+            raise Fault(f"{words[0]} is not installed")
+        log.debug("%s: runs: %s", who.service or "pgod", redact(shlex.join(words), who.secrets))
         try:
-            return subprocess.Popen(words, env=environment, cwd=folder, stdin=stdin, stdout=stdout,
-                                    stderr=stderr, start_new_session=session, umask=0o022,
-                                    bufsize=0, **who)
-        except FileNotFoundError:
-            raise Fault(f"{words[0]} is not installed") from None
+            return subprocess.Popen(as_account(words, who.account), env=environment,
+                                    cwd=who.directory, stdin=stdin, stdout=stdout, stderr=stderr,
+                                    start_new_session=session, umask=0o022, bufsize=0)
         except (OSError, subprocess.SubprocessError) as error:
             raise Fault(f"{words[0]} cannot be started: {error}") from None
 
@@ -1194,34 +1230,34 @@ class Children:
             time.sleep(0.01)
         child.wait()
 
-    def run(self, words: Sequence[str], *, deadline: float, kind: tuple[str, str, str],
-            account: Account | None = None, env: Mapping[str, str] | None = None,
-            folder: Path = Path("/"), stdin: bytes = b"", limit: int = CHILD_OUTPUT,
-            on_line: Callable[[str], None] | None = None,
-            secrets: Sequence[str] = ()) -> Result:
-        """Run a child to its end, and count it as `kind`: (service, command, subcommand).
+    def run(self, words: Sequence[str], who: RunAs, *, deadline: float, kind: tuple[str, str],
+            stdin: bytes = b"", limit: int = CHILD_OUTPUT,
+            on_line: Progress | None = None) -> Result:
+        """Run a child to its end, and count it as `kind`: (command, subcommand).
 
         Its output is collected up to `limit` bytes; lines of its standard error go to `on_line`
         as they come. A deadline or limit that is passed ends its session and shows in `trouble`.
         """
-        child = self.start(words, account=account, env=env, folder=folder,
-                           stdin=PIPE if stdin else DEVNULL)
-        log.debug("%s: runs: %s", kind[0] or "pgod", redact(shlex.join(words), secrets))
+        child = self.start(words, who, stdin=PIPE if stdin else DEVNULL)
+        ended = False
         try:
-            stdout, stderr, trouble = self._collect(child, stdin, deadline, limit, on_line, secrets)
+            stdout, stderr, trouble = self._collect(child, stdin, deadline, limit, on_line,
+                                                    who.secrets)
+            ended = not trouble and child.poll() is not None
         finally:
-            self.end(child)
+            if not ended:  # /proc is read only for what did not end by itself
+                self.end(child)
             for pipe in filter(None, (child.stdin, child.stdout, child.stderr)):
                 pipe.close()
-        text = redact(stderr.decode(errors="replace"), secrets)
-        result = Result(child.returncode, stdout, text, trouble)
-        self.metrics.count("pgo_command_count", kind)
-        if result.status or trouble:
-            self.metrics.count("pgo_command_error_count", kind)
+        text = redact(stderr.decode(errors="replace"), who.secrets)
+        result = Result(child.returncode, stdout, text, "" if trouble == LEFT_BEHIND else trouble)
+        self.metrics.count("pgo_command_count", (who.service, *kind))
+        if result.status or result.trouble:
+            self.metrics.count("pgo_command_error_count", (who.service, *kind))
         return result
 
     def _collect(self, child: Child, stdin: bytes, deadline: float, limit: int,
-                 on_line: Callable[[str], None] | None,
+                 on_line: Progress | None,
                  secrets: Sequence[str]) -> tuple[bytes, bytes, str]:
         """Both outputs until their end, the child's or the deadline; and what was wrong."""
         if child.stdin:
@@ -1238,8 +1274,8 @@ class Children:
                 now = time.monotonic()
                 if child.poll() is not None:
                     ended = ended or now
-                    if now > ended + 1:  # something it left behind holds the pipes
-                        break
+                    if now > ended + 1:
+                        return bytes(output["stdout"]), bytes(output["stderr"]), LEFT_BEHIND
                 if now > until:
                     trouble = f"took longer than {deadline:.0f} s"
                     return bytes(output["stdout"]), bytes(output["stderr"]), trouble
@@ -1286,19 +1322,19 @@ def printable(text: str) -> str:
     return "".join(char if char.isprintable() else "?" for char in text)
 
 
-class Git:
+class Repository:
     """The git folder of one service. It lies outside the work tree, so no container reaches it.
 
     git runs as the service's user, without the docker group, without any configuration but ours.
     """
 
-    def __init__(self, service: Service, places: Places, account: Account,
+    def __init__(self, service: Service, paths: ServicePaths, account: Account,
                  children: Children) -> None:
         self.service = service
-        self.places = places
+        self.paths = paths
         self.account = account
         self.children = children
-        self.folder = places.own / "git"
+        self.folder = paths.own / "git"
         self.exported: tuple[str, Tree] = ("", {})  # commit and tree of the export folder
 
     def environment(self) -> dict[str, str]:
@@ -1307,7 +1343,7 @@ class Git:
         if remote.authorization:
             host = "/".join(remote.url.split("/")[:3])
             settings[f"http.{host}/.extraHeader"] = remote.authorization
-        env = {"GIT_CONFIG_NOSYSTEM": "1", "GIT_CONFIG_GLOBAL": str(self.places.own / "gitconfig"),
+        env = {"GIT_CONFIG_NOSYSTEM": "1", "GIT_CONFIG_GLOBAL": str(self.paths.own / "gitconfig"),
                "GIT_TERMINAL_PROMPT": "0", "GIT_ASKPASS": "/bin/false", "SSH_ASKPASS": "/bin/false",
                "GIT_ALLOW_PROTOCOL": f"{remote.scheme}:file", "GIT_SSH_VARIANT": "ssh",
                "GIT_SSH_COMMAND": shlex.join(self.ssh_words()), "GIT_OPTIONAL_LOCKS": "0",
@@ -1321,21 +1357,21 @@ class Git:
         """ssh for git: the deploy key alone, host keys remembered at first sight."""
         options = ["BatchMode=yes", "StrictHostKeyChecking=accept-new", "ConnectTimeout=20",
                    "ForwardAgent=no", "ClearAllForwardings=yes", "ServerAliveInterval=15",
-                   f"UserKnownHostsFile={self.places.own}/ssh/known_hosts"]
+                   f"UserKnownHostsFile={self.paths.own}/ssh/known_hosts"]
         key = [] if not self.service.deploy_key else [
-            "-i", f"{self.places.own}/ssh/deploy_key", "-o", "IdentitiesOnly=yes",
+            "-i", f"{self.paths.own}/ssh/deploy_key", "-o", "IdentitiesOnly=yes",
             "-o", "IdentityAgent=none"]
         return ["ssh", "-F", "/dev/null", *(w for o in options for w in ("-o", o)), *key]
 
     def prepare(self) -> None:
         """Folders, the deploy key where the user can read it, and the trust in local paths."""
-        own = self.places.own
+        own = self.paths.own
         for name in ("git", "ssh"):
             make_folder(own / name, 0o700, self.account)
         if self.service.deploy_key:
             key = Path(self.service.deploy_key).read_bytes().rstrip() + b"\n"
             write_atomic(own / "ssh" / "deploy_key", key, 0o600, self.account)
-        trusted = [str(self.places.worktree), str(self.places.worktree / ".git")]
+        trusted = [str(self.paths.worktree), str(self.paths.worktree / ".git")]
         if self.service.repository.scheme == "file":
             url = self.service.repository.url
             trusted += [url, f"{url.rstrip('/')}/.git"]
@@ -1353,10 +1389,10 @@ class Git:
         git_dir = self.folder if folder == Path() else folder
         where = [] if folder is None else [f"--git-dir={git_dir}"]
         subcommand = "pull" if words[0] == "fetch" else words[0]
-        result = self.children.run(
-            ["git", *where, *words], account=self.account, env=self.environment() | dict(env or {}),
-            deadline=DEADLINE[deadline], kind=(self.service.name, "git", subcommand),
-            secrets=self.service.secrets)
+        who = RunAs(self.service.name, self.account, self.environment() | dict(env or {}),
+                    secrets=self.service.secrets)
+        result = self.children.run(["git", *where, *words], who, deadline=DEADLINE[deadline],
+                                   kind=("git", subcommand))
         if result.status or result.trouble:
             moved = ("; redirects are not followed: give the address that it leads to, which often "
                      "ends in .git") if re.search(r"returned error: 30\d", result.stderr) else ""
@@ -1442,7 +1478,7 @@ class Git:
 
     def _export(self, commit: str) -> Tree:
         tree = self.tree(commit)
-        fresh, index = self.places.own / "export.new", self.folder / "export.index"
+        fresh, index = self.paths.own / "export.new", self.folder / "export.index"
         shutil.rmtree(fresh, ignore_errors=True)
         for left in (index, index.with_name("export.index.lock")):
             left.unlink(missing_ok=True)
@@ -1450,8 +1486,8 @@ class Git:
         env = {"GIT_INDEX_FILE": str(index), "GIT_WORK_TREE": str(fresh)}
         self.git("read-tree", commit, env=env)
         self.git("checkout-index", "--all", "--force", f"--prefix={fresh}/", env=env)
-        shutil.rmtree(self.places.export, ignore_errors=True)
-        fresh.rename(self.places.export)
+        shutil.rmtree(self.paths.export, ignore_errors=True)
+        fresh.rename(self.paths.export)
         return tree
 
     def take_over(self) -> str:
@@ -1460,7 +1496,7 @@ class Git:
         upload-pack is made for repositories that are not trusted: it runs nothing of theirs.
         """
         self.git("fetch", "--quiet", "--no-tags", "--depth=1", "--no-write-fetch-head",
-                 str(self.places.worktree / ".git"), "+HEAD:refs/pgod/good")
+                 str(self.paths.worktree / ".git"), "+HEAD:refs/pgod/good")
         return self.identity("refs/pgod/good")
 
     def public_keys(self, tree: Tree) -> tuple[PublicKey, ...]:
@@ -1477,7 +1513,7 @@ class Git:
 
     def read_export(self, path: str) -> bytes:
         with as_user(self.account):
-            return read_beneath(self.places.export, path, KEY_FILE_BYTES + 1)
+            return read_beneath(self.paths.export, path, KEY_FILE_BYTES + 1)
 
 # ---- Work tree ---------------------------------------------------------------------------------
 
@@ -1538,7 +1574,7 @@ def conflicts_at(root: Path, export: Path, path: str, mode: str, known: set[str]
 
 
 @contextlib.contextmanager
-def explaining_owners(root: Path, path: str) -> Iterator[None]:
+def refuse_on_permission_error(root: Path, path: str) -> Iterator[None]:
     """Say what to do where the user is kept out of his own work tree."""
     try:
         yield
@@ -1559,11 +1595,12 @@ def worktree_conflicts(root: Path, export: Path, tracked: Tree, new: Tree) -> li
     known, conflicts = set(tracked), []
     for path, (mode, _) in sorted(new.items()):
         if path not in known and mode != "160000":
-            with explaining_owners(root, path):
+            with refuse_on_permission_error(root, path):
                 conflicts += conflicts_at(root, export, path, mode, known)
     changes = {path for path in {*tracked, *new} if tracked.get(path) != new.get(path)}
     for folder, path in {path.rpartition("/")[0]: path for path in sorted(changes)}.items():
-        with explaining_owners(root, path), contextlib.suppress(FileNotFoundError, Refused):
+        with (refuse_on_permission_error(root, path),
+              contextlib.suppress(FileNotFoundError, Refused)):
             try_to_write(root, folder)
     return conflicts
 
@@ -1593,7 +1630,7 @@ def update_worktree(root: Path, export: Path, tracked: Tree, new: Tree, keep: fr
     def attempt(path: str, act: Callable[[], None]) -> None:
         beat()
         try:
-            with explaining_owners(root, path):
+            with refuse_on_permission_error(root, path):
                 act()
         except Refused as refused:
             if path not in new or tracked.get(path) != new[path]:
@@ -1617,7 +1654,7 @@ def update_worktree(root: Path, export: Path, tracked: Tree, new: Tree, keep: fr
     return failures
 
 
-def hand_over(root: Path, paths: Iterable[str], former: int, account: Account) -> None:
+def chown_tracked(root: Path, paths: Iterable[str], former: int, account: Account) -> None:
     """Give paths beneath root, and the folders above them, to the account, by no link.
 
     Only those that are the former user's (a number): what a container took stays the container's.
@@ -1628,12 +1665,23 @@ def hand_over(root: Path, paths: Iterable[str], former: int, account: Account) -
             if os.stat(name, dir_fd=folder, follow_symlinks=False).st_uid == former:
                 os.chown(name, account.uid, account.gid, dir_fd=folder, follow_symlinks=False)
 
-# ---- Model -------------------------------------------------------------------------------------
+# ---- Engine ------------------------------------------------------------------------------------
 
-Model = dict[str, Any]
-MAX_BYTES = 1 << 30  # of the host's memory, for a tmpfs or shared memory
-KEEP_LABEL = "io.pgod.keep"  # of the containers that keep images
-FILES_LABEL = "io.pgod.files"  # changes when a bound file does, and so compose recreates
+API_NEWEST = (1, 51)  # the newest version of the engine's API that pgod was tried with
+API_BYTES = 32 << 20  # of one answer
+API_SECONDS = 60.0
+DEFAULT_SOCKET = "unix:///var/run/docker.sock"
+PROJECT_LABEL = "com.docker.compose.project"
+SERVICE_LABEL = "com.docker.compose.service"
+DIGEST_LABEL = "io.pgod.digest"
+# Signals that say something to a program and do not end it, as `docker kill` reports them.
+HARMLESS_SIGNALS = frozenset(("1", "10", "12", "17", "18", "23", "28"))
+FOREVER = ("always", "unless-stopped")  # restart policies of what is never done
+UP = ("running", "restarting", "paused", "removing")  # states of what has not ended
+
+
+class NotThere(Fault):
+    """The engine has no such container, image, network or volume."""
 
 
 @dataclass(frozen=True)
@@ -1645,6 +1693,503 @@ class Bind:
     source: str
     read_only: bool
     target: str = ""  # known of a container's
+
+
+@dataclass(frozen=True)
+class Container:
+    """A container of a project, as the engine has it. Times are seconds since the epoch."""
+
+    identity: str
+    compose_service: str
+    name: str
+    status: str  # created, running, paused, restarting, removing, exited or dead
+    exit_code: int = 0
+    health: str = ""  # "" without a health check, else starting, healthy or unhealthy
+    restarts: int = 0
+    policy: str = "no"  # or always, on-failure, unless-stopped
+    image: str = ""
+    created: float = 0.0
+    started: float = 0.0
+    by_hand: bool = False  # ended, because somebody stopped or killed it
+    digest: str = ""
+    replaces: bool = False  # compose made it to take another one's place
+    networks: Mapping[str, str] = field(default_factory=dict)  # name: identity
+    shares: tuple[str, ...] = ()  # containers whose network, ipc or pid namespace it has
+    volumes_from: tuple[str, ...] = ()
+    binds: tuple[Bind, ...] = ()
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """What the engine has for a project at the moment `now`, by the engine's own clock.
+
+    `networks` are all of the engine, as it describes them; `volumes` and `images` those that were
+    asked for and are there.
+    """
+
+    containers: tuple[Container, ...] = ()
+    networks: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    volumes: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    images: Mapping[str, str] = field(default_factory=dict)  # name: identity
+    now: float = 0.0
+
+
+def parse_docker_host(text: str) -> tuple[str, int]:
+    """`(path, 0)` of a Unix socket or `(host, port)`, as docker reads DOCKER_HOST. Raises Fault."""
+    scheme, _, rest = text.partition("://")
+    if scheme == "unix" and rest.startswith("/"):
+        return rest, 0
+    parts = urllib.parse.urlsplit(text)
+    with contextlib.suppress(ValueError):
+        if scheme == "tcp" and parts.hostname:
+            return parts.hostname, parts.port or 2375
+    raise Fault(f"DOCKER_HOST={text}: pgod speaks to an engine by unix:///path or tcp://host:port")
+
+
+def parse_time(text: str) -> float:
+    """Seconds since the epoch of an RFC 3339 time; 0 for the engine's "never"."""
+    match = re.fullmatch(r"(\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d)(\.\d{1,6})?\d*(Z|[+-]\d\d:\d\d)", text)
+    if not match or text.startswith("0001"):
+        return 0.0
+    return datetime.datetime.fromisoformat(match[1] + (match[2] or "") + match[3]).timestamp()
+
+
+def parse_container(facts: Mapping[str, Any]) -> Container:
+    """A Container of what the engine says of it. Raises KeyError."""
+    state, host, config = facts["State"], facts["HostConfig"], facts["Config"]
+    labels = config["Labels"] or {}
+    compose_service = str(labels.get(SERVICE_LABEL, ""))
+    modes = (host.get("NetworkMode"), host.get("IpcMode"), host.get("PidMode"))
+    networks = (facts.get("NetworkSettings") or {}).get("Networks") or {}
+    return Container(
+        facts["Id"], compose_service, facts["Name"].lstrip("/"), state["Status"],
+        state["ExitCode"], (state.get("Health") or {}).get("Status", "").replace("none", ""),
+        facts.get("RestartCount", 0), host["RestartPolicy"]["Name"] or "no", facts["Image"],
+        parse_time(facts["Created"]), parse_time(state["StartedAt"]),
+        digest=str(labels.get(DIGEST_LABEL, "")),
+        replaces="com.docker.compose.replace" in labels,
+        networks={name: (network or {}).get("NetworkID", "") for name, network in networks.items()},
+        shares=tuple(mode[10:] for mode in modes if str(mode).startswith("container:")),
+        volumes_from=tuple(text.partition(":")[0] for text in host.get("VolumesFrom") or ()),
+        binds=tuple(Bind(compose_service, "bind", mount["Source"], not mount["RW"],
+                         mount["Destination"])
+                    for mount in facts.get("Mounts") or () if mount["Type"] == "bind"))
+
+
+class EngineConnection(http.client.HTTPConnection):
+    """HTTP over the engine's socket."""
+
+    def __init__(self, address: tuple[str, int], timeout: float) -> None:
+        super().__init__(address[0] if address[1] else "docker", address[1] or 80, timeout=timeout)
+        self.address = address
+
+    def connect(self) -> None:
+        if self.address[1]:
+            super().connect()
+            return
+        self.sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        self.sock.settimeout(self.timeout)
+        self.sock.connect(self.address[0])
+
+
+class EngineApi:
+    """The engine's own API, for questions and small acts. A connection a request: any thread."""
+
+    def __init__(self, host: str = "") -> None:
+        if os.environ.get("DOCKER_TLS_VERIFY"):
+            raise Fault("DOCKER_TLS_VERIFY is set: pgod speaks to an engine without TLS only, by "
+                        "its socket; unset it")
+        self.address = parse_docker_host(host or os.environ.get("DOCKER_HOST") or DEFAULT_SOCKET)
+        self._version = ""  # asked for again when the engine was away
+
+    def path(self, path: str, query: Mapping[str, Any]) -> str:
+        """With the version that both know, and the query; filters are JSON."""
+        if not self._version:
+            answer = self.exchange("GET", "/_ping")[1]
+            newest = re.fullmatch(r"(\d+)\.(\d+)", answer.get("Api-Version") or "")
+            known = (int(newest[1]), int(newest[2])) if newest else API_NEWEST
+            self._version = "/v{}.{}".format(*min(known, API_NEWEST))
+        words = {name: json.dumps(value) if isinstance(value, dict) else value
+                 for name, value in query.items()}
+        return f"{self._version}{path}{'?' + urllib.parse.urlencode(words) if words else ''}"
+
+    def exchange(self, method: str, path: str, body: Any = None,
+                 seconds: float = API_SECONDS) -> tuple[bytes, http.client.HTTPMessage]:
+        """The answer's body and headers. Raises NotThere, Fault with its words, or EngineGone."""
+        connection = EngineConnection(self.address, seconds)
+        try:
+            data = None if body is None else json.dumps(body).encode()
+            connection.request(method, path, data, {"Content-Type": "application/json"})
+            answer = connection.getresponse()
+            text = answer.read(API_BYTES + 1)
+        except (OSError, http.client.HTTPException) as error:
+            self._version = ""
+            raise EngineGone(f"the engine does not answer: {error or type(error).__name__}"
+                             ) from None
+        finally:
+            connection.close()
+        if len(text) > API_BYTES:
+            raise Fault(f"the engine answered {path} with more than {API_BYTES >> 20} MiB")
+        if answer.status >= 400:
+            with contextlib.suppress(ValueError, AttributeError):
+                text = json.loads(text).get("message", "").encode()
+            raise (NotThere if answer.status == 404 else Fault)(
+                one_line(text.decode(errors="replace")) or f"the engine says {answer.status}")
+        return text, answer.headers
+
+    def ask(self, method: str, path: str, query: Mapping[str, Any] | None = None,
+            body: Any = None, seconds: float = API_SECONDS) -> Any:
+        """The answer, parsed; None where there is none."""
+        text, _ = self.exchange(method, self.path(path, query or {}), body, seconds)
+        try:
+            return json.loads(text) if text.strip() else None
+        except ValueError:
+            raise Fault(f"the engine's answer to {path} is no JSON") from None
+
+    def containers(self, project: str) -> tuple[Container, ...]:
+        """The containers of a project by name, one-off ones left out."""
+        labels = [f"{PROJECT_LABEL}={project}", "com.docker.compose.oneoff=False"]
+        found = []
+        for row in self.ask("GET", "/containers/json", {"all": 1, "filters": {"label": labels}}):
+            with contextlib.suppress(NotThere, KeyError):  # gone meanwhile
+                facts = self.ask("GET", f"/containers/{row['Id']}/json")
+                container = parse_container(facts)
+                if container.status == "exited":
+                    ended = parse_time(facts["State"]["FinishedAt"])
+                    container = dataclasses.replace(
+                        container, by_hand=self.was_ended(container, ended))
+                found.append(container)
+        return tuple(sorted(found, key=lambda container: container.name))
+
+    def was_ended(self, container: Container, ended: float) -> bool:
+        """Whether somebody stopped or killed it. The engine remembers its last 256 events."""
+        query = {"since": f"{container.started - 1:.9f}", "until": f"{ended:.9f}",
+                 "filters": {"container": [container.identity], "event": ["kill"]}}
+        text, _ = self.exchange("GET", self.path("/events", query))
+        events = [json.loads(line) for line in text.splitlines() if line.strip()]
+        return any(event["Actor"]["Attributes"].get("signal") not in HARMLESS_SIGNALS
+                   and event.get("timeNano", 0) / 1e9 > container.started for event in events)
+
+    def image(self, name: str) -> Mapping[str, Any]:
+        """What the engine knows of an image; empty where it is not there."""
+        try:
+            return dict(self.ask("GET", f"/images/{urllib.parse.quote(name)}/json"))
+        except NotThere:
+            return {}
+
+    def images(self, names: Iterable[str]) -> dict[str, str]:
+        """Name and identity of those that are there."""
+        found = {name: str(self.image(name).get("Id", "")) for name in sorted({*names})}
+        return {name: identity for name, identity in found.items() if identity}
+
+    def volume(self, name: str) -> Mapping[str, Any]:
+        try:
+            return dict(self.ask("GET", f"/volumes/{urllib.parse.quote(name)}"))
+        except NotThere:
+            return {}
+
+    def networks(self) -> tuple[dict[str, Mapping[str, Any]], float]:
+        """All networks by name, and the engine's time."""
+        text, headers = self.exchange("GET", self.path("/networks", {}))
+        now = email.utils.parsedate_to_datetime(headers["Date"]).timestamp()
+        return {network["Name"]: network for network in json.loads(text)}, now
+
+    def snapshot(self, project: str, images: Iterable[str] = (),
+                 volumes: Iterable[str] = ()) -> Snapshot:
+        """What there is of a project, of the named images and volumes. Raises Fault."""
+        containers = self.containers(project)
+        networks, now = self.networks()
+        found = {name: facts for name in volumes if (facts := self.volume(name))}
+        return Snapshot(containers, networks, found, self.images(images), now)
+
+    def attached(self, network: str) -> list[Mapping[str, Any]]:
+        """All containers on a network, also stopped ones: names, identities and labels."""
+        return list(self.ask("GET", "/containers/json", {
+            "all": 1, "filters": {"network": [network]}}))
+
+    def stop(self, identities: Iterable[str]) -> None:
+        for identity in identities:
+            with contextlib.suppress(NotThere):
+                self.ask("POST", f"/containers/{identity}/stop", seconds=API_SECONDS + 120)
+
+    def remove(self, identities: Iterable[str], volumes: bool = False) -> None:
+        """By force; `volumes`: also the anonymous ones that are its own."""
+        for identity in identities:
+            with contextlib.suppress(NotThere):
+                self.ask("DELETE", f"/containers/{identity}", {"force": 1, "v": int(volumes)})
+
+    def rename(self, identity: str, name: str) -> None:
+        self.ask("POST", f"/containers/{identity}/rename", {"name": name})
+
+    def disconnect(self, network: str, container: str) -> None:
+        with contextlib.suppress(NotThere):
+            self.ask("POST", f"/networks/{network}/disconnect",
+                     body={"Container": container, "Force": True})
+
+    def remove_network(self, network: str) -> None:
+        with contextlib.suppress(NotThere):
+            self.ask("DELETE", f"/networks/{network}")
+
+    def tag(self, image: str, name: str) -> None:
+        """Give an image one more name, with a tag or without. Raises NotThere."""
+        repository, mark, tag = name.rpartition(":")
+        if not mark or "/" in tag:
+            repository, tag = name, "latest"
+        self.ask("POST", f"/images/{image}/tag", {"repo": repository, "tag": tag})
+
+    def untag(self, name: str) -> None:
+        with contextlib.suppress(NotThere):
+            self.ask("DELETE", f"/images/{urllib.parse.quote(name)}", {"noprune": 1})
+
+    def names_of(self, repository: str) -> list[str]:
+        """All names REPOSITORY:TAG that there are."""
+        rows = self.ask("GET", "/images/json", {"filters": {"reference": [repository]}})
+        return [name for row in rows for name in row.get("RepoTags") or ()]
+
+    def events(self, on_event: Callable[[Mapping[str, Any]], None],
+               going_on: Callable[[], bool]) -> None:
+        """Hand on what happens to containers, until the stream ends. Raises Fault.
+
+        `going_on` is asked twice a second. HTTP/1.0, because then lines come as they are.
+        """
+        kinds = ["die", "destroy", "oom", "stop", "health_status", "start"]
+        query = {"filters": {"type": ["container"], "event": kinds}}
+        connection = EngineConnection(self.address, API_SECONDS)
+        try:
+            path = self.path("/events", query)
+            connection.connect()
+            connection.sock.sendall(f"GET {path} HTTP/1.0\r\nHost: docker\r\n\r\n".encode())
+            lines = connection.sock.makefile("rb", buffering=0)
+            rest = b""
+            while going_on():
+                if not select.select([lines], [], [], 0.5)[0]:
+                    continue
+                data = lines.read(1 << 16)
+                if not data:
+                    return
+                *whole, rest = (rest + data).split(b"\n")
+                rest = rest if len(rest) < API_BYTES else b""
+                for line in whole:
+                    with contextlib.suppress(ValueError, KeyError, TypeError):
+                        on_event(json.loads(line))
+        except OSError as error:
+            raise EngineGone(f"the engine does not answer: {error}") from None
+        finally:
+            connection.close()
+
+
+def compose_program(children: Children) -> tuple[str, ...]:
+    """`docker compose`, or a standalone docker-compose of version 2. Raises Fault."""
+    found = ""
+    for words in (("docker", "compose"), ("docker-compose",)):
+        try:
+            result = children.run([*words, "version", "--short"], RunAs(),
+                                  deadline=DEADLINE["docker"], kind=("compose", "version"))
+        except Fault:
+            continue
+        version = result.stdout.decode(errors="replace").strip().removeprefix("v")
+        if result.status == 0 and re.match(r"[2-9]\.|[1-9]\d+\.", version):
+            return words
+        if result.status == 0 and version.startswith("1."):
+            found = f"docker-compose {version} is too old; "
+    raise Fault(f"{found}docker compose 2 is needed: install docker-compose-v2 or "
+                "docker-compose-plugin")
+
+
+def docker_group() -> int | None:
+    """The group that may speak to the engine's socket."""
+    try:
+        return grp.getgrnam("docker").gr_gid
+    except KeyError:
+        return None
+
+
+def account_of(user: str, with_docker: bool = False) -> Account:
+    """The user with the groups it has, the docker group taken away or added."""
+    entry = pwd.getpwnam(user)
+    groups = set(os.getgrouplist(user, entry.pw_gid))
+    docker = docker_group()
+    if docker is not None and user != "root":
+        groups = groups | {docker} if with_docker else groups - {docker}
+    return Account(user, entry.pw_uid, entry.pw_gid, tuple(sorted(groups)))
+
+
+def render_fault(result: Result) -> Fault:
+    """Why a rendering failed; a limit's own words help nobody. A crash is no fault of the file."""
+    text, why = result.stderr, result.complaint
+    if "out of memory" in text or "cannot allocate memory" in text:
+        why = f"it needs more than {RENDER_MEMORY >> 20} MiB of memory"
+    elif result.status in (-signal.SIGXCPU, -signal.SIGKILL) or "SIGXCPU" in text:
+        why = f"it needs more than {RENDER_CPU} s of processor time"
+    elif "remote resource is disabled" in text:
+        why = "it includes or extends an address; only files of the repository are read"
+    elif "\ngoroutine " in text:
+        return Fault(f"compose crashed: {text.splitlines()[0][:200]}")
+    return Refused(f"the compose file does not render: {why}")
+
+
+class Compose:
+    """docker compose for one service.
+
+    Rendering has no access to the engine; all else runs as the user with the docker group, on the
+    model that was checked.
+    """
+
+    def __init__(self, service: Service, paths: ServicePaths, children: Children,
+                 program: tuple[str, ...]) -> None:
+        self.service = service
+        self.paths = paths
+        self.children = children
+        self.program = program
+        self.account = account_of(service.user)
+        self.docker_account = account_of(service.user, with_docker=True)
+
+    @property
+    def reader_group(self) -> int | None:
+        """Only docker commands read the model and the logins: root's, of the docker group."""
+        return docker_group() if os.geteuid() == 0 else None
+
+    def environment(self) -> dict[str, str]:
+        """For every docker command. Nothing in it or in a .env makes compose fetch a remote."""
+        return dict(self.service.env) | {
+            "DOCKER_CONFIG": str(self.paths.own / "docker"),
+            "BUILDX_CONFIG": str(self.paths.own / "buildx"),
+            "COMPOSE_PROFILES": ",".join(self.service.profiles),
+            "COMPOSE_EXPERIMENTAL_GIT_REMOTE": "false", "COMPOSE_EXPERIMENTAL_OCI_REMOTE": "false",
+            "COMPOSE_PROJECT_NAME": self.service.name, "COMPOSE_MENU": "false",
+            "DOCKER_CLI_HINTS": "false"}
+
+    def who(self, env: Mapping[str, str] | None = None) -> RunAs:
+        """The user with the docker group."""
+        return RunAs(self.service.name, self.docker_account, self.environment() | dict(env or {}),
+                     secrets=self.service.secrets)
+
+    def prepare(self) -> None:
+        make_folder(self.paths.own / "docker", 0o750, None, self.reader_group)
+        make_folder(self.paths.own / "buildx", 0o770, None, self.reader_group)
+        if not (self.paths.own / "docker" / "config.json").exists():
+            self.write("docker/config.json", b"{}\n")
+
+    def write(self, name: str, data: bytes) -> None:
+        """A file of root's that docker commands can read and nobody can write."""
+        mode = 0o640 if self.reader_group is not None else 0o600
+        write_atomic(self.paths.own / name, data, mode, None, self.reader_group)
+
+    def write_model(self, name: str, model: Mapping[str, Any]) -> None:
+        self.write(name, json.dumps(model, sort_keys=True).encode())
+
+    def words(self, *command: str, model: str = "model.json") -> list[str]:
+        """A compose command on a checked model: the same prefix for every one."""
+        return [*self.program, "--ansi", "never", "--project-name", self.service.name,
+                "--project-directory", str(self.paths.worktree), "--file",
+                str(self.paths.own / model), "--env-file", "/dev/null", *command]
+
+    def run(self, *command: str, deadline: str, model: str = "model.json",
+            on_line: Progress | None = None, values: Mapping[str, str] | None = None) -> Result:
+        waits = self.service.wait if deadline == "up" else 0  # for what depends_on names
+        return self.children.run(
+            self.words(*command, model=model), self.who(values),
+            deadline=DEADLINE[deadline] + waits, on_line=on_line, kind=("compose", command[0]))
+
+    def files(self, tree: Tree) -> list[str]:
+        """The files of the commit to render. Raises Refused if there is none."""
+        names = self.service.compose or next(
+            ((name,) for name in COMPOSE_FILES if name in tree), ())
+        if not names:
+            raise Refused(f"the repository has none of {', '.join(COMPOSE_FILES)}")
+        for name in names:
+            if name not in tree:
+                raise Refused(f"the repository has no {name}")
+        return [str(self.paths.export / name) for name in names]
+
+    def render(self, files: Iterable[str]) -> dict[str, Any]:
+        """The model of files, by compose itself, with the exported commit as project directory.
+
+        As the user, without the docker group, with limits. Raises Refused.
+        """
+        words = [word for name in files for word in ("--file", name)]
+        env = {"PWD": str(self.paths.export), **self.environment(), "GIT_ALLOW_PROTOCOL": "none",
+               "DOCKER_CONFIG": "/nonexistent", "GOMAXPROCS": "2"}
+        result = self.children.run(
+            ["prlimit", f"--cpu={RENDER_CPU}", f"--data={RENDER_MEMORY}", "--core=0", "--",
+             *self.program, "--project-name", self.service.name, "--project-directory",
+             str(self.paths.export), *words, "config", "--format", "json"],
+            RunAs(self.service.name, self.account, env, secrets=self.service.secrets),
+            deadline=DEADLINE["render"], limit=RENDER_OUTPUT, kind=("compose", "config"))
+        if result.status or result.trouble:
+            raise render_fault(result)
+        try:
+            return dict(json.loads(result.stdout))
+        except (ValueError, TypeError):
+            raise Refused("the compose file does not render: compose wrote no JSON") from None
+        except RecursionError:
+            raise Refused("the compose file is nested too deeply") from None
+
+    def login(self) -> None:
+        """Log in to every registry, with a configuration of the service's own. Raises Fault."""
+        for registry in self.service.registries:
+            result = self.children.run(
+                ["docker", "login", "--username", registry.user, "--password-stdin",
+                 registry.address], dataclasses.replace(self.who(), account=None),
+                stdin=registry.token.encode(), deadline=DEADLINE["login"], kind=("docker", "login"))
+            with contextlib.suppress(FileNotFoundError):
+                self.write("docker/config.json",
+                           (self.paths.own / "docker" / "config.json").read_bytes())
+            result.check(f"login to {registry.address} failed")
+
+    def pull(self, names: Sequence[str]) -> str:
+        """Pull the images of compose services; why not all of them came, or nothing."""
+        trouble = ""
+        try:
+            self.login()
+        except Fault as fault:
+            trouble = str(fault)
+        words = ("--", *sorted(names))  # a compose service may be called --build
+        result = self.run("pull", "--quiet", *words, deadline="pull", model="render.json")
+        if result.status and len(names) > 1:  # compose gave up at the first that failed
+            self.run("pull", "--quiet", "--ignore-pull-failures", *words, deadline="pull",
+                     model="render.json")
+        return trouble or (result.complaint if result.status or result.trouble else "")
+
+    def pull_by_digest(self, name: str) -> None:
+        """One image REPOSITORY@DIGEST. Raises Fault."""
+        self.login()
+        self.children.run(["docker", "pull", "--quiet", "--", name], self.who(),
+                          deadline=DEADLINE["pull"], kind=("docker", "pull")).check("pull")
+
+    def build(self, names: Iterable[str] = ()) -> None:
+        """Build from the export. Raises Refused."""
+        result = self.run("build", "--", *names, deadline="build", model="render.json")
+        if result.status or result.trouble:
+            raise Refused(f"build failed: {one_line(result.stderr + result.trouble, 600)}")
+
+    def up(self, services: Sequence[str], values: Mapping[str, str], on_line: Progress,
+           force: bool = False) -> None:
+        """Bring up these compose services of the model and no others; remove orphans.
+
+        Raises Fault; EngineGone if the engine went meanwhile.
+        """
+        forced = ["--force-recreate"] if force else []
+        result = self.run(
+            "up", "--detach", "--no-build", "--quiet-pull", "--pull", "never", "--no-deps",
+            "--remove-orphans", *forced, "--", *services, deadline="up", on_line=on_line,
+            values=values)
+        if re.search(r"Cannot connect to the Docker daemon|error during connect|"
+                     "server is shutting down", result.stderr) and result.status:
+            raise EngineGone(f"the engine went away: {result.complaint}")
+        result.check("up")
+
+# ---- Model -------------------------------------------------------------------------------------
+
+Model = dict[str, Any]
+MAX_BYTES = 1 << 30  # of the host's memory, for a tmpfs or shared memory
+VALUE_PREFIX = "PGOD_VALUE_"  # names of variables are the repository's: DOCKER_HOST is one, too
+# Keys of a compose service that do not shape its containers.
+NOT_SHAPING = frozenset(("build", "pull_policy", "profiles", "depends_on", "scale", "develop"))
+
+
+def copied(model: Model) -> Model:
+    return dict(json.loads(json.dumps(model)))
 
 
 def moved_paths(value: Any, old: str, new: str) -> Any:
@@ -1662,10 +2207,15 @@ def compose_services(model: Model) -> dict[str, Any]:
     return model.get("services") or {}
 
 
-def files_used(uses: Any, table: Mapping[str, Any]) -> list[str]:
-    """The files of configs or secrets that are named, in short or long form."""
+def entries_used(uses: Any, table: Mapping[str, Any]) -> dict[str, Any]:
+    """The configs or secrets that are named, in short or long form, with what they are."""
     sources = [str(use.get("source") if isinstance(use, dict) else use) for use in uses or ()]
-    files = [(table.get(source) or {}).get("file") for source in sources]
+    return {source: table.get(source) or {} for source in sources}
+
+
+def files_used(uses: Any, table: Mapping[str, Any]) -> list[str]:
+    """The files of configs or secrets that are named."""
+    files = [entry.get("file") for entry in entries_used(uses, table).values()]
     return [str(file) for file in files if file]
 
 
@@ -1676,7 +2226,7 @@ def binds_of(model: Model) -> list[Bind]:
         for volume in service.get("volumes") or ():
             if isinstance(volume, dict) and volume.get("type") == "bind":
                 binds.append(Bind(name, "bind", str(volume.get("source", "")),
-                                  volume.get("read_only") is True))
+                                  volume.get("read_only") is True, str(volume.get("target", ""))))
         for kind in ("config", "secret"):
             table = model.get(f"{kind}s") or {}
             binds += [Bind(name, kind, file, True)
@@ -1693,36 +2243,9 @@ def expected_replicas(model: Model) -> dict[str, int]:
     return expected
 
 
-def file_seals(model: Model, tree: Tree, worktree: str,
-               generated: Mapping[str, str]) -> dict[str, str]:
-    """For each compose service that binds single files: a hash of their contents.
-
-    A running container keeps the old file when git or pgod writes a new one. Folders are no
-    matter: they stay in place. `generated` has the hashes of files that pgod writes itself.
-    """
-    blobs = {path: blob for path, (_, blob) in tree.items()} | dict(generated)
-    files = collections.defaultdict[str, set[tuple[str, str]]](set)
-    for bind in binds_of(model):
-        if blob := blobs.get(bind.source.removeprefix(worktree + "/")):
-            files[bind.compose_service].add((bind.source, blob))
-    return {name: hashlib.sha256(repr(sorted(found)).encode()).hexdigest()[:16]
-            for name, found in files.items()}
-
-
-def with_file_labels(model: Model, seals: Mapping[str, str],
-                     baseline: Mapping[str, str]) -> Model:
-    """The model with a label where a bound file is not what it was at the take-over."""
-    result: Model = json.loads(json.dumps(model))
-    for name, seal in seals.items():
-        if baseline.get(name) != seal:
-            service = result["services"][name]
-            service["labels"] = {**(service.get("labels") or {}), FILES_LABEL: seal}
-    return result
-
-
 def with_tmpfs_sizes(model: Model) -> Model:
     """The model with a limit where a tmpfs has none and could take half of the host's memory."""
-    result: Model = json.loads(json.dumps(model))
+    result = copied(model)
     for service in compose_services(result).values():
         mounts = service.get("tmpfs") or []
         for place, mount in enumerate(mounts):
@@ -1732,27 +2255,6 @@ def with_tmpfs_sizes(model: Model) -> Model:
             if isinstance(volume, dict) and volume.get("type") == "tmpfs":
                 volume["tmpfs"] = {"size": str(MAX_BYTES)} | (volume.get("tmpfs") or {})
     return result
-
-
-def label_of(service: Mapping[str, Any]) -> str:
-    return str((service.get("labels") or {}).get(FILES_LABEL, ""))
-
-
-def model_differences(old: Model, new: Model) -> dict[str, str]:
-    """For each compose service: what `up` will do to it and why; unchanged ones are left out."""
-    before, after = compose_services(old), compose_services(new)
-    changes = {name: "removed" for name in before if name not in after}
-    for name, service in after.items():
-        if name not in before:
-            changes[name] = "created"
-            continue
-        counting = {*service, *before[name]} - {"build", "pull_policy", "profiles"}
-        keys = sorted(key for key in counting if service.get(key) != before[name].get(key))
-        if keys == ["labels"] and label_of(service) != label_of(before[name]):
-            changes[name] = "recreated: a file that it binds changed"
-        elif keys:
-            changes[name] = f"recreated: {', '.join(keys)} changed"
-    return changes
 
 
 def inherits_bind(binds: Iterable[Bind], service: Mapping[str, Any],
@@ -1779,11 +2281,192 @@ def image_of(project: str, name: str, service: Mapping[str, Any]) -> str:
     return str(service.get("image") or f"{project}-{name}")
 
 
-def import_text(services: Iterable[Service]) -> str:
-    """Caddy's import file: a block a host, in order."""
-    urls = sorted({host: target for service in services for host, target in service.urls}.items())
-    blocks = [f"{host} {{\n\treverse_proxy {target}\n}}\n" for host, target in urls]
-    return "# Written by pgod from pgo.toml; changes here are lost.\n" + "\n".join(blocks)
+def images_of(project: str, model: Model) -> dict[str, str]:
+    """The image of each compose service."""
+    return {name: image_of(project, name, service)
+            for name, service in compose_services(model).items()}
+
+
+def named_things(project: str, model: Model, kind: str) -> dict[str, tuple[str, Any]]:
+    """The project's own networks or volumes: key: (name in the engine, configuration)."""
+    return {key: (str((entry or {}).get("name") or f"{project}_{key}"), entry or {})
+            for key, entry in (model.get(kind) or {}).items() if not (entry or {}).get("external")}
+
+
+def networks_used(service: Mapping[str, Any]) -> list[str]:
+    """The keys of a compose service's networks."""
+    networks = service.get("networks") or ()
+    return [str(key) for key in networks]
+
+
+def shared_with(service: Mapping[str, Any]) -> set[str]:
+    """The compose services whose namespaces or volumes this one has."""
+    modes = [str(service.get(key) or "") for key in ("network_mode", "ipc", "pid")]
+    sources = [str(text).split(":") for text in service.get("volumes_from") or ()]
+    return {mode[8:] for mode in modes if mode.startswith("service:")} | {
+        words[0] for words in sources if words[0] != "container"}
+
+
+def value_names(model: Model) -> list[str]:
+    """The variables whose values are configs or secrets of some compose service."""
+    names = set()
+    for service in compose_services(model).values():
+        for kind in ("configs", "secrets"):
+            entries = entries_used(service.get(kind), model.get(kind) or {}).values()
+            names |= {str(entry["environment"]) for entry in entries if entry.get("environment")}
+    return sorted(names)
+
+
+def with_value_names(model: Model) -> Model:
+    """The model with these variables under names that mean nothing to docker."""
+    result = copied(model)
+    for kind in ("configs", "secrets"):
+        for entry in (result.get(kind) or {}).values():
+            if entry.get("environment"):
+                entry["environment"] = VALUE_PREFIX + str(entry["environment"])
+    return result
+
+
+def values_file(names: Iterable[str]) -> Model:
+    """A compose file whose rendering has the variables' values, and whether they are set."""
+    return {"services": {"values": {"image": "none"}},
+            "x-pgod-values": {name: f"${{{name}-}}" for name in names},
+            "x-pgod-set": {name: f"${{{name}+set}}" for name in names}}
+
+
+def parse_values(rendered: Model) -> dict[str, str]:
+    """The variables that are set, of a rendering of `values_file`; compose doubles each $."""
+    values, are_set = rendered.get("x-pgod-values") or {}, rendered.get("x-pgod-set") or {}
+    return {name: str(values[name]).replace("$$", "$") for name in values if are_set.get(name)}
+
+
+class Files:
+    """Content and mode of what a commit has at and beneath a path of the work tree."""
+
+    def __init__(self, tree: Tree, worktree: str, generated: Mapping[str, str]) -> None:
+        """`generated`: files that pgod itself writes into the work tree, with their digests."""
+        self.worktree = worktree
+        self.entries = dict(tree) | {path: ("100644", blob) for path, blob in generated.items()}
+        self.paths = sorted(self.entries)
+
+    def file(self, source: str) -> tuple[str, str] | None:
+        """Mode and digest of a file; None where that is no file of the commit."""
+        relative = beneath(source, self.worktree)
+        return self.entries.get(relative) if relative else None
+
+    def beneath(self, source: str) -> list[tuple[str, tuple[str, str]]]:
+        """All that the commit has beneath a folder."""
+        relative = beneath(source, self.worktree)
+        if relative is None:
+            return []
+        prefix = relative + "/" if relative else ""
+        first = bisect.bisect_left(self.paths, prefix)
+        found = itertools.takewhile(lambda path: path.startswith(prefix),
+                                    itertools.islice(self.paths, first, None))
+        return [(path, self.entries[path]) for path in found]
+
+
+def entry_facts(entry: Mapping[str, Any], files: Files, values: Mapping[str, str]) -> list[Any]:
+    """What a config or a secret is, and its text, wherever that comes from."""
+    variable = str(entry.get("environment") or "")
+    return [entry, files.file(str(entry.get("file") or "")), values.get(variable)]
+
+
+def service_facts(model: Model, name: str, files: Files, values: Mapping[str, str]) -> list[Any]:
+    """All that shapes the containers of a compose service; what a bound folder holds does not."""
+    service = compose_services(model)[name]
+    shape = {key: value for key, value in service.items() if key not in NOT_SHAPING}
+    shape["deploy"] = {key: value for key, value in (service.get("deploy") or {}).items()
+                       if key != "replicas"}
+    facts = [shape, [(bind.source, files.file(bind.source)) for bind in binds_of(model)
+                     if bind.compose_service == name and bind.kind == "bind"]]
+    for kind in ("configs", "secrets"):
+        entries = entries_used(service.get(kind), model.get(kind) or {})
+        facts.append({key: entry_facts(entry, files, values) for key, entry in entries.items()})
+    facts.append({key: (model.get("networks") or {}).get(key) for key in networks_used(service)})
+    volumes = [mount.get("source") for mount in service.get("volumes") or ()
+               if isinstance(mount, dict) and mount.get("type") == "volume"]
+    facts.append({str(key): ((model.get("volumes") or {}).get(key) or {}).get("name")
+                  for key in volumes if key})
+    build = service.get("build")
+    context = str(build.get("context") or "") if isinstance(build, dict) else ""
+    facts.append([build, files.beneath(context) if context else []])
+    return facts
+
+
+def digest_of(facts: Any, key: bytes) -> str:
+    """Keyed: labels can be read by many, and some of the facts are secret."""
+    text = json.dumps(facts, sort_keys=True).encode(errors="surrogatepass")
+    return hmac.new(key, text, "sha256").hexdigest()[:32]
+
+
+def service_digests(model: Model, files: Files, values: Mapping[str, str],
+                    key: bytes) -> dict[str, str]:
+    """The digest of each compose service: two that are equal have the same containers."""
+    return {name: digest_of(service_facts(model, name, files, values), key)
+            for name in compose_services(model)}
+
+
+def input_digests(model: Model, files: Files, key: bytes) -> dict[str, str]:
+    """A digest of the files beneath the folders that each compose service binds."""
+    found = collections.defaultdict[str, list[Any]](list)
+    for bind in binds_of(model):
+        if bind.kind == "bind":
+            found[bind.compose_service] += files.beneath(bind.source)
+    return {name: digest_of(entries, key) for name, entries in found.items()}
+
+
+def network_digests(project: str, model: Model) -> dict[str, str]:
+    """The digest of each network that pgod makes, by its name in the engine."""
+    return {name: digest_of(network, b"")
+            for name, network in named_things(project, model, "networks").values()}
+
+
+def with_labels(model: Model, digests: Mapping[str, str], adopted: Mapping[str, str]) -> Model:
+    """The model with the digest of each service; not where what was taken over is still right."""
+    result = copied(model)
+    for name, service in compose_services(result).items():
+        if adopted.get(name) != digests[name]:
+            service["labels"] = {**(service.get("labels") or {}), DIGEST_LABEL: digests[name]}
+    return result
+
+
+def with_network_labels(project: str, model: Model,
+                        networks: Mapping[str, Mapping[str, Any]]) -> Model:
+    """The model with the digest of each network, but for those that are there without one.
+
+    compose's own hash of a network covers its labels: one more would make it anew.
+    """
+    result, digests = copied(model), network_digests(project, model)
+    for key, (name, _) in named_things(project, model, "networks").items():
+        there = networks.get(name)
+        if there is None or (there.get("Labels") or {}).get(DIGEST_LABEL):
+            network = result["networks"][key] = result["networks"][key] or {}
+            network["labels"] = {**(network.get("labels") or {}), DIGEST_LABEL: digests[name]}
+    return result
+
+
+def changed_keys(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+    """The keys of a compose service that shape its containers and differ."""
+    keys = {*old, *new} - NOT_SHAPING
+    without = {name: {key: value for key, value in (labels or {}).items() if key != DIGEST_LABEL}
+               for name, labels in (("old", old.get("labels")), ("new", new.get("labels")))}
+    found = [key for key in sorted(keys - {"labels"}) if old.get(key) != new.get(key)]
+    return found + (["labels"] if without["old"] != without["new"] else [])
+
+
+def why_changed(old: Model, new: Model, name: str) -> str:
+    """Why the digest of a compose service is another one, in words."""
+    before = compose_services(old).get(name)
+    if before is None:
+        return "it is not as the commit has it"
+    keys = changed_keys(before, compose_services(new)[name])
+    if keys:
+        return f"{', '.join(keys)} changed"
+    networks = [key for key in networks_used(compose_services(new)[name])
+                if (old.get("networks") or {}).get(key) != (new.get("networks") or {}).get(key)]
+    return f"network {networks[0]} changed" if networks else (
+        "a file, config or secret that it uses changed")
 
 # ---- Policy ------------------------------------------------------------------------------------
 
@@ -1816,7 +2499,7 @@ def targets(service: Service) -> set[str]:
 
 
 @dataclass(frozen=True)
-class Surroundings:
+class PolicyContext:
     """What the policy knows besides the model."""
 
     service: Service
@@ -1844,7 +2527,7 @@ class Surroundings:
 
 
 Found = Iterator[Violation]
-Rule = Callable[[str, Any, "Surroundings"], Found]
+Rule = Callable[[str, Any, "PolicyContext"], Found]
 
 MAX_REPLICAS = 20
 MAX_CONTAINERS = 100  # of one project
@@ -1877,7 +2560,7 @@ def refuse(key: str, why: str, harmless: str = "", of: Callable[[Any], list[Any]
 
     `name` is how `allow` calls it; None where it has no more than the key.
     """
-    def rule(where: str, value: Any, around: Surroundings) -> Found:
+    def rule(where: str, value: Any, context: PolicyContext) -> Found:
         for item in of(value) if value not in NOTHING else ():
             if item not in NOTHING and not re.fullmatch(harmless, shown(item)):
                 entry = f"{key}:{name(item)}" if name else key
@@ -1886,17 +2569,17 @@ def refuse(key: str, why: str, harmless: str = "", of: Callable[[Any], list[Any]
 
 
 def allowed(kind: str, usual: float, measure: Callable[[Any], float],
-            around: Surroundings) -> float:
+            context: PolicyContext) -> float:
     """The largest of what everybody may have and what `allow` has."""
-    return max([usual, *(measure(entry.partition(":")[2]) for entry in around.service.allow
+    return max([usual, *(measure(entry.partition(":")[2]) for entry in context.service.allow
                          if entry.partition(":")[0] == kind)])
 
 
 def at_most(key: str, kind: str, usual: float, measure: Callable[[Any], float],
             why: str) -> Rule:
     """A rule: what `measure` makes of the value is at most `usual`, or an `allow` of that kind."""
-    def rule(where: str, value: Any, around: Surroundings) -> Found:
-        if value is not None and measure(value) > allowed(kind, usual, measure, around):
+    def rule(where: str, value: Any, context: PolicyContext) -> Found:
+        if value is not None and measure(value) > allowed(kind, usual, measure, context):
             yield Violation(where, key, str(value), why, f"{kind}:{value}")
     return rule
 
@@ -1943,10 +2626,10 @@ def log_settings(value: Any) -> list[Any]:
             *(text for text in options.values() if not PLAIN_TEMPLATE.fullmatch(str(text)))]
 
 
-def container_name_rule(where: str, value: Any, around: Surroundings) -> Found:
+def container_name_rule(where: str, value: Any, context: PolicyContext) -> Found:
     taken = any(value == other.name or str(value).startswith(other.name + "-")
-                or value in targets(other) for other in around.others)
-    own = around.owns(str(value), "-") or value in targets(around.service)
+                or value in targets(other) for other in context.others)
+    own = context.owns(str(value), "-") or value in targets(context.service)
     if value and taken and not own:
         yield Violation(where, "container_name", str(value), "is a neighbour's name",
                         f"container_name:{value}")
@@ -1958,8 +2641,8 @@ def port_range(value: Any) -> tuple[int, int]:
     return int(first), int(last or first)
 
 
-def ports_rule(where: str, value: Any, around: Surroundings) -> Found:
-    permitted = [port_range(entry[6:]) for entry in around.service.allow
+def ports_rule(where: str, value: Any, context: PolicyContext) -> Found:
+    permitted = [port_range(entry[6:]) for entry in context.service.allow
                  if entry.startswith("ports:")]
     for item in value or ():
         published = item.get("published") if isinstance(item, dict) else item
@@ -1972,16 +2655,16 @@ def ports_rule(where: str, value: Any, around: Surroundings) -> Found:
         if first < 1024:
             yield Violation(where, "ports", str(published), "is a port under 1024",
                             f"ports:{published}")
-        if any(first <= port <= last for port in around.ports):
+        if any(first <= port <= last for port in context.ports):
             yield Violation(where, "ports", str(published), "is a port of pgod",
                             f"ports:{published}")
 
 
-def tmpfs_rule(where: str, value: Any, around: Surroundings) -> Found:
+def tmpfs_rule(where: str, value: Any, context: PolicyContext) -> Found:
     for item in listed(value or []):
         for option in str(item).partition(":")[2].split(","):
             if option.startswith("size="):
-                yield from tmpfs_size_rule(where, option[5:], around)
+                yield from tmpfs_size_rule(where, option[5:], context)
 
 
 LOG_OPTIONS = frozenset(("max-size max-file max-buffer-size mode compress tag labels labels-regex "
@@ -1991,17 +2674,17 @@ DEPLOY_KEYS = frozenset(("mode replicas labels update_config rollback_config res
                          "restart_policy placement endpoint_mode").split())
 
 
-def deploy_rule(where: str, value: Any, around: Surroundings) -> Found:
+def deploy_rule(where: str, value: Any, context: PolicyContext) -> Found:
     value = value or {}
     yield from unknown_keys(where, "deploy.", value, DEPLOY_KEYS)
-    yield from replicas_rule(where, value.get("replicas"), around)
-    yield from labels_rule(where, value.get("labels"), around)
+    yield from replicas_rule(where, value.get("replicas"), context)
+    yield from labels_rule(where, value.get("labels"), context)
     reservations = (value.get("resources") or {}).get("reservations") or {}
     for item in reservations.get("devices") or ():
         yield Violation(where, "deploy.devices", shown(item), "is a device of the host", "gpus")
 
 
-def hooks_rule(where: str, value: Any, around: Surroundings) -> Found:
+def hooks_rule(where: str, value: Any, context: PolicyContext) -> Found:
     for item in value or ():
         if isinstance(item, dict) and item.get("privileged"):
             yield Violation(where, "privileged", shown(item), "is root on the host", "privileged")
@@ -2032,34 +2715,34 @@ def link_above(relative: str, tree: Tree) -> str:
     return ""
 
 
-def outside_commit(path: str, around: Surroundings) -> str:
+def outside_commit(path: str, context: PolicyContext) -> str:
     """Why a path is not a plain one of the commit, or nothing. compose doubles $ in a model."""
     if "$" in path:
         return "must be written without $"
-    relative = beneath(path, around.worktree)
+    relative = beneath(path, context.worktree)
     if relative is None:
         return "lies outside the repository"
-    return link_above(relative, around.tree)
+    return link_above(relative, context.tree)
 
 
 CACHES = (r"[^=,\"\s]+|type=(registry|gha|inline)(,(ref|mode|scope|compression|oci-mediatypes|"
           r"image-manifest|ignore-error)=[^=,\"\s]+)*")
 
 
-def build_paths_rule(where: str, build: Mapping[str, Any], around: Surroundings) -> Found:
+def build_paths_rule(where: str, build: Mapping[str, Any], context: PolicyContext) -> Found:
     """Everything that the build reads lies in the commit, by no link."""
-    context = str(build.get("context", ""))
-    paths = [("context", context)]
+    folder = str(build.get("context", ""))
+    paths = [("context", folder)]
     if not build.get("dockerfile_inline"):
         dockerfile = str(build.get("dockerfile", "Dockerfile"))
         if not os.path.isabs(dockerfile):  # compose joins it to the context word by word
-            dockerfile = os.path.normpath(os.path.join(context, dockerfile))
+            dockerfile = os.path.normpath(os.path.join(folder, dockerfile))
         paths.append(("dockerfile", dockerfile))
     for source in (build.get("additional_contexts") or {}).values():
         if not str(source).startswith(("service:", "docker-image://")):
             paths.append(("additional_contexts", str(source)))
     for key, path in paths:
-        why = outside_commit(path, around)
+        why = outside_commit(path, context)
         if why:
             yield Violation(where, f"build.{key}", path, why)
     for key in ("cache_from", "cache_to"):
@@ -2068,15 +2751,15 @@ def build_paths_rule(where: str, build: Mapping[str, Any], around: Surroundings)
                 yield Violation(where, f"build.{key}", str(item), "uses files of the host")
 
 
-def built_image_rule(where: str, image: str, around: Surroundings) -> Found:
+def built_image_rule(where: str, image: str, context: PolicyContext) -> Found:
     repository = re.sub(r"(:[^/:]*)?(@.*)?$", "", image)
     entries = {f"image:{image}", f"image:{repository}"}
-    if not around.owns(image, "-", "/") and not entries & {*around.service.allow}:
+    if not context.owns(image, "-", "/") and not entries & {*context.service.allow}:
         yield Violation(where, "image", image, "is built here and may be what others use; "
-                        f"call it {around.name}-… or {around.name}/…", f"image:{repository}")
+                        f"call it {context.name}-… or {context.name}/…", f"image:{repository}")
 
 
-def build_rule(where: str, value: Any, around: Surroundings) -> Found:
+def build_rule(where: str, value: Any, context: PolicyContext) -> Found:
     build = value if isinstance(value, dict) else {"context": value}
     yield from unknown_keys(where, "build.", build, BUILD_KEYS)
     for key in ("privileged", "entitlements", "ssh"):
@@ -2087,16 +2770,16 @@ def build_rule(where: str, value: Any, around: Surroundings) -> Found:
         yield Violation(where, "build.network", shown(build["network"]),
                         "is a network that is not its own", f"build:network:{build['network']}")
     for tag in build.get("tags") or ():
-        yield from built_image_rule(where, str(tag), around)
-    yield from shm_rule(where, build.get("shm_size"), around)
-    yield from build_paths_rule(where, build, around)
+        yield from built_image_rule(where, str(tag), context)
+    yield from shm_rule(where, build.get("shm_size"), context)
+    yield from build_paths_rule(where, build, context)
 
 
 MOUNT_KEYS = frozenset("type source target read_only consistency bind volume tmpfs".split())
 BIND_KEYS = frozenset("selinux propagation create_host_path recursive".split())
 
 
-def volumes_rule(where: str, value: Any, around: Surroundings) -> Found:
+def volumes_rule(where: str, value: Any, context: PolicyContext) -> Found:
     """What a mount is; the paths of bind mounts are looked at all together below."""
     for item in value or ():
         kind = item.get("type") if isinstance(item, dict) else shown(item)
@@ -2110,10 +2793,10 @@ def volumes_rule(where: str, value: Any, around: Surroundings) -> Found:
             yield Violation(where, "volumes", shown(item), "propagates mounts to the host")
         yield from unknown_keys(where, "volumes.", item, MOUNT_KEYS)
         yield from unknown_keys(where, "volumes.bind.", bind, BIND_KEYS)
-        yield from tmpfs_size_rule(where, (item.get("tmpfs") or {}).get("size"), around)
+        yield from tmpfs_size_rule(where, (item.get("tmpfs") or {}).get("size"), context)
 
 
-def no_rule(where: str, value: Any, around: Surroundings) -> Found:
+def no_rule(where: str, value: Any, context: PolicyContext) -> Found:
     """Harmless, or looked at elsewhere."""
     return iter(())
 
@@ -2186,36 +2869,36 @@ VOLUME_KEYS = frozenset("name driver driver_opts external labels".split())
 ENGINE_NETWORKS = ("host", "bridge", "none", "default", "ingress")
 
 
-def check_compose_service(where: str, service: Mapping[str, Any], around: Surroundings) -> Found:
+def check_compose_service(where: str, service: Mapping[str, Any], context: PolicyContext) -> Found:
     """The table's rules on one compose service, and what needs two of its keys."""
     yield from unknown_keys(where, "", service, SERVICE_RULES)
     for key in service:
         if key in SERVICE_RULES:
-            yield from SERVICE_RULES[key](where, service[key], around)
+            yield from SERVICE_RULES[key](where, service[key], context)
     if service.get("build"):
-        yield from built_image_rule(where, image_of(around.name, where, service), around)
-    made_up = f"{around.name}-{where}"
-    if not service.get("container_name") and not around.owns(made_up, "-"):
+        yield from built_image_rule(where, image_of(context.name, where, service), context)
+    made_up = f"{context.name}-{where}"
+    if not service.get("container_name") and not context.owns(made_up, "-"):
         yield Violation(where, "container_name", f"{made_up}-1", "is a neighbour's name")
 
 
-def check_networks(model: Model, around: Surroundings) -> Found:
+def check_networks(model: Model, context: PolicyContext) -> Found:
     """Networks are the project's own bridges, or external ones that are permitted."""
     for key, network in (model.get("networks") or {}).items():
         network = network or {}
-        name = str(network.get("name") or f"{around.name}_{key}")
+        name = str(network.get("name") or f"{context.name}_{key}")
         yield from unknown_keys("networks", f"{key}.", network, NETWORK_KEYS)
-        yield from labels_rule(f"networks.{key}", network.get("labels"), around)
+        yield from labels_rule(f"networks.{key}", network.get("labels"), context)
         if network.get("external"):
-            if around.service.networks and name not in around.service.networks:
+            if context.service.networks and name not in context.service.networks:
                 yield Violation("networks", key, name, "is an external network that is not among "
-                                f"networks = {json.dumps(around.service.networks)}",
+                                f"networks = {json.dumps(context.service.networks)}",
                                 f"network:{name}")
-            elif not around.service.networks and name in ENGINE_NETWORKS:
+            elif not context.service.networks and name in ENGINE_NETWORKS:
                 yield Violation("networks", key, name, "is the engine's own", f"network:{name}")
             continue
-        if not around.owns(name, "_"):
-            yield Violation("networks", key, name, f"must be called {around.name}_…",
+        if not context.owns(name, "_"):
+            yield Violation("networks", key, name, f"must be called {context.name}_…",
                             f"network:{name}")
         if network.get("driver") not in (None, "", "bridge", "default"):
             yield Violation("networks", key, shown(network["driver"]), "is not driver bridge",
@@ -2230,13 +2913,13 @@ def check_networks(model: Model, around: Surroundings) -> Found:
                             f"network:{key}_ipam")
 
 
-def check_attachments(model: Model, around: Surroundings) -> Found:
+def check_attachments(model: Model, context: PolicyContext) -> Found:
     """On an external network nobody may answer to a neighbour's name or take an address."""
-    listed_by_others = {name for other in around.others for name in other.networks}
+    listed_by_others = {name for other in context.others for name in other.networks}
     shared = {key for key, network in (model.get("networks") or {}).items()
               if (network or {}).get("external")
               or str((network or {}).get("name")) in listed_by_others}
-    taken = around.neighbour_names()
+    taken = context.neighbour_names()
     for where, service in compose_services(model).items():
         networks = service.get("networks") or {}
         for key, attachment in (networks if isinstance(networks, dict) else {}).items():
@@ -2260,25 +2943,25 @@ def check_attachments(model: Model, around: Surroundings) -> Found:
                                     f"network:{key}_{fixed}")
 
 
-def check_volumes(model: Model, around: Surroundings) -> Found:
+def check_volumes(model: Model, context: PolicyContext) -> Found:
     """Named volumes are local ones of the project."""
     for key, volume in (model.get("volumes") or {}).items():
         volume = volume or {}
-        name = str(volume.get("name") or f"{around.name}_{key}")
+        name = str(volume.get("name") or f"{context.name}_{key}")
         yield from unknown_keys("volumes", f"{key}.", volume, VOLUME_KEYS)
-        yield from labels_rule(f"volumes.{key}", volume.get("labels"), around)
-        if volume.get("external") or not around.owns(name, "_"):
-            yield Violation("volumes", key, name, f"must be the project's own, {around.name}_…",
+        yield from labels_rule(f"volumes.{key}", volume.get("labels"), context)
+        if volume.get("external") or not context.owns(name, "_"):
+            yield Violation("volumes", key, name, f"must be the project's own, {context.name}_…",
                             f"volume:{name}")
         if volume.get("driver") not in (None, "", "local") or volume.get("driver_opts"):
             yield Violation("volumes", key, shown(volume), "must have driver local and no options",
                             f"volume:{key}_driver")
 
 
-def check_size(model: Model, around: Surroundings) -> Found:
+def check_size(model: Model, context: PolicyContext) -> Found:
     """How much of everything there is in all."""
     count = sum(max(0, replicas) for replicas in expected_replicas(model).values())
-    if count > allowed("replicas", MAX_CONTAINERS, int, around):
+    if count > allowed("replicas", MAX_CONTAINERS, int, context):
         yield Violation("services", "replicas", str(count), f"is more than {MAX_CONTAINERS} "
                         "containers in all", f"replicas:{count}")
     for key, most in (("volumes", MAX_BINDS), ("ports", MAX_PORTS)):
@@ -2287,7 +2970,7 @@ def check_size(model: Model, around: Surroundings) -> Found:
             yield Violation("services", key, str(count), f"is more than {most} in all")
 
 
-def check_top_level(model: Model, around: Surroundings) -> Found:
+def check_top_level(model: Model, context: PolicyContext) -> Found:
     """Unknown keys, and where configs and secrets come from."""
     yield from unknown_keys("the compose file", "", model, TOP_KEYS)
     for kind in ("configs", "secrets"):
@@ -2319,68 +3002,68 @@ def nested_binds(binds: Iterable[Bind], writers: Sequence[Bind]) -> Iterator[tup
                 yield bind, above
 
 
-def check_nested_binds(binds: Sequence[Bind], around: Surroundings) -> Found:
+def check_nested_binds(binds: Sequence[Bind], context: PolicyContext) -> Found:
     """No source beneath one that a container can write: it could put a link to /etc there.
 
     Also where `allow` has the upper one: only an entry for the very path is the administrator's
     word that he knows.
     """
     for bind, above in nested_binds(binds, binds):
-        if not {f"bind:{bind.source}", f"bind:{bind.source}:ro"} & {*around.service.allow}:
+        if not {f"bind:{bind.source}", f"bind:{bind.source}:ro"} & {*context.service.allow}:
             yield Violation(bind.compose_service, bind.kind, bind.source,
                             f"lies beneath {above.source}, which a container can write; bind "
                             "it from elsewhere, or that one read-only")
 
 
-def check_binds(model: Model, around: Surroundings) -> Found:
+def check_binds(model: Model, context: PolicyContext) -> Found:
     """Where bind mounts, configs and secrets may come from."""
     binds = binds_of(model)
     for bind in binds:
         entry = f"bind:{bind.source}{':ro' if bind.read_only else ''}"
-        if bind_allowed(bind, around.service) or (bind.source, bind.read_only) in CLOCK_BINDS:
+        if bind_allowed(bind, context.service) or (bind.source, bind.read_only) in CLOCK_BINDS:
             continue
-        why, relative = "", beneath(bind.source, around.worktree)
+        why, relative = "", beneath(bind.source, context.worktree)
         if os.path.normpath(bind.source) != (bind.source.rstrip("/") or "/") or "$" in bind.source:
             why, entry = "must be written without . and .. and $", ""
         elif relative is None:
-            if beneath(bind.source, around.data) is None:
-                why = f"lies neither in the repository nor in {around.data}"
-        elif link_above(relative, around.tree):
-            why, entry = link_above(relative, around.tree), ""
+            if beneath(bind.source, context.data) is None:
+                why = f"lies neither in the repository nor in {context.data}"
+        elif link_above(relative, context.tree):
+            why, entry = link_above(relative, context.tree), ""
         elif relative == "" and not bind.read_only:
             why, entry = "the whole repository can only be mounted read-only", ""
         elif relative.split("/")[0] in ("ssh", ".git"):
             why, entry = "holds what decides who may steer the service", ""
         if why:
             yield Violation(bind.compose_service, bind.kind, bind.source, why, entry)
-    yield from check_nested_binds(binds, around)
+    yield from check_nested_binds(binds, context)
 
 
-def check_build_secrets(model: Model, around: Surroundings) -> Found:
+def check_build_secrets(model: Model, context: PolicyContext) -> Found:
     """A build reads them with the docker group, and before containers are looked at again."""
     for where, service in compose_services(model).items():
         build = service.get("build")
         uses = build.get("secrets") if isinstance(build, dict) else ()
         for file in files_used(uses, model.get("secrets") or {}):
-            if why := outside_commit(file, around):
+            if why := outside_commit(file, context):
                 yield Violation(where, "build.secrets", file, why)
 
 
-def check_policy(model: Model, around: Surroundings) -> list[Violation]:
+def check_policy(model: Model, context: PolicyContext) -> list[Violation]:
     """Every violation of a model whose paths are those of the work tree. Pure.
 
     One that is too large is not read any further: it may be made to take minutes.
     """
-    found = list(check_size(model, around))
+    found = list(check_size(model, context))
     if found:
-        return [v for v in found if v.allow not in around.service.allow]
-    found += check_top_level(model, around)
+        return [v for v in found if v.allow not in context.service.allow]
+    found += check_top_level(model, context)
     for where, service in compose_services(model).items():
-        found += check_compose_service(where, service or {}, around)
+        found += check_compose_service(where, service or {}, context)
     for check in (check_networks, check_attachments, check_volumes, check_binds,
                   check_build_secrets):
-        found += check(model, around)
-    allowed = set(around.service.allow)
+        found += check(model, context)
+    allowed = set(context.service.allow)
     offered = (v if permits(v.allow) else dataclasses.replace(v, allow="")
                for v in dict.fromkeys(found))
     return [violation for violation in offered if violation.allow not in allowed]
@@ -2396,73 +3079,363 @@ def check_bound_links(binds: Iterable[Bind], tree: Tree, worktree: str) -> list[
                            f"{link_above(relative, tree)}")
     return sorted(set(reasons))
 
-# ---- State -------------------------------------------------------------------------------------
+# ---- Release -----------------------------------------------------------------------------------
+
+STEADY_SECONDS = 7.0  # without a health check, what runs so long is well
+CRASHES = 3  # that many ends fail a deploy ...
+CRASH_AGE = 30.0  # ... of a container that is so old: the engine restarts thrice in a second
 
 
-@dataclass
-class State:
-    """What is known of a service across restarts, one JSON file, replaced as a whole."""
+@dataclass(frozen=True)
+class Release:
+    """All that shapes the containers of a service: what a commit means on this server."""
 
-    commit: str = ""  # the last good one: what runs
-    since: float = 0.0  # when it was deployed, seconds since the epoch
-    digest: str = ""  # of the configuration that it was deployed with
-    images: dict[str, str] = field(default_factory=dict)  # name: identity, of the good commit
-    baseline: dict[str, str] = field(default_factory=dict)  # file seals at a take-over
-    installed: str = ""  # the commit whose files and model were put in place last
-    deploying: str = ""  # a deploy of it began and has not ended
-    before: dict[str, str] = field(default_factory=dict)  # containers then; "" where one was ill
-    finished: list[str] = field(default_factory=list)  # compose services whose jobs are done
-    wanted: str = ""  # the branch's commit when last asked
-    waiting: str = ""  # the commit that waits for `up`, and the configuration
-    waiting_digest: str = ""
-    failed_commit: str = ""
-    failed_digest: str = ""
-    failed_reason: str = ""
-    failed_retry: bool = False  # will be tried again by itself
-    owes_rollback: bool = False
-    reload_pending: bool = False
-
+    commit: str
+    configuration: str  # digest of the entry in pgo.toml
+    project: str
+    model: Model = field(default_factory=dict)  # checked, with labels
+    digests: Mapping[str, str] = field(default_factory=dict)  # of each compose service
+    inputs: Mapping[str, str] = field(default_factory=dict)  # of the folders that it binds
+    images: Mapping[str, str] = field(default_factory=dict)  # name: identity
+    pulled: Mapping[str, str] = field(default_factory=dict)  # name: REPOSITORY@DIGEST
+    values: Mapping[str, str] = field(default_factory=dict, repr=False)  # of secrets and configs
+    adopted: Mapping[str, str] = field(default_factory=dict)  # digests when it was taken over
+    since: float = 0.0  # when it was found good, seconds since the epoch; 0: not yet
+    ill: tuple[str, ...] = ()  # containers that were ill before its deploy began
 
     @property
-    def in_place(self) -> str:
-        """The commit whose containers there are, good or not."""
-        return self.installed or self.commit
+    def expected(self) -> dict[str, int]:
+        return expected_replicas(self.model)
 
-    def good(self) -> dict[str, Any]:
-        """What is known of the last good deploy; kept a second time beside its model."""
-        return {name: getattr(self, name) for name in
-                ("commit", "since", "digest", "images", "baseline")}
+    @property
+    def image_names(self) -> dict[str, str]:
+        return images_of(self.project, self.model)
 
+    @property
+    def volume_names(self) -> list[str]:
+        return [name for name, _ in named_things(self.project, self.model, "volumes").values()]
 
-def load_json(path: Path, default: Any) -> Any:
-    """What a JSON file of pgod's holds; the default where it is missing or damaged."""
-    try:
-        value = json.loads(path.read_bytes())
-    except (OSError, ValueError):
-        return default
-    return value if isinstance(value, type(default)) else default
+    def job(self, name: str) -> str:
+        """What a job of a compose service is known by when it is done."""
+        return f"{self.digests.get(name, '')}.{self.inputs.get(name, '')}"
 
 
-def load_state(folder: Path) -> State:
-    """The state on disk; what is missing, damaged or of another version is left at its default.
+@dataclass(frozen=True)
+class DoneJob:
+    """A container that ended with 0 and need not run again: what it was, and when it started."""
 
-    Without it, the record of the last good deploy serves.
+    job: str
+    started: float
+
+
+@dataclass(frozen=True)
+class RowKind:
+    """A kind of difference. `cure`: up, force (up that recreates), restart, remove, network or "".
+
+    `ill`: it is no difference to what should be there, but what is there is not well.
     """
-    stored = load_json(folder / "state.json", {})
-    if not stored and (stored := load_json(folder / "good.json", {}).get("state", {})):
-        log.warning("%s: state lost, goes on from the last good deploy", folder.name)
-    default = State()
-    return State(**{key: value for key, value in stored.items() if key in vars(default)
-                    and isinstance(value, type(getattr(default, key)))})
+
+    cure: str
+    does: str = ""
+    ill: bool = False
+    waits: bool = False  # it may pass by itself
 
 
-def format_time(seconds: float) -> str:
-    """UTC, to the second."""
-    moment = datetime.datetime.fromtimestamp(seconds, datetime.UTC)
-    return moment.strftime("%Y-%m-%d %H:%M:%SZ")
+ROWS: dict[str, RowKind] = {
+    "missing": RowKind("up", "created"),
+    "extra": RowKind("remove", "removed"),
+    "surplus": RowKind("up", "removed"),
+    "digest": RowKind("up", "recreated"),
+    "image": RowKind("up", "recreated"),
+    "never started": RowKind("up", "started"),
+    "job": RowKind("up", "run again"),
+    "network": RowKind("network", "recreated"),
+    "network gone": RowKind("force", "recreated"),
+    "namespace gone": RowKind("up", "recreated"),
+    "namespace older": RowKind("restart", "restarted"),
+    "volume": RowKind(""),
+    "stopped": RowKind("up", "started"),
+    "ended": RowKind("up", "started", ill=True),
+    "restarting": RowKind("", ill=True, waits=True),
+    "unhealthy": RowKind("", ill=True),
+    "paused": RowKind("", ill=True),
+    "starting": RowKind("", waits=True),
+}
 
 
-BY_HAND = "an administrator"
+@dataclass(frozen=True)
+class Row:
+    """One difference between a release and a snapshot; its text says of `subject` what it is."""
+
+    kind: str
+    compose_service: str  # "" where it is about a volume
+    subject: str  # a container, compose service, network or volume
+    text: str
+    container: Container | None = None
+
+    @property
+    def how(self) -> RowKind:
+        return ROWS[self.kind]
+
+    def __str__(self) -> str:
+        return f"{self.subject} {self.text}"
+
+
+def same_settings(wanted: Mapping[str, Any], there: Mapping[str, Any]) -> bool:
+    """Whether a network is as the model has it, as far as the model says and facts can show."""
+    ipam, facts = wanted.get("ipam") or {}, (there.get("IPAM") or {}).get("Config") or []
+    names = {"subnet": "Subnet", "ip_range": "IPRange", "gateway": "Gateway",
+             "aux_addresses": "AuxiliaryAddresses"}
+    ranges = [{names[key]: value for key, value in entry.items() if key in names and value}
+              for entry in ipam.get("config") or ()]
+    options, labels = there.get("Options") or {}, there.get("Labels") or {}
+    return (wanted.get("driver") in (None, "", "default", there.get("Driver"))
+            and all(options.get(key) == str(value)
+                    for key, value in (wanted.get("driver_opts") or {}).items())
+            and all(labels.get(key) == str(value)
+                    for key, value in (wanted.get("labels") or {}).items())
+            and bool(wanted.get("internal")) == bool(there.get("Internal"))
+            and bool(wanted.get("attachable")) == bool(there.get("Attachable"))
+            and (not wanted.get("enable_ipv6") or bool(there.get("EnableIPv6")))
+            and all(any(entry.items() <= fact.items() for fact in facts) for entry in ranges))
+
+
+def changed_networks(release: Release, snapshot: Snapshot) -> dict[str, str]:
+    """The networks that are there and not as the release has them: key: name in the engine."""
+    digests, changed = network_digests(release.project, release.model), {}
+    for key, (name, wanted) in named_things(release.project, release.model, "networks").items():
+        there = snapshot.networks.get(name)
+        if there is None:
+            continue
+        label = (there.get("Labels") or {}).get(DIGEST_LABEL)
+        if label != digests[name] if label else not same_settings(wanted, there):
+            changed[key] = name
+    return changed
+
+
+def compare_networks(release: Release, snapshot: Snapshot) -> Iterator[Row]:
+    changed = changed_networks(release, snapshot)
+    for name, service in compose_services(release.model).items():
+        for key in networks_used(service):
+            if key in changed:
+                yield Row("network", name, f"network {changed[key]}", "is configured anew")
+
+
+def compare_volumes(release: Release, snapshot: Snapshot) -> Iterator[Row]:
+    for name, wanted in named_things(release.project, release.model, "volumes").values():
+        there = snapshot.volumes.get(name)
+        if there and ((wanted.get("driver") or "local") != there.get("Driver")
+                      or (wanted.get("driver_opts") or {}) != (there.get("Options") or {})):
+            yield Row("volume", "", f"volume {name}",
+                      "has another driver or other options than the compose file says")
+
+
+def lost_network(container: Container, wanted: Iterable[str], snapshot: Snapshot) -> str:
+    """The network of a container that is no longer there, or that it is no longer on."""
+    known = {str(network.get("Id")) for network in snapshot.networks.values()}
+    for name, identity in container.networks.items():
+        if identity not in known if identity else name not in snapshot.networks:
+            return name
+    on = {*container.networks}
+    return next((name for name in wanted if name not in on), "")
+
+
+def compare_namespaces(container: Container, snapshot: Snapshot) -> Row | None:
+    """What shares a namespace has it no longer when the other one is made or started anew."""
+    there = {other.identity: other for other in snapshot.containers}
+    for identity in (*container.shares, *container.volumes_from):
+        if identity not in there:
+            return Row("namespace gone", container.compose_service, container.name,
+                       "shares a namespace with a container that is gone", container)
+    for other in (there[identity] for identity in container.shares):
+        if container.status == other.status == "running" and other.started > container.started:
+            return Row("namespace older", container.compose_service, container.name,
+                       f"shares a namespace with {other.name}, which started later", container)
+    return None
+
+
+def compare_ended(container: Container, is_job: bool) -> tuple[str, str] | None:
+    """Kind and text for what has ended; None where it is done."""
+    if container.by_hand:
+        return "stopped", "was stopped by hand"
+    if container.status == "exited" and container.exit_code == 0:
+        if container.policy in FOREVER:
+            return "stopped", "was stopped"
+        return ("job", "is done, but files that it uses changed") if is_job else None
+    return "ended", f"exited with status {container.exit_code}"
+
+
+def compare_running(container: Container, now: float) -> tuple[str, str] | None:
+    """Kind and text for what has not ended; None where it is well.
+
+    The engine says "unhealthy" of whatever restarts, and "healthy" between two ends.
+    """
+    young = now - container.started < STEADY_SECONDS
+    status, health = container.status, container.health if container.status == "running" else ""
+    said = (
+        (status == "restarting", "restarting",
+         f"exited with status {container.exit_code} and is restarted"),
+        (status == "paused", "paused", "is paused"),
+        (status == "removing", "starting", "is being removed"),
+        (health == "unhealthy", "unhealthy", "is unhealthy"),
+        (health == "starting", "starting", "is starting"),
+        (young and (not health or container.restarts > 0), "starting",
+         f"runs for {max(0.0, now - container.started):.0f} s"))
+    return next(((kind, text) for true, kind, text in said if true), None)
+
+
+def compare_state(release: Release, container: Container) -> tuple[str, str] | None:
+    """Kind and text of what is wrong with a container itself."""
+    name = container.compose_service
+    wanted, image = release.digests.get(name, ""), release.image_names[name]
+    if container.digest != wanted and (container.digest or release.adopted.get(name) != wanted):
+        return "digest", "is not as the commit has it"
+    if release.images.get(image, container.image) != container.image:
+        return "image", f"has another image than {image}"
+    if container.status == "created":
+        return "never started", "was never started"
+    return None
+
+
+def compare_life(release: Release, container: Container, now: float,
+                 done: Mapping[str, DoneJob]) -> tuple[str, str] | None:
+    """Kind and text of what is wrong with how it runs, or with how it ended."""
+    if container.status in UP:
+        return compare_running(container, now)
+    job = done.get(container.compose_service)
+    return compare_ended(container, job is not None and job.started == container.started
+                         and job.job != release.job(container.compose_service))
+
+
+def compare_container(release: Release, container: Container, snapshot: Snapshot,
+                      done: Mapping[str, DoneJob]) -> Row | None:
+    """The first thing that is wrong with a container of the release."""
+    name = container.compose_service
+    names = {key: entry[0] for key, entry in
+             named_things(release.project, release.model, "networks").items()}
+    wanted = [names[key] for key in networks_used(compose_services(release.model)[name])
+              if key in names]
+    said = compare_state(release, container)
+    lost = "" if said else lost_network(container, wanted, snapshot)
+    if lost:
+        said = "network gone", f"is not on network {lost}, which is gone or was made anew"
+    if not said and (found := compare_namespaces(container, snapshot)):
+        return found
+    said = said or compare_life(release, container, snapshot.now, done)
+    return Row(said[0], name, container.name, said[1], container) if said else None
+
+
+def compare(release: Release, snapshot: Snapshot,
+            done: Mapping[str, DoneJob]) -> tuple[Row, ...]:
+    """Every difference between what should be and what is. In sync means: none. Pure."""
+    rows = [*compare_volumes(release, snapshot), *compare_networks(release, snapshot)]
+    have = collections.defaultdict[str, list[Container]](list)
+    for container in snapshot.containers:
+        have[container.compose_service].append(container)
+    for name, count in release.expected.items():
+        mine, job = have.pop(name, []), done.get(name)
+        is_done = job is not None and job.job == release.job(name)
+        if len(mine) < count and not is_done:
+            lack = f"{count - len(mine)} of {count} containers missing" if count > 1 else "missing"
+            rows.append(Row("missing", name, name, f"is {lack}" if count == 1 else f"has {lack}"))
+        found = [compare_container(release, container, snapshot, done) for container in mine]
+        rows += [row for row in found if row]
+        if len(mine) > count:
+            rows.append(Row("surplus", name, name, f"has {len(mine)} containers, not {count}"))
+    rows += [Row("extra", container.compose_service, container.name,
+                 "is of no compose service of the commit", container)
+             for containers in have.values() for container in containers]
+    return tuple(rows)
+
+
+def note_done(release: Release, snapshot: Snapshot,
+              done: Mapping[str, DoneJob]) -> dict[str, DoneJob]:
+    """The jobs that are done: their containers may be pruned."""
+    noted = {name: job for name, job in done.items() if name in release.digests}
+    for name in release.digests:
+        mine = [c for c in snapshot.containers if c.compose_service == name]
+        if mine and all(c.status == "exited" and compare_ended(c, False) is None for c in mine):
+            started = max(c.started for c in mine)
+            if name not in noted or noted[name].started != started:
+                noted[name] = DoneJob(release.job(name), started)
+        elif mine:
+            noted.pop(name, None)
+    return noted
+
+
+@dataclass(frozen=True)
+class Cure:
+    """What removes rows: compose services to bring up and to restart, networks to make anew."""
+
+    up: tuple[str, ...] = ()
+    force: bool = False  # recreate them, also where compose sees no change
+    restart: tuple[str, ...] = ()
+    networks: tuple[str, ...] = ()  # names in the engine
+    remove: tuple[str, ...] = ()  # identities of containers
+
+    def __bool__(self) -> bool:
+        return bool(self.up or self.restart or self.remove)
+
+
+def plan_cure(release: Release, rows: Iterable[Row], snapshot: Snapshot) -> Cure:
+    """What to do so that these rows go. Pure."""
+    rows, services = [*rows], compose_services(release.model)
+    of = collections.defaultdict[str, set[str]](set)
+    for row in rows:
+        of[row.how.cure].add(row.compose_service)
+    anew = of["up"] | of["force"] | of["network"]
+    sharers = {name: shared_with(service) for name, service in services.items()}
+    while more := {name for name, shared in sharers.items() if shared & anew} - anew:
+        anew |= more
+    again = {name for name, service in services.items()
+             if any((how or {}).get("restart") and other in anew
+                    for other, how in (service.get("depends_on") or {}).items())}
+    have = {container.compose_service for container in snapshot.containers}
+    return Cure(tuple(name for name in services if name in anew),
+                bool(of["force"] | of["network"]),
+                tuple(sorted((of["restart"] | again & have) - anew)),
+                tuple(changed_networks(release, snapshot).values()) if of["network"] else (),
+                tuple(row.container.identity for row in rows
+                      if row.how.cure == "remove" and row.container))
+
+
+def is_crashing(row: Row, before: Mapping[str, int], now: float) -> bool:
+    """Whether a container ended too often since `before`, its restarts when a deploy began."""
+    container = row.container
+    return container is not None and now - container.created >= CRASH_AGE and (
+        container.restarts - before.get(container.identity, 0) >= CRASHES)
+
+
+def judge(rows: Iterable[Row], before: Mapping[str, int], ill: Iterable[str], now: float,
+          over: bool = False) -> tuple[str, str]:
+    """One look at a deploy: ("good" | "wait" | "bad", why). Pure.
+
+    `before`: restarts of the containers that were there when it began. `ill`: those of them that
+    were ill and that it did not touch; they say nothing about the commit. `over`: its time is.
+    """
+    rows = [row for row in rows if not row.container or row.container.identity not in {*ill}]
+    for row in rows:
+        if row.kind in ("ended", "unhealthy") or is_crashing(row, before, now):
+            return "bad", str(row)
+    if not rows:
+        return "good", ""
+    return ("bad" if over else "wait"), str(rows[0])
+
+
+@dataclass(frozen=True)
+class Failure:
+    """A commit that is not deployed, and why; `waits` for `up`, or tried again by itself."""
+
+    commit: str
+    configuration: str
+    reason: str
+    retry: bool = False
+    waits: bool = False
+
+    def __str__(self) -> str:
+        if self.waits:
+            return f"{short(self.commit)} waits for up"
+        return f"{short(self.commit)} failed: {self.reason}"
 
 
 @dataclass(frozen=True)
@@ -2475,76 +3448,40 @@ class Hold:
     until: float = 0.0  # 0: until released
     kind: str = "stop"
     services: tuple[str, ...] = ()  # of compose, that `stop` named; none: all
+    by_hand: bool = False  # NAME.stop was made by an administrator: a lock
 
     def __str__(self) -> str:
         end = f" until {format_time(self.until)}" if self.until else ""
         reason = f": {self.reason}" if self.reason else ""
-        verb = "stopped" if self.kind == "stop" else "held"
+        verb = "stopped" if self.kind == "stop" and not self.by_hand else "held"
         return f"{verb} by {self.by} since {format_time(self.since)}{end}{reason}"
 
 
-def load_hold(path: Path, kind: str) -> Hold | None:
-    """The hold that a file means; one that an administrator touched has no content."""
-    try:
-        since = path.stat().st_mtime
-    except FileNotFoundError:
-        return None
-    facts = load_json(path, {})
-    return Hold(str(facts.get("by", BY_HAND)), str(facts.get("reason", "")),
-                float(facts.get("since", since)), float(facts.get("until", 0)), kind,
-                tuple(facts.get("services", ())))
-
-# ---- Decisions ---------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
-class Container:
-    """A container of a project, as the engine has it."""
-
-    identity: str
-    compose_service: str
-    name: str
-    status: str  # created, running, paused, restarting, removing, exited or dead
-    exit_code: int
-    health: str  # "", starting, healthy or unhealthy
-    restarts: int
-    policy: str  # restart policy: no, always, on-failure or unless-stopped
-    image: str
-    started: str
-    binds: tuple[Bind, ...] = ()
-
-
-@dataclass(frozen=True)
-class Observed:
+class Situation:
     """All that a decision rests on."""
 
-    hold: str = ""
+    configuration: str
+    hold: Hold | None = None
     wanted: str = ""  # "" where the remote could not be asked
-    running: str = ""
-    digest: str = ""
-    running_digest: str = ""
-    deploying: str = ""
-    failed: tuple[str, str, bool] = ("", "", False)  # commit, digest, will be retried
-    waiting: tuple[str, str] = ("", "")  # commit, digest
-    installed: str = ""
-    stopped: frozenset[str] = frozenset()  # compose services that `stop` or `down` has stopped
-    finished: frozenset[str] = frozenset()  # compose services whose jobs are done
-    owes_rollback: bool = False  # and it is time to try it again
+    current: Release | None = None
+    good: Release | None = None
+    failure: Failure | None = None
+    rows: tuple[Row, ...] = ()
+    running: frozenset[str] = frozenset()  # compose services with a container that runs
     asked: bool = False  # by `up`
-    containers: tuple[Container, ...] | None = None  # None: not looked at
-    expected: Mapping[str, int] = field(default_factory=dict)
-    by_hand: frozenset[str] = frozenset()  # containers that somebody stopped or killed
+    retry: bool = False  # it is time to try again what failed
+    rollback: bool = True  # is permitted
 
 
 @dataclass(frozen=True)
 class Decision:
-    """What to do: nothing, stop, deploy or rollback to `commit`, or heal `services`; and why."""
+    """What to do: nothing, stop, deploy `commit`, roll back or heal; and why."""
 
     action: str
     commit: str = ""
-    services: tuple[str, ...] = ()
     reasons: tuple[str, ...] = ()
-    crashed: bool = False  # the heal is for containers that ended by themselves
+    services: tuple[str, ...] = ()
 
 
 CALM = "in sync"
@@ -2554,114 +3491,57 @@ def short(commit: str) -> str:
     return commit[:10]
 
 
-FOREVER = ("always", "unless-stopped")  # restart policies of what never is done
+def format_time(seconds: float) -> str:
+    """UTC, to the second."""
+    moment = datetime.datetime.fromtimestamp(seconds, datetime.UTC)
+    return moment.strftime("%Y-%m-%d %H:%M:%SZ")
 
 
-def broken(container: Container, by_hand: bool) -> tuple[str, bool]:
-    """Why a container must be brought back, or "", and whether it ended by itself.
-
-    One that ended with 0 is done, unless somebody stopped it, or its restart policy says that it
-    is never done (then somebody stopped it while pgod did not look).
-    """
-    if container.status in ("running", "restarting", "paused", "removing"):
-        return "", False
-    if container.status == "created":
-        return "was never started", False
-    if by_hand:
-        return "was stopped by hand", False
-    if container.status == "exited" and container.exit_code == 0:
-        return ("was stopped", False) if container.policy in FOREVER else ("", False)
-    return f"ended with {container.exit_code}", True
+def stopped_services(hold: Hold | None, current: Release | None) -> frozenset[str]:
+    """The compose services that `stop` or `down` has stopped; a file made by hand only holds."""
+    if not hold or hold.kind != "stop" or hold.by_hand or not current:
+        return frozenset()
+    return frozenset(hold.services or compose_services(current.model))
 
 
-def decide_heal(seen: Observed, calm: str) -> Decision:
-    """Which compose services miss a container that should run; `calm` is said if none does."""
-    if seen.containers is None:
-        return Decision("nothing", reasons=(calm,))
-    needs: dict[str, str] = {}
-    crashed = True
-    for name, count in seen.expected.items():
-        mine = [c for c in seen.containers if c.compose_service == name]
-        bad = [(c, broken(c, c.identity in seen.by_hand)) for c in mine]
-        for container, (why, by_itself) in bad:
-            if why:
-                needs[name] = f"{container.name} {why}"
-                crashed = crashed and by_itself
-        if len(mine) < count and name not in seen.finished:
-            needs[name] = f"{name}: {count - len(mine)} of {count} containers missing"
-            crashed = False
-    if not needs:
-        return Decision("nothing", reasons=(calm,))
-    return Decision("heal", seen.running, tuple(sorted(needs)), tuple(needs.values()), crashed)
-
-
-def deploy_reason(seen: Observed, target: str) -> str:
+def deploy_reason(seen: Situation, target: str) -> str:
     """Why the target must be deployed, or nothing."""
-    if not seen.running:
+    current = seen.current
+    if not current:
         return f"first deploy of {short(target)}"
-    if seen.deploying:
-        return f"the deploy of {short(seen.deploying)} was interrupted"
-    if target != seen.running:
-        return f"new commit {short(target)} (runs: {short(seen.running)})"
-    if seen.installed and seen.installed != target:
-        return f"{short(seen.installed)} is still in place"
-    if seen.digest != seen.running_digest:
+    if target != current.commit:
+        return f"new commit {short(target)} (runs: {short(current.commit)})"
+    if seen.configuration != current.configuration:
         return "the configuration changed"
-    return ""
+    return "" if current.since else f"the deploy of {short(target)} did not end well yet"
 
 
-def decide(seen: Observed) -> Decision:
+def decide(seen: Situation) -> Decision:
     """The one place where it is decided what is done for a service. Pure."""
+    current, failure = seen.current, seen.failure
     if seen.hold:
-        up = {c.compose_service for c in seen.containers or ()
-              if c.compose_service in seen.stopped and c.status in ("running", "restarting")}
-        return Decision("stop" if up else "nothing", "", tuple(sorted(up)), (seen.hold,))
-    target = seen.wanted or seen.deploying or seen.running
-    if seen.asked and target:
-        return Decision("deploy", target, reasons=("asked for by up",))
+        up = seen.running & stopped_services(seen.hold, current)
+        return Decision("stop" if up else "nothing", "", (str(seen.hold),), tuple(sorted(up)))
+    target = seen.wanted or (current.commit if current else "")
     if not target:
         return Decision("nothing", reasons=("the repository could not be reached yet",))
-    if seen.owes_rollback and target in (seen.failed[0], seen.running):
-        return Decision("rollback", seen.running, reasons=("the last rollback failed",))
-    reason, calm = deploy_reason(seen, target), CALM
-    if reason and seen.failed[:2] == (target, seen.digest) and not seen.failed[2]:
-        reason, calm = "", f"{short(target)} failed and is not tried now"
-    if reason and seen.waiting == (target, seen.digest):
-        reason, calm = "", f"{short(target)} waits for up"
-    if reason:
-        return Decision("deploy", target, reasons=(reason,))
-    return decide_heal(seen, calm)
-
-
-def is_ill(container: Container) -> bool:
-    """Whether it fails by itself, now or between two restarts."""
-    return (container.status in ("restarting", "paused", "dead") or container.restarts > 0
-            or container.health == "unhealthy")
-
-
-def judge(containers: Sequence[Container], expected: Mapping[str, int],
-          unchanged: frozenset[str] = frozenset()) -> tuple[str, str]:
-    """One look at a deploy: ("good" | "wait" | "bad", why).
-
-    Containers that `up` left as they were (`unchanged`) say nothing about the commit.
-    """
-    waiting = ""
-    for container in containers:
-        if container.identity in unchanged:
-            continue
-        who = f"{container.compose_service} ({container.name})"
-        if container.status == "restarting" or container.restarts > 0:
-            return "bad", f"{who} restarts after it ended with {container.exit_code}"
-        if container.status in ("exited", "dead") and container.exit_code != 0:
-            return "bad", f"{who} ended with {container.exit_code}"
-        if container.health == "unhealthy":
-            return "bad", f"{who} is unhealthy"
-        if container.status == "created" or container.health == "starting":
-            waiting = f"{who} is {container.health or container.status}"
-    for name, count in expected.items():
-        if sum(c.compose_service == name for c in containers) < count:
-            waiting = f"{name} has no container"
-    return ("wait", waiting) if waiting else ("good", "")
+    if seen.asked:
+        return Decision("deploy", target, ("asked for by up",))
+    reason = deploy_reason(seen, target)
+    failed = failure and (failure.commit, failure.configuration) == (target, seen.configuration)
+    if reason and not (failed and failure and not (failure.retry and seen.retry)):
+        return Decision("deploy", target, (reason,))
+    if current and not current.since and seen.good and seen.rollback and failure and not (
+            failure.waits):
+        return Decision("rollback" if seen.retry else "nothing", seen.good.commit,
+                        ("the last rollback failed",))
+    cures = [row for row in seen.rows if row.how.cure]
+    if cures:
+        return Decision("heal", current.commit if current else "",
+                        tuple(str(row) for row in cures))
+    if reason and failure:
+        return Decision("nothing", reasons=(str(failure),))
+    return Decision("nothing", reasons=tuple(str(row) for row in seen.rows) or (CALM,))
 
 
 def retry_delay(interval: float, failures: int, chance: float) -> float:
@@ -2671,347 +3551,240 @@ def retry_delay(interval: float, failures: int, chance: float) -> float:
     delay = min(interval * 2.0 ** min(failures - 1, 16), BACKOFF_CEILING)
     return min(delay * (1 + chance / 2), BACKOFF_CEILING)
 
-# ---- Engine ------------------------------------------------------------------------------------
+# ---- Store -------------------------------------------------------------------------------------
+
+HISTORY_LINES = 200
+BY_HAND = "an administrator"
 
 
-def compose_program(children: Children) -> tuple[str, ...]:
-    """`docker compose`, or a standalone docker-compose of version 2. Raises Fault."""
-    found = ""
-    for words in (("docker", "compose"), ("docker-compose",)):
-        try:
-            result = children.run([*words, "version", "--short"], deadline=DEADLINE["docker"],
-                                  kind=("", "compose", "version"))
-        except Fault:
-            continue
-        version = result.stdout.decode(errors="replace").strip().removeprefix("v")
-        if result.status == 0 and re.match(r"[2-9]\.|[1-9]\d+\.", version):
-            return words
-        if result.status == 0 and version.startswith("1."):
-            found = f"docker-compose {version} is too old; "
-    raise Fault(f"{found}docker compose 2 is needed: install docker-compose-v2 or "
-                "docker-compose-plugin")
-
-
-def docker_group() -> int | None:
-    """The group that may speak to the engine's socket."""
+def load_json(path: Path, default: Any) -> Any:
+    """What a JSON file of pgod's holds; the default where it is missing or damaged."""
     try:
-        return grp.getgrnam("docker").gr_gid
-    except KeyError:
+        value = json.loads(path.read_bytes())
+    except (OSError, ValueError):
+        return default
+    return value if isinstance(value, type(default)) else default
+
+
+def revived(kind: Callable[..., Any], stored: Mapping[str, Any]) -> Any:
+    """The dataclass of a stored mapping; None where that is damaged or of another version."""
+    values = {key: tuple(value) if isinstance(value, list) else value
+              for key, value in stored.items()}
+    try:
+        made = kind(**values)
+    except TypeError:
         return None
+    fields = {entry.name: entry.type for entry in dataclasses.fields(made)}
+    right: dict[str, Any] = {"str": str, "float": (int, float), "bool": bool}
+    return made if all(isinstance(getattr(made, name), right.get(str(type_), object))
+                       for name, type_ in fields.items()) else None
 
 
-def account_of(user: str, with_docker: bool = False) -> Account:
-    """The user with the groups it has, the docker group taken away or added."""
-    entry = pwd.getpwnam(user)
-    groups = set(os.getgrouplist(user, entry.pw_gid))
-    docker = docker_group()
-    if docker is not None and user != "root":
-        groups = groups | {docker} if with_docker else groups - {docker}
-    return Account(user, entry.pw_uid, entry.pw_gid, tuple(sorted(groups)))
+class Store:
+    """All that is on disk of a service, but for its work tree and its git folder.
 
-
-ENGINE_GONE = r"Cannot connect to the Docker daemon|error during connect|server is shutting down"
-
-
-def parse_container(facts: Mapping[str, Any]) -> Container:
-    """A Container of what `docker inspect` says."""
-    state, labels = facts["State"], facts["Config"]["Labels"] or {}
-    compose_service = labels.get("com.docker.compose.service", "")
-    binds = tuple(Bind(compose_service, "bind", mount["Source"], not mount["RW"],
-                       mount["Destination"])
-                  for mount in facts.get("Mounts") or () if mount["Type"] == "bind")
-    return Container(
-        facts["Id"], compose_service, facts["Name"].lstrip("/"),
-        state["Status"], state["ExitCode"], (state.get("Health") or {}).get("Status", "")
-        .replace("none", ""), facts.get("RestartCount", 0),
-        facts["HostConfig"]["RestartPolicy"]["Name"] or "no", facts["Image"], state["StartedAt"],
-        binds)
-
-
-def render_fault(result: Result) -> Fault:
-    """Why a rendering failed; a limit's own words help nobody. A crash is no fault of the file."""
-    text, why = result.stderr, result.complaint
-    if "out of memory" in text or "cannot allocate memory" in text:
-        why = f"it needs more than {RENDER_MEMORY >> 20} MiB of memory"
-    elif result.status in (-signal.SIGXCPU, -signal.SIGKILL) or "SIGXCPU" in text:
-        why = f"it needs more than {RENDER_CPU} s of processor time"
-    elif "remote resource is disabled" in text:
-        why = "it includes or extends an address; only files of the repository are read"
-    elif "\ngoroutine " in text:
-        return Fault(f"compose crashed: {text.splitlines()[0][:200]}")
-    return Refused(f"the compose file does not render: {why}")
-
-
-class Engine:
-    """docker and compose for one service.
-
-    Rendering has no access to the engine; all else runs as the user with the docker group, on the
-    model that was checked.
+    current.json    the release whose containers there are, good or not yet
+    good.json       the last release that was found good
+    state.json      what failed, which jobs are done, which import was announced
+    tracked.json    what pgod put into the work tree
+    keys.json       the newest commit that was fetched, and who may steer by it
+    history.jsonl   what was deployed when
+    hold.json, NAME.stop   why nothing is done
+    digest_key      a random key of the digests in labels
     """
 
-    def __init__(self, service: Service, places: Places, children: Children,
-                 compose: tuple[str, ...]) -> None:
-        self.service = service
-        self.places = places
-        self.children = children
-        self.compose_words = compose
-        self.account = account_of(service.user)
-        self.docker_account = account_of(service.user, with_docker=True)
+    def __init__(self, paths: ServicePaths) -> None:
+        self.paths = paths
+        self.own = paths.own
+        facts = load_json(self.own / "state.json", {})
+        self.failure: Failure | None = revived(Failure, facts.get("failure") or {})
+        jobs = facts.get("done") or {}
+        self.done: dict[str, DoneJob] = {
+            name: job for name, stored in jobs.items() if (job := revived(DoneJob, stored))}
+        self.announced = str(facts.get("announced", ""))
+        self.current = self.load_release("current.json")
+        self.good = self.load_release("good.json")
+        if not self.current and self.good:
+            log.warning("%s: what runs is not known, the last good deploy serves", paths.service)
+            self.set_current(self.good)
 
-    @property
-    def reader_group(self) -> int | None:
-        """Only docker commands read the model and the logins: root's, of the docker group."""
-        return docker_group() if os.geteuid() == 0 else None
+    def load_release(self, name: str) -> Release | None:
+        return cast("Release | None", revived(Release, load_json(self.own / name, {})))
 
-    def environment(self) -> dict[str, str]:
-        """For every docker command. Nothing in it or in a .env makes compose fetch a remote."""
-        return dict(self.service.env) | {
-            "DOCKER_CONFIG": str(self.places.own / "docker"),
-            "BUILDX_CONFIG": str(self.places.own / "buildx"),
-            "COMPOSE_PROFILES": ",".join(self.service.profiles),
-            "COMPOSE_EXPERIMENTAL_GIT_REMOTE": "false", "COMPOSE_EXPERIMENTAL_OCI_REMOTE": "false",
-            "COMPOSE_PROJECT_NAME": self.service.name, "COMPOSE_MENU": "false",
-            "DOCKER_CLI_HINTS": "false"}
-
-    def prepare(self) -> None:
-        make_folder(self.places.own / "docker", 0o750, None, self.reader_group)
-        make_folder(self.places.own / "buildx", 0o770, None, self.reader_group)
-        if not (self.places.own / "docker" / "config.json").exists():
-            self.write("docker/config.json", b"{}\n")
+    def save(self) -> None:
+        """Write what failed, what is done and what was announced."""
+        facts = {"failure": dataclasses.asdict(self.failure) if self.failure else None,
+                 "done": {name: dataclasses.asdict(job) for name, job in self.done.items()},
+                 "announced": self.announced}
+        self.write("state.json", json.dumps(facts, indent=1, sort_keys=True).encode())
 
     def write(self, name: str, data: bytes) -> None:
-        """A file of root's that docker commands can read and nobody can write."""
-        mode = 0o640 if self.reader_group is not None else 0o600
-        write_atomic(self.places.own / name, data, mode, None, self.reader_group)
+        write_atomic(self.own / name, data)
 
-    def words(self, *command: str, model: str = "model.json") -> list[str]:
-        """A compose command on a checked model: the same prefix for every one."""
-        return [*self.compose_words, "--ansi", "never", "--project-name", self.service.name,
-                "--project-directory", str(self.places.worktree), "--file",
-                str(self.places.own / model), "--env-file", "/dev/null", *command]
+    def set_current(self, release: Release) -> None:
+        self.write("current.json", json.dumps(dataclasses.asdict(release)).encode())
+        self.current = release
 
-    def compose(self, *command: str, deadline: str, model: str = "model.json",
-                on_line: Callable[[str], None] | None = None) -> Result:
-        waits = self.service.wait if deadline == "up" else 0  # for what depends_on names
-        return self.children.run(
-            self.words(*command, model=model), account=self.docker_account,
-            env=self.environment(), deadline=DEADLINE[deadline] + waits, on_line=on_line,
-            kind=(self.service.name, "compose", command[0]), secrets=self.service.secrets)
+    def set_good(self, release: Release) -> None:
+        """It is what runs, and what a rollback goes back to."""
+        self.set_current(release)
+        self.write("good.json", json.dumps(dataclasses.asdict(release)).encode())
+        self.good = release
 
-    def docker(self, *command: str, deadline: str = "docker") -> Result:
-        return self.children.run(
-            ["docker", *command], account=self.docker_account, env=self.environment(),
-            deadline=DEADLINE[deadline], kind=(self.service.name, "docker", command[0]),
-            secrets=self.service.secrets)
+    def set_failure(self, failure: Failure | None) -> bool:
+        """Whether it is news."""
+        if failure == self.failure:
+            return False
+        self.failure = failure
+        self.save()
+        return True
 
-    def compose_files(self, tree: Tree) -> list[str]:
-        """The files of the commit to render. Raises Refused if there is none."""
-        names = self.service.compose or next(
-            ((name,) for name in COMPOSE_FILES if name in tree), ())
-        if not names:
-            raise Refused(f"the repository has none of {', '.join(COMPOSE_FILES)}")
-        for name in names:
-            if name not in tree:
-                raise Refused(f"the repository has no {name}")
-        return [str(self.places.export / name) for name in names]
+    def set_done(self, done: dict[str, DoneJob]) -> None:
+        if done != self.done:
+            self.done = done
+            self.save()
 
-    def render(self, tree: Tree) -> Model:
-        """The model of the exported commit, by compose itself, its paths those of the export.
+    def set_announced(self, digest: str) -> None:
+        if digest != self.announced:
+            self.announced = digest
+            self.save()
 
-        As the user, without the docker group, with limits. Raises Refused.
-        """
-        files = [word for name in self.compose_files(tree) for word in ("--file", name)]
-        env = {"PWD": str(self.places.export), **self.environment(), "GIT_ALLOW_PROTOCOL": "none",
-               "DOCKER_CONFIG": "/nonexistent", "GOMAXPROCS": "2"}
-        result = self.children.run(
-            ["prlimit", f"--cpu={RENDER_CPU}", f"--data={RENDER_MEMORY}", "--core=0", "--",
-             *self.compose_words, "--project-name", self.service.name, "--project-directory",
-             str(self.places.export), *files, "config", "--format", "json"],
-            account=self.account, env=env, deadline=DEADLINE["render"], limit=RENDER_OUTPUT,
-            folder=Path("/"), kind=(self.service.name, "compose", "config"),
-            secrets=self.service.secrets)
-        if result.status or result.trouble:
-            raise render_fault(result)
+    def digest_key(self) -> bytes:
+        """Made once. Whoever lacks it cannot guess a secret by its digest."""
+        path = self.own / "digest_key"
         try:
-            model = json.loads(result.stdout)
-        except ValueError:
-            raise Refused("the compose file does not render: compose wrote no JSON") from None
-        if not compose_services(model):
-            raise Refused("the compose file has no services (or none in these profiles)")
-        return dict(model)
+            if len(key := path.read_bytes()) == 32:
+                return key
+        except FileNotFoundError:
+            pass
+        write_atomic(path, key := os.urandom(32))
+        return key
 
-    def login(self) -> None:
-        """Log in to every registry, with a configuration of the service's own. Raises Fault."""
-        for registry in self.service.registries:
-            result = self.children.run(
-                ["docker", "login", "--username", registry.user, "--password-stdin",
-                 registry.address], env=self.environment(), stdin=registry.token.encode(),
-                deadline=DEADLINE["login"], kind=(self.service.name, "docker", "login"),
-                secrets=self.service.secrets)
-            with contextlib.suppress(FileNotFoundError):
-                self.write("docker/config.json",
-                           (self.places.own / "docker" / "config.json").read_bytes())
-            if result.status or result.trouble:
-                raise Fault(f"login to {registry.address} failed: {result.complaint}")
+    def tracked(self) -> Tree:
+        """What pgod put into the work tree."""
+        stored = load_json(self.own / "tracked.json", {})
+        return {path: (mode, blob) for path, (mode, blob) in stored.items()}
 
-    def pull(self, model: Model, on_line: Callable[[str], None]) -> None:
-        """Pull what is not built; a pull that fails is a warning if the images are here."""
-        pulled = [name for name, service in compose_services(model).items()
-                  if not service.get("build") and service.get("pull_policy") != "never"]
-        trouble = ""
-        if pulled:
-            try:
-                self.login()
-            except Fault as fault:
-                trouble = str(fault)
-            names = ("--", *sorted(pulled))  # a compose service may be called --build
-            result = self.compose("pull", "--quiet", *names, deadline="pull", model="render.json")
-            if result.status or result.trouble:
-                trouble = trouble or result.complaint
-            if result.status and len(pulled) > 1:  # compose gave up at the first that failed
-                self.compose("pull", "--quiet", "--ignore-pull-failures", *names, deadline="pull",
-                             model="render.json")
-        if any(service.get("build") for service in compose_services(model).values()):
-            self.build(on_line)
-        missing = self.missing_images(model)
-        if missing:
-            raise Fault(f"image {', '.join(missing)} cannot be pulled and is not here"
-                        f"{': ' + trouble if trouble else ''}")
-        if trouble:
-            on_line(f"pull failed, the images that are here serve: {trouble}")
+    def set_tracked(self, tree: Tree) -> None:
+        self.write("tracked.json", json.dumps(tree, sort_keys=True).encode())
 
-    def build(self, on_line: Callable[[str], None]) -> None:
-        result = self.compose("build", deadline="build", model="render.json")
-        if result.status or result.trouble:
-            raise Refused(f"build failed: {one_line(result.stderr + result.trouble, 600)}")
-        on_line("built")
+    def keys(self) -> tuple[str, tuple[PublicKey, ...]]:
+        """The newest commit that was fetched, and the keys in it."""
+        stored = load_json(self.own / "keys.json", {})
+        return str(stored.get("commit", "")), tuple(
+            PublicKey(str(key), str(comment)) for key, comment in stored.get("keys", ()))
 
-    def image_identity(self, name: str) -> str:
-        """Empty where the image is not here. Raises EngineGone."""
-        result = self.docker("image", "inspect", "--format", "{{.Id}}", "--", name)
-        if result.status and "o such image" not in result.stderr:
-            raise EngineGone(f"the engine does not answer: {result.complaint}")
-        return result.stdout.decode().strip()
+    def set_keys(self, commit: str, keys: Iterable[PublicKey]) -> None:
+        rows = [[key.fingerprint, key.comment] for key in keys]
+        self.write("keys.json", json.dumps({"commit": commit, "keys": rows}).encode())
 
-    def images(self, model: Model) -> dict[str, str]:
-        """Name and identity of a model's images, empty for those that are not here."""
-        names = {image_of(self.service.name, name, service)
-                 for name, service in compose_services(model).items()}
-        return {name: self.image_identity(name) for name in sorted(names)}
+    def history(self) -> list[dict[str, Any]]:
+        """The oldest first."""
+        found = []
+        with contextlib.suppress(OSError):
+            text = (self.own / "history.jsonl").read_text(errors="replace")
+            for line in text.splitlines():
+                with contextlib.suppress(ValueError):
+                    found.append(json.loads(line))
+        return found
 
-    def missing_images(self, model: Model) -> list[str]:
-        return [name for name, identity in self.images(model).items() if not identity]
+    def append_history(self, line: Mapping[str, Any]) -> None:
+        """The newest 200 lines are kept."""
+        lines = [*self.history(), line][-HISTORY_LINES:]
+        self.write("history.jsonl", "".join(json.dumps(item) + "\n" for item in lines).encode())
 
-    def keep_images(self, images: Mapping[str, str]) -> None:
-        """Have a container of each image of the good commit that is never started.
+    # Holds: each file is replaced or removed as a whole, so any thread may read them.
 
-        `docker image prune --all` takes every image that no container has, tagged or not.
-        """
-        label = f"{KEEP_LABEL}={self.service.name}"
-        wanted = {f"pgod-keep-{hashlib.sha256((label + identity).encode()).hexdigest()[:12]}":
-                  identity for identity in images.values() if identity}
-        listed = self.docker("ps", "--all", "--filter", f"label={label}", "--format", "{{.Names}}")
-        have = set(listed.stdout.decode().split())
-        for name in sorted({*wanted} - have):
-            places = (f"--mount=type=tmpfs,destination={place}"  # instead of anonymous volumes
-                      for place in self.image_volumes(wanted[name]))
-            # An image that compose built has its project's label, and hands it on.
-            self.docker("create", "--name", name, "--label", label, "--label",
-                        "com.docker.compose.project=", "--network", "none", "--pull", "never",
-                        *places, "--", wanted[name], "never-started")
-        if (old := sorted(have - {*wanted})) and listed.status == 0:
-            self.docker("rm", "--force", "--volumes", *old)
-
-    def restore_images(self, images: Mapping[str, str]) -> None:
-        """Move tags that a newer commit moved back to what the good commit ran."""
-        for name, identity in images.items():
-            if identity and "@" not in name and self.image_identity(name) != identity:
-                self.docker("tag", identity, name)
-
-    def containers(self) -> tuple[Container, ...]:
-        """The containers of the project, one-off ones left out. Raises Fault."""
-        label = f"label=com.docker.compose.project={self.service.name}"
-        listed = self.docker("ps", "--all", "--quiet", "--no-trunc", "--filter", label,
-                             "--filter", "label=com.docker.compose.oneoff=False")
-        if listed.status:
-            raise EngineGone(f"the engine does not answer: {listed.complaint}")
-        identities = listed.stdout.decode().split()
-        if not identities:
-            return ()
-        result = self.docker("inspect", "--type", "container", *identities)
+    def hold_in(self, path: Path, kind: str) -> Hold | None:
+        """The hold that a file means; one that an administrator touched has no content."""
         try:
-            return tuple(sorted(map(parse_container, json.loads(result.stdout or b"[]")),
-                                key=lambda container: container.name))
-        except (ValueError, KeyError) as error:
-            raise Fault(f"docker inspect cannot be read: {error!r}") from None
+            since = path.stat().st_mtime
+        except FileNotFoundError:
+            return None
+        facts = load_json(path, {})
+        return Hold(str(facts.get("by", BY_HAND)), str(facts.get("reason", "")),
+                    float(facts.get("since", since)), float(facts.get("until", 0)), kind,
+                    tuple(facts.get("services", ())), kind == "stop" and "by" not in facts)
 
-    def remove_half_made(self) -> None:
-        """Remove what a recreation that was cut short left: its name makes the next one fail.
+    def operators_hold(self, now: float) -> Hold | None:
+        """What `hold` made; None when its time is over."""
+        hold = self.hold_in(self.own / "hold.json", "hold")
+        return hold if hold and (not hold.until or hold.until > now) else None
 
-        compose creates the new container as ID_NAME, removes the old one and renames it.
-        """
-        half_made = [c.identity for c in self.containers()
-                     if c.status == "created" and re.match(r"[0-9a-f]{12}_", c.name)]
-        if half_made:
-            self.docker("rm", "--force", *half_made)
+    def hold(self, now: float) -> Hold | None:
+        """The hold that is in force."""
+        return self.hold_in(self.paths.stop, "stop") or self.operators_hold(now)
 
-    def image_volumes(self, name: str) -> list[str]:
-        result = self.docker("image", "inspect", "--format", "{{json .Config.Volumes}}", "--", name)
-        return [*(json.loads(result.stdout or b"null") or {})]
+    def set_hold(self, hold: Hold) -> None:
+        facts = {key: value for key, value in dataclasses.asdict(hold).items()
+                 if key not in ("kind", "by_hand")}
+        path = self.paths.stop if hold.kind == "stop" else self.own / "hold.json"
+        write_atomic(path, json.dumps(facts).encode())
 
-    def remove_inherited(self, model: Model) -> None:
-        """Remove containers whose bind mount would outlive the model that had it."""
-        services = compose_services(model)
-        heirs = [c.identity for c in self.containers()
-                 if c.binds and (service := services.get(c.compose_service)) and inherits_bind(
-                     c.binds, service, self.image_volumes(
-                         image_of(self.service.name, c.compose_service, service)))]
-        if heirs:
-            self.docker("rm", "--force", *heirs)
+    def refuse_lock(self) -> None:
+        """Raises Refused where an administrator has made NAME.stop by hand."""
+        hold = self.hold_in(self.paths.stop, "stop")
+        if hold and hold.by_hand:
+            raise Refused(f"{hold}; only an administrator ends that: he removes {self.paths.stop}")
 
-    def up(self, model: Model, on_line: Callable[[str], None], services: Iterable[str] = (),
-           alone: bool = False) -> None:
-        """Bring the checked model up, or some compose services of it. Raises Fault.
+    def release_stop(self) -> None:
+        """End `stop` and `down`. Raises Refused at an administrator's lock."""
+        self.refuse_lock()
+        self.paths.stop.unlink(missing_ok=True)
 
-        `alone`: without what they depend on.
-        """
-        self.remove_half_made()
-        self.remove_inherited(model)
-        extra = ("--no-deps" if alone else "--remove-orphans", "--", *services)
-        words = ("up", "--detach", "--no-build", "--quiet-pull", "--pull", "never")
-        result = self.compose(*words, *extra, deadline="up", on_line=on_line)
-        if result.status and re.search(r"network \S+ not found", result.stderr):
-            # It was deleted beneath containers that are stopped; they keep to its number.
-            result = self.compose(*words, "--force-recreate", *extra, deadline="up",
-                                  on_line=on_line)
-        if result.status or result.trouble:
-            gone = re.search(ENGINE_GONE, result.stderr)
-            raise (EngineGone if gone else Fault)(f"up: {result.complaint}")
-
-# ---- Service -----------------------------------------------------------------------------------
-
-Say = Callable[[str], None]
+    def release_hold(self) -> None:
+        (self.own / "hold.json").unlink(missing_ok=True)
 
 
-@dataclass
-class Request:
-    """What a key holder asks a service's thread to do; `done` is set when `status` is final."""
+class Project:
+    """A service with all that is known of it: its paths, git folder, store, compose and engine.
 
-    command: str
-    arguments: tuple[str, ...]
-    services: tuple[str, ...]  # of compose, that the arguments name
-    by: str
-    say: Say
-    status: int = 0
-    done: threading.Event = field(default_factory=threading.Event)
+    Only the service's own thread changes anything through it.
+    """
+
+    def __init__(self, service: Service, shared: Shared) -> None:
+        self.service = service
+        self.shared = shared
+        self.name = service.name
+        self.paths = ServicePaths(service.name, shared.settings.directory, shared.settings.datadir)
+        self.store = Store(self.paths)
+        self.api = shared.api
+        self.compose = Compose(service, self.paths, shared.children, shared.compose_program)
+        self.account = self.compose.account
+        self.git = Repository(service, self.paths, self.account, shared.children)
+
+    def configuration(self) -> str:
+        """Changes when a deploy must be done again for the configuration's sake."""
+        parts = (self.service.digest(), str(self.paths.worktree), str(self.paths.data))
+        return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
+
+    def snapshot(self, release: Release | None) -> Snapshot:
+        """What there is of the project now. Raises Fault."""
+        if not release:
+            return self.api.snapshot(self.name)
+        return self.api.snapshot(self.name, release.image_names.values(), release.volume_names)
+
+    def rows(self, release: Release, snapshot: Snapshot) -> tuple[Row, ...]:
+        return compare(release, snapshot, self.store.done)
+
+    def context(self, tree: Tree) -> PolicyContext:
+        """What the policy knows besides the model."""
+        settings = self.shared.settings
+        ports = tuple(address[1] for address in (settings.ssh, settings.metric) if address)
+        others = tuple(s for s in self.shared.configuration.services if s.name != self.name)
+        return PolicyContext(self.service, others, str(self.paths.worktree), str(self.paths.data),
+                             tree, ports)
+
+    def say(self, text: str) -> None:
+        log.info("%s: %s", self.name, text)
 
 
-class Turns:
+class DeploySlots:
     """A few deploys at a time, so that a boot is no stampede. One that takes long makes room."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
-        self._lock = threading.Lock()
         self._clock = clock
+        self._lock = threading.Lock()  # guards _begun
         self._begun: dict[str, float] = {}  # service: when its deploy began
 
     def take(self, service: str) -> bool:
@@ -3027,6 +3800,18 @@ class Turns:
         with self._lock:
             self._begun.pop(service, None)
 
+    @contextlib.contextmanager
+    def slot(self, service: str, children: Children, stopping: threading.Event) -> Iterator[None]:
+        """One of the few; who waits long for it still lives. Raises Stopping."""
+        while not self.take(service):
+            children.beat()
+            if stopping.wait(0.05):
+                raise Stopping
+        try:
+            yield
+        finally:
+            self.give_back(service)
+
 
 @dataclass
 class Shared:
@@ -3036,185 +3821,981 @@ class Shared:
     configuration: Configuration
     children: Children
     metrics: Metrics
-    compose_words: tuple[str, ...]
-    turns: Turns = field(default_factory=Turns)
+    compose_program: tuple[str, ...]
+    api: EngineApi
+    slots: DeploySlots = field(default_factory=DeploySlots)
     stopping: threading.Event = field(default_factory=threading.Event)
     events_flow: threading.Event = field(default_factory=threading.Event)
-    workers: dict[str, Worker] = field(default_factory=dict)
+    workers: dict[str, Worker] = field(default_factory=dict)  # whole before a thread starts
     clock: Callable[[], float] = time.monotonic
     chance: Callable[[], float] = random.random
+
+# ---- Reverse proxy -----------------------------------------------------------------------------
+
+
+def import_text(services: Iterable[Service]) -> str:
+    """Caddy's import file: a block a host, in order."""
+    urls = sorted({host: target for service in services for host, target in service.urls}.items())
+    blocks = [f"{host} {{\n\treverse_proxy {target}\n}}\n" for host, target in urls]
+    return "# Written by pgod from pgo.toml; changes here are lost.\n" + "\n".join(blocks)
+
+
+def import_of(project: Project) -> dict[str, str]:
+    """The import file that pgod writes into a work tree, with its text; empty if there is none."""
+    file = project.service.import_file
+    return {file: import_text(project.shared.configuration.services)} if file else {}
+
+
+def write_import(project: Project) -> None:
+    """Write the Caddy import, as the user, if it changed. Raises Refused at a link."""
+    for file, text in import_of(project).items():
+        data = text.encode()
+        with as_user(project.account):
+            with contextlib.suppress(FileNotFoundError):
+                if data == read_beneath(project.paths.worktree, file, len(data) + 1):
+                    return
+            write_beneath(project.paths.worktree, file, io.BytesIO(data))
+        project.say(f"import written: {file}")
+        project.store.set_announced("")
+
+
+def run_reload(target: Project, reload: Reload) -> None:
+    """Run the words of `reload` in a container of the target. Raises Fault."""
+    compose_service, words = reload.service, reload.words
+    model = target.store.current.model if target.store.current else {}
+    if reload.service not in compose_services(model):
+        compose_service, words = words[0], words[1:]
+    target.compose.run("exec", "-T", "--", compose_service, *words, deadline="reload").check(
+        f"reload failed, will be tried again: {shlex.join(reload.words)}")
+
+
+def follow_import(project: Project, target: Project | None) -> None:
+    """Keep the import right, and announce it with `reload` until that worked. Raises Fault."""
+    texts = import_of(project)
+    if not texts or not project.store.current:
+        return
+    write_import(project)
+    digest, reload = digest_of(texts, b""), project.service.reload
+    if reload and target and project.store.announced != digest:
+        run_reload(target, reload)
+        project.say(f"reloaded: {reload.service}")
+        project.store.set_announced(digest)
+
+# ---- Deploy ------------------------------------------------------------------------------------
+
+KEEP_NAME = "pgod.invalid/keep"  # repository of the tags that keep images; no host has this name
+TRIES = 3  # of a cure, until what one brought about needs none
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A commit that may be deployed: nothing on the host has changed yet."""
+
+    release: Release
+    tree: Tree
+    rendered: Model  # its paths are those of the export, for pull and build
+
+
+def enforce(project: Project, model: Model, tree: Tree) -> None:
+    """Raises Refused with every violation; those of root's repositories are only logged."""
+    service = project.service
+    violations = [v.redacted(service.secrets) for v in check_policy(model, project.context(tree))]
+    project.shared.metrics.set("pgo_service_policy_violations", len(violations),
+                               service=service.name)
+    if violations and not service.trusted:
+        raise Refused("the policy refuses it:\n" + "\n".join(f"  {v}" for v in violations))
+    for violation in violations:
+        log.warning("%s: root's repository, so only reported: %s", service.name, violation)
+
+
+def render(project: Project, tree: Tree) -> Model:
+    """The exported commit's model, its paths those of the work tree. Raises Refused."""
+    model = project.compose.render(project.compose.files(tree))
+    if not compose_services(model):
+        raise Refused("the compose file has no services (or none in these profiles)")
+    try:
+        moved: Model = moved_paths(model, str(project.paths.export), str(project.paths.worktree))
+    except RecursionError:
+        raise Refused("the compose file is nested too deeply") from None
+    return with_tmpfs_sizes(moved)
+
+
+def read_values(project: Project, model: Model) -> dict[str, str]:
+    """The variables that are configs or secrets, as compose finds them: `env`, then .env.
+
+    Raises Refused if one is not set: compose would make the container and not fill it.
+    """
+    names = value_names(model)
+    if not names:
+        return {}
+    project.compose.write("values.json", json.dumps(values_file(names)).encode())
+    path = project.paths.own / "values.json"
+    chown(path, project.account)
+    values = parse_values(project.compose.render([str(path)]))
+    if unset := [name for name in names if name not in values]:
+        raise Refused(f"{', '.join(unset)} is not set: a config or secret takes its value from it; "
+                      "set it in env or env_file of pgo.toml, or in .env of the repository")
+    return values
+
+
+def missing_files(project: Project, model: Model, tree: Tree) -> list[str]:
+    """Files of configs and secrets that are neither in the commit nor on the server."""
+    missing = []
+    for bind in binds_of(model):
+        for root in (project.paths.worktree, project.paths.data):
+            relative = beneath(bind.source, str(root))
+            if not relative or bind.kind == "bind":
+                continue
+            with as_user(project.account):
+                if (relative not in tree or root != project.paths.worktree) and not (
+                        stat_beneath(root, relative)):
+                    missing.append(f"{bind.compose_service}: {bind.kind} {bind.source} is missing")
+    return missing
+
+
+def unfillable(model: Model) -> list[str]:
+    """Compose services whose containers compose can make and not fill."""
+    found = []
+    for name, service in compose_services(model).items():
+        for kind in ("configs", "secrets"):
+            entries = entries_used(service.get(kind), model.get(kind) or {}).items()
+            found += [f"{name}: {key} has its text in the compose file or in a variable, and "
+                      "read_only: true keeps it from being written; use a file" for key, entry
+                      in entries if service.get("read_only") and "file" not in entry]
+    return found
+
+
+def bound_links(project: Project, containers: Iterable[Container], tree: Tree) -> list[str]:
+    """Why the tree must not be put beneath these: their next restart would follow a link."""
+    binds = [bind for container in containers for bind in container.binds]
+    return [] if project.service.trusted else check_bound_links(
+        binds, tree, str(project.paths.worktree))
+
+
+def make_release(project: Project, commit: str, model: Model, tree: Tree,
+                 values: Mapping[str, str], adopted: Mapping[str, str]) -> Release:
+    """The release of a checked model; its images are not known yet."""
+    generated = {path: blob_of(text.encode()) for path, text in import_of(project).items()}
+    files, key = Files(tree, str(project.paths.worktree), generated), project.store.digest_key()
+    digests = service_digests(model, files, values, key)
+    return Release(commit, project.configuration(), project.name,
+                   with_labels(with_value_names(model), digests, adopted), digests,
+                   input_digests(model, files, key), values=values,
+                   adopted={name: old for name, old in adopted.items() if digests.get(name) == old})
+
+
+def prepare(project: Project, commit: str) -> Prepared:
+    """Export, render and check a commit. Raises Refused."""
+    tree = project.git.export(commit)
+    model = render(project, tree)
+    enforce(project, model, tree)
+    values = read_values(project, model)
+    wrong = [*unfillable(model), *missing_files(project, model, tree),
+             *bound_links(project, project.api.containers(project.name), tree)]
+    if wrong:
+        raise Refused("; ".join(wrong))
+    current = project.store.current
+    release = make_release(project, commit, model, tree, values, current.adopted if current else {})
+    # Built is from the export alone, also where the file names the work tree itself.
+    rendered = moved_paths(model, str(project.paths.worktree), str(project.paths.export))
+    return Prepared(release, tree, rendered)
+
+
+def repository_of(name: str) -> str:
+    """An image's name without its tag or digest."""
+    name = name.partition("@")[0]
+    head, mark, tag = name.rpartition(":")
+    return head if mark and "/" not in tag else name
+
+
+def digest_name(facts: Mapping[str, Any], name: str) -> str:
+    """REPOSITORY@DIGEST by which an image was pulled, or nothing."""
+    repository = repository_of(name)
+    return next((text for text in facts.get("RepoDigests") or ()
+                 if repository_of(text).endswith(repository)), "")
+
+
+def fetch_images(project: Project, prepared: Prepared, say: Progress) -> Prepared:
+    """Pull and build what the release needs. Raises Fault if an image is not there then."""
+    services, release = compose_services(prepared.rendered), prepared.release
+    project.compose.write_model("render.json", with_value_names(prepared.rendered))
+    to_pull = [name for name, service in services.items()
+               if not service.get("build") and service.get("pull_policy") != "never"]
+    trouble = project.compose.pull(to_pull) if to_pull else ""
+    if any(service.get("build") for service in services.values()):
+        project.compose.build()
+        say("built")
+    facts = {name: project.api.image(name) for name in sorted({*release.image_names.values()})}
+    missing = [name for name, found in facts.items() if not found]
+    if missing:
+        raise Fault(f"image {', '.join(missing)} cannot be pulled and is not on this server"
+                    f"{': ' + trouble if trouble else ''}")
+    if trouble:
+        say(f"could not pull, using the copies on this server: {trouble}")
+    pulled = {name: digest for name, found in facts.items() if (digest := digest_name(found, name))}
+    return dataclasses.replace(prepared, release=dataclasses.replace(
+        release, images={name: str(found["Id"]) for name, found in facts.items()}, pulled=pulled))
+
+
+def refuse_what_cannot_be(project: Project, prepared: Prepared, snapshot: Snapshot) -> None:
+    """What would fail when half of it is done. Raises Refused, or Fault where it will pass."""
+    release, paths = prepared.release, project.paths
+    tracked = project.store.tracked()
+    with as_user(project.account):
+        conflicts = worktree_conflicts(paths.worktree, paths.export, tracked, prepared.tree)
+    if conflicts:
+        raise Refused("the commit would overwrite untracked files; move or remove them: "
+                      + ", ".join(map(printable, conflicts[:10])))
+    if volumes := [*compare_volumes(release, snapshot)]:
+        raise Refused("; ".join(map(str, volumes)) + "; it holds data, so pgod does not make it "
+                      "anew: give the volume another name, or remove it by hand")
+    for name in changed_networks(release, snapshot).values():
+        attached = project.api.attached(str(snapshot.networks[name]["Id"]))
+        if others := [row["Names"][0].lstrip("/") for row in attached
+                      if (row.get("Labels") or {}).get(PROJECT_LABEL) != project.name]:
+            raise Refused(f"network {name} must be made anew, and containers of others are on it: "
+                          f"{', '.join(sorted(others))}")
+    if paused := [c.name for c in snapshot.containers if c.status == "paused"]:
+        raise Fault(f"{', '.join(paused)} is paused by hand; once docker unpause has ended "
+                    "that, it is tried again")
+
+
+def own_images(project: Project, release: Release) -> dict[str, str]:
+    """The images of a release, but for those that a neighbour builds."""
+    context = project.context({})
+    theirs = tuple(other.name + mark for other in context.others for mark in "-/")
+    return {name: identity for name, identity in release.images.items()
+            if context.owns(name, "-", "/") or not name.startswith(theirs)}
+
+
+def keep_images(project: Project, *releases: Release | None) -> None:
+    """Have a tag of pgod's own on each image of these releases, and on no other one."""
+    prefix = f"{KEEP_NAME}:{project.name}."
+    wanted = {prefix + hashlib.sha256(identity.encode()).hexdigest()[:16]: identity
+              for release in releases if release for identity in release.images.values()}
+    have = {name for name in project.api.names_of(KEEP_NAME) if name.startswith(prefix)}
+    for name in {*wanted} - have:
+        with contextlib.suppress(NotThere):
+            project.api.tag(wanted[name], name)
+    for name in have - {*wanted}:
+        project.api.untag(name)
+
+
+def rebuild(project: Project, release: Release, names: Iterable[str]) -> None:
+    """Build the images of compose services again, from the release's commit. Raises Fault."""
+    project.git.export(release.commit)
+    project.compose.write_model("render.json", moved_paths(
+        release.model, str(project.paths.worktree), str(project.paths.export)))
+    project.compose.build(names)
+
+
+def restore_images(project: Project, release: Release) -> Release:
+    """Have each name lead to the image that the release ran, also after a push or a prune.
+
+    An image that is gone is pulled again by its digest, or built again; the release with what
+    came of that. Raises Fault.
+    """
+    images, services = dict(release.images), compose_services(release.model)
+    for name, identity in own_images(project, release).items():
+        if project.api.image(name).get("Id") == identity:
+            continue
+        try:
+            if "@" not in name:
+                project.api.tag(identity, name)
+                continue
+        except NotThere:
+            pass
+        builders = [service for service, image in release.image_names.items()
+                    if image == name and services[service].get("build")]
+        if builders:
+            rebuild(project, release, builders)
+        elif digest := release.pulled.get(name):
+            project.compose.pull_by_digest(digest)
+            if "@" not in name:
+                project.api.tag(digest, name)
+        images[name] = str(project.api.image(name).get("Id", ""))
+        if not images[name]:
+            raise Fault(f"image {name} is gone and cannot be had again")
+        project.say(f"image {name} was gone, and is there again")
+    return dataclasses.replace(release, images=images)
+
+
+def make_binds(project: Project, model: Model) -> None:
+    """Look at every bound path without following links; make missing folders, as the user."""
+    for bind in binds_of(model):
+        for root in (project.paths.worktree, project.paths.data):
+            relative = beneath(bind.source, str(root))
+            if relative:
+                with as_user(project.account):
+                    make_bind(root, relative, bind)
+
+
+def make_bind(root: Path, relative: str, bind: Bind) -> None:
+    *parts, name = relative.split("/")
+    folder = bind.kind == "bind"
+    try:
+        with folder_beneath(root, parts, make=folder) as parent:
+            if folder:
+                with contextlib.suppress(FileExistsError):
+                    os.mkdir(name, 0o755, dir_fd=parent)
+            found = os.stat(name, dir_fd=parent, follow_symlinks=False)
+    except FileNotFoundError:
+        raise Refused(f"{bind.compose_service}: {bind.kind} {bind.source} is missing") from None
+    if not stat.S_ISDIR(found.st_mode) and not stat.S_ISREG(found.st_mode):
+        raise Refused(f"{bind.compose_service}: {bind.source} is a link or a device; remove it")
+
+
+class Installation:
+    """Puts one release in place: files, networks, containers. What it does can be done again."""
+
+    def __init__(self, project: Project, release: Release, say: Progress) -> None:
+        self.project = project
+        self.release = release
+        self.say = say
+
+    def update_files(self, tree: Tree, containers: Iterable[Container], strict: bool) -> None:
+        """Tracked files follow the commit; the list of them never lacks one that is there.
+
+        Raises Refused if it is to be `strict`; a rollback takes what it can get.
+        """
+        project, paths = self.project, self.project.paths
+        tracked = project.store.tracked()
+        mounted = [bind for container in containers for bind in container.binds]
+        sources = (beneath(bind.source, str(paths.worktree))
+                   for bind in (*binds_of(self.release.model), *mounted))
+        if tracked != tree:
+            project.store.set_tracked(
+                {path: tree[path] if tracked.get(path) == tree.get(path) else ("", "")
+                 for path in {*tracked, *tree}})
+        with as_user(project.account):
+            failures = update_worktree(paths.worktree, paths.export, tracked, tree,
+                                       frozenset(filter(None, sources)),
+                                       project.shared.children.beat)
+        if failures and strict:
+            raise Refused("; ".join(failures[:5]))
+        for failure in failures:
+            log.warning("%s: left as it is: %s", project.name, failure)
+        if tracked != tree:
+            project.store.set_tracked(tree)
+
+    def stop_writers(self, containers: Iterable[Container]) -> None:
+        """Stop what could still put a link where the new model binds a path beneath its own."""
+        binds = binds_of(self.release.model)
+        permitted = {(bind.source, above.source) for bind, above in nested_binds(binds, binds)}
+        self.project.api.stop(sorted({
+            container.identity for container in containers
+            for bind, above in nested_binds(binds, container.binds)
+            if (bind.source, above.source) not in permitted}))
+
+    def remove_half_made(self, snapshot: Snapshot) -> None:
+        """Remove what was created and cannot be filled or started; never start it half-made.
+
+        compose creates the new container as ID_NAME with the volumes of the old one, removes
+        that, and renames: where the old one is gone, the new one alone holds its volumes.
+        """
+        api, names = self.project.api, {c.name for c in snapshot.containers}
+        for container in snapshot.containers:
+            if container.status != "created":
+                continue
+            match = re.fullmatch(r"[0-9a-f]{12}_(.+)", container.name)
+            if match and match[1] not in names:
+                api.rename(container.identity, match[1])
+            elif match:
+                api.remove([container.identity])
+            elif not container.replaces:
+                api.remove([container.identity], volumes=True)
+
+    def remove_heirs(self, snapshot: Snapshot) -> None:
+        """Remove containers whose bind mount would outlive the model that had it."""
+        services, images = compose_services(self.release.model), self.release.image_names
+        for container in snapshot.containers:
+            service = services.get(container.compose_service)
+            if not service or not container.binds:
+                continue
+            image = self.project.api.image(images[container.compose_service])
+            volumes = (image.get("Config") or {}).get("Volumes") or ()
+            if inherits_bind(container.binds, service, volumes):
+                self.project.api.remove([container.identity])
+
+    def remove_networks(self, names: Iterable[str], snapshot: Snapshot) -> None:
+        """Take everything off networks that are to be made anew; compose would do it otherwise."""
+        api = self.project.api
+        for name in names:
+            identity = str(snapshot.networks[name]["Id"])
+            for container in api.attached(identity):
+                api.disconnect(identity, container["Id"])
+            api.remove_network(identity)
+
+    def cure(self, rows: Sequence[Row], snapshot: Snapshot) -> None:
+        """Do what removes these rows, and nothing else. Raises Fault."""
+        project, cure = self.project, plan_cure(self.release, rows, snapshot)
+        if not cure:
+            return
+        if cure.remove:
+            project.api.stop(cure.remove)
+            project.api.remove(cure.remove)
+        if cure.up:
+            self.release = restore_images(project, self.release)
+            make_binds(project, self.release.model)
+            self.remove_half_made(snapshot)
+            self.remove_heirs(snapshot)
+            self.remove_networks(cure.networks, snapshot)
+        self.write_model()
+        if cure.up:
+            values = {VALUE_PREFIX + name: text for name, text in self.release.values.items()}
+            project.compose.up(cure.up, values, self.say, cure.force)
+        if cure.restart:
+            project.compose.run("restart", "--no-deps", "--", *cure.restart,
+                                deadline="up").check("restart")
+
+    def write_model(self) -> None:
+        """The model, for compose, as it fits the networks that are there now."""
+        project = self.project
+        project.compose.write_model("model.json", with_network_labels(
+            project.name, self.release.model, project.api.networks()[0]))
+
+
+def describe(rows: Iterable[Row], release: Release, former: Release | None) -> dict[str, str]:
+    """For each compose service: what is done to it and why, in words."""
+    changes: dict[str, str] = {}
+    old = former.model if former else {}
+    for row in rows:
+        name, does = row.compose_service, row.how.does
+        if not does or (name in changes and row.kind != "digest"):
+            continue
+        if row.kind == "missing" and name not in compose_services(old):
+            changes[name] = does
+        elif row.kind == "digest":
+            changes[name] = f"{does}: {why_changed(old, release.model, name)}"
+        elif row.kind == "extra":
+            changes[name] = does
+        else:
+            changes[name] = f"{does}: {row}"
+    return changes
+
+
+class Reconciler:
+    """Makes what runs what should run, for one project: deploy, roll back, heal, stop.
+
+    All of it happens in the service's thread. `pause` waits a moment, less if the engine tells
+    of something, and raises Stopping; `publish` shows others what is known.
+    """
+
+    def __init__(self, project: Project, pause: Callable[[float], None],
+                 publish: Callable[[], None]) -> None:
+        self.project = project
+        self.store = project.store
+        self.pause = pause
+        self.publish = publish
+        self.snapshot = Snapshot()  # the last one
+        self.rows: tuple[Row, ...] = ()  # of the current release with it
+        self.was_held = False  # what ended meanwhile was stopped, and is no job that is done
+
+    def look(self) -> tuple[Row, ...]:
+        """Ask the engine, and compare with the current release. Raises Fault."""
+        current = self.store.current
+        self.snapshot = self.project.snapshot(current)
+        if current:
+            self.was_held = self.was_held or self.store.hold(time.time()) is not None
+            if not self.was_held:
+                self.store.set_done(note_done(current, self.snapshot, self.store.done))
+            self.rows = compare(current, self.snapshot, self.store.done)
+        else:
+            self.rows = ()
+        self.publish()
+        return self.rows
+
+    def cure(self, release: Release, rows: Sequence[Row], say: Progress) -> Release:
+        """Remove rows; the release with the images that it has now. Raises Fault."""
+        installation = Installation(self.project, release, say)
+        try:
+            installation.cure(rows, self.snapshot)
+        except Fault:
+            with contextlib.suppress(Fault):
+                installation.remove_half_made(self.project.snapshot(release))
+            raise
+        finally:
+            self.was_held = False
+        return installation.release
+
+    # A deploy, step by step:
+
+    def deploy(self, decision: Decision, say: Progress, by: str, asked: bool) -> None:
+        """From a commit to containers that are well, or back. Raises Fault."""
+        began, slots = time.monotonic(), self.project.shared.slots
+        shared, commit = self.project.shared, decision.commit
+        with slots.slot(self.project.name, shared.children, shared.stopping):
+            try:
+                prepared = prepare(self.project, commit)
+                if waits_for_up(prepared.rendered) and self.store.current and not asked:
+                    self.wait_for_up(commit)
+                    return
+                say(f"deploys {short(commit)}: {'; '.join(decision.reasons)}")
+                prepared = fetch_images(self.project, prepared, say)
+                self.snapshot = self.project.snapshot(prepared.release)
+                refuse_what_cannot_be(self.project, prepared, self.snapshot)
+            except Fault as fault:
+                self.record_failure(commit, fault, fault.retry, by, began)
+                raise
+            release, rows, before = self.begin(prepared.release)
+            changed = time.monotonic()
+            changes = describe(rows, release, self.store.current)
+            for name, change in changes.items():
+                say(f"{name}: {change}")
+            self.store.set_current(release)
+            trouble = self.attempt(lambda: self.install(release, prepared.tree, say))
+        trouble = self.settle(before, say, trouble)
+        if trouble:
+            self.fail(commit, trouble, say, by, began, changed, [*changes])
+        self.record_success(by, began)
+        say(f"runs {short(commit)}, healthy after {time.monotonic() - began:.1f} s")
+
+    def wait_for_up(self, commit: str) -> None:
+        failure = Failure(commit, self.project.configuration(), "x-pgo: reload: false", waits=True)
+        if self.store.set_failure(failure):
+            self.project.say(f"{failure}: {failure.reason}")
+
+    def begin(self, release: Release) -> tuple[Release, tuple[Row, ...], dict[str, int]]:
+        """The release with what was ill before it, its rows, and the restarts until now."""
+        current = self.store.current
+        ill: tuple[str, ...] = ()
+        if current and not current.since:  # what came before the one that was cut short counts
+            ill = current.ill
+        elif current:
+            rows = compare(current, self.snapshot, self.store.done)
+            ill = tuple(row.container.identity for row in rows if row.container and row.how.ill)
+        release = dataclasses.replace(release, ill=ill)
+        return (release, compare(release, self.snapshot, self.store.done),
+                {c.identity: c.restarts for c in self.snapshot.containers})
+
+    def attempt(self, act: Callable[[], object]) -> Fault | None:
+        """Why it failed. EngineGone and Stopping are no fault of any commit, and raised."""
+        try:
+            act()
+        except EngineGone:
+            raise
+        except (Fault, OSError) as error:
+            self.project.snapshot(None)  # raises EngineGone
+            fault = error if isinstance(error, Fault) else Fault(str(error))
+            # What failed for the machine's sake, as a full disk, is tried again by itself.
+            fault.retry = isinstance(error, OSError)
+            return fault
+        return None
+
+    def install(self, release: Release, tree: Tree, say: Progress, strict: bool = True) -> None:
+        """Files, import and containers. Raises Fault."""
+        keep_images(self.project, release, self.store.good)
+        installation = Installation(self.project, release, say)
+        installation.update_files(tree, self.snapshot.containers, strict)
+        write_import(self.project)
+        installation.stop_writers(self.snapshot.containers)
+        make_binds(self.project, release.model)
+        rows = compare(release, self.snapshot, self.store.done)
+        if rows:
+            self.store.set_current(self.cure(release, rows, say))
+        else:
+            installation.write_model()
+
+    def settle(self, before: Mapping[str, int], say: Progress,
+               trouble: Fault | None) -> Fault | None:
+        """Wait until nothing differs, and cure what comes up meanwhile; why it did not end well.
+
+        After a compose that failed, what it made decides: a service that others wait for may
+        have been between two restarts.
+        """
+        until, told, cures = time.monotonic() + self.project.service.wait, "", 0
+        while True:
+            trouble_now = self.attempt(self.look)
+            release = self.store.current
+            if trouble_now or not release:
+                return trouble_now
+            over = time.monotonic() > until
+            verdict, why = judge(self.rows, before, release.ill, self.snapshot.now, over)
+            if verdict == "good":
+                return None
+            if verdict == "bad":
+                return trouble or Refused(self.too_late(why) if over else why)
+            if any(row.how.cure for row in self.rows):
+                waits = any(row.how.waits for row in self.rows)
+                if not waits and (trouble or cures >= TRIES):
+                    return trouble or Refused(why)
+                cures += 1
+                trouble = self.attempt(functools.partial(self.cure_now, say))
+            if why != told:
+                say(f"waits: {why}")
+                told = why
+            self.pause(1.0)
+
+    def cure_now(self, say: Progress) -> None:
+        release = self.store.current
+        assert release
+        self.store.set_current(self.cure(release, self.rows, say))
+
+    def too_late(self, why: str) -> str:
+        wait = format_duration(self.project.service.wait)
+        return f'{why} after {wait}; wait = "…" in pgo.toml, which an administrator sets, allows ' \
+            "more"
+
+    def record_success(self, by: str, began: float) -> None:
+        release, good = self.store.current, self.store.good
+        assert release
+        same = good is not None and good.commit == release.commit
+        since = good.since if good and same else time.time()
+        self.project.git.mark_good(release.commit)
+        self.store.set_good(dataclasses.replace(release, since=since, ill=()))
+        self.store.set_failure(None)
+        keep_images(self.project, release)
+        self.append_history(release.commit, by, began, "deployed", "")
+
+    def record_failure(self, commit: str, fault: Fault, retry: bool, by: str,
+                       began: float) -> None:
+        failure = Failure(commit, self.project.configuration(),
+                          redact(str(fault), self.project.service.secrets), retry)
+        if self.store.set_failure(failure):
+            self.append_history(commit, by, began, "failed", str(fault))
+
+    def fail(self, commit: str, fault: Fault, say: Progress, by: str, began: float,
+             changed: float, names: Sequence[str]) -> NoReturn:
+        """After a bad deploy: back to the last good release, if there is one. Raises Refused."""
+        first = self.store.good is None
+        self.record_failure(commit, fault, fault.retry or first, by, began)
+        say(f"failed: {fault}")
+        if self.store.good and self.project.service.rollback:
+            self.roll_back(say)
+            down = f"; {', '.join(names)} was down for {time.monotonic() - changed:.1f} s"
+            say(f"rolled back to {short(self.store.good.commit)}{down if names else ''}")
+        raise Refused(f"{short(commit)}: {fault}")
+
+    def roll_back(self, say: Progress) -> None:
+        """Work tree, images and containers of the last good release. Raises Fault."""
+        good, current = self.store.good, self.store.current
+        assert good
+        try:
+            tree = self.project.git.export(good.commit)
+            self.snapshot = self.project.snapshot(good)
+            if linked := [container.identity for container in self.snapshot.containers
+                          if bound_links(self.project, [container], tree)]:
+                self.project.api.remove(linked)
+                self.snapshot = self.project.snapshot(good)
+            before = {c.identity: c.restarts for c in self.snapshot.containers}
+            release = dataclasses.replace(good, since=0.0, ill=current.ill if current else ())
+            self.store.set_current(release)
+            trouble = self.attempt(lambda: self.install(release, tree, say, strict=False))
+            if trouble := self.settle(before, say, trouble):
+                raise trouble
+        except EngineGone:
+            raise
+        except (Fault, OSError) as error:
+            raise Fault(f"ROLLBACK to {short(good.commit)} FAILED, will be tried again: {error}"
+                        ) from None
+        current = self.store.current
+        assert current
+        self.store.set_good(dataclasses.replace(current, since=good.since, ill=()))
+        self.project.shared.metrics.add("pgo_service_rollbacks_total", service=self.project.name)
+        log.warning("%s: rolled back to %s", self.project.name, short(good.commit))
+
+    def append_history(self, commit: str, by: str, began: float, outcome: str,
+                       reason: str) -> None:
+        """A line of history, and the metrics of a deploy."""
+        facts, seconds = self.project.git.describe(commit), round(time.monotonic() - began, 1)
+        self.store.append_history({
+            "time": round(time.time(), 3), "commit": commit, "author": facts.author,
+            "subject": facts.subject, "by": by, "seconds": seconds, "outcome": outcome,
+            "reason": redact(reason, self.project.service.secrets)})
+        metrics, name = self.project.shared.metrics, self.project.name
+        metrics.add("pgo_service_deploys_total", service=name, outcome=outcome)
+        metrics.set("pgo_service_last_deploy_duration_seconds", seconds, service=name)
+
+    # Besides deploys:
+
+    def heal(self, decision: Decision, say: Progress) -> None:
+        """Bring back what fell. Raises Fault."""
+        say(f"brings back: {'; '.join(decision.reasons)}")
+        self.cure_now(log.debug)
+        self.project.shared.metrics.add("pgo_service_heals_total", service=self.project.name)
+        self.look()
+
+    def stop(self, decision: Decision) -> None:
+        """Stop what an engine started that was restarted, though a command had stopped it."""
+        self.project.say(f"stops what runs: {'; '.join(decision.reasons)}")
+        self.project.compose.run("stop", "--", *decision.services, deadline="up")
+        self.look()
+
+    def bring_up(self, say: Progress) -> None:
+        """Bring up the current release, without a deploy, and wait until it is well."""
+        self.look()
+        before = {c.identity: c.restarts for c in self.snapshot.containers}
+        trouble = self.attempt(functools.partial(self.cure_now, say)) if self.rows else None
+        if trouble := self.settle(before, say, trouble):
+            raise trouble
+
+    def await_ill(self, say: Progress) -> None:
+        """Wait until also what was ill before is well. Raises Fault that names it."""
+        until, told = time.monotonic() + self.project.service.wait, ""
+        while self.look():
+            text = "; ".join(str(row) for row in self.rows)
+            if time.monotonic() > until or not any(row.how.ill or row.how.waits
+                                                   for row in self.rows):
+                release = self.store.current
+                raise Fault(f"{short(release.commit) if release else 'nothing'} is deployed, but "
+                            f"{text}, as it was before")
+            if text != told:
+                say(f"waits: {text}")
+                told = text
+            self.pause(1.0)
+
+# ---- Worker ------------------------------------------------------------------------------------
+
+WATCH_SECONDS = 1.0  # between two looks at what is on its way
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a key holder asks a service's thread to do; `done` has the exit status."""
+
+    command: str
+    act: Callable[[Worker, Job], None]
+    options: tuple[str, ...]
+    operands: tuple[str, ...]
+    by: str
+    say: Progress
+    done: Future[int] = field(default_factory=Future)
+
+
+@dataclass(frozen=True)
+class View:
+    """What a service's thread shows to others, replaced as a whole. Times are monotonic."""
+
+    wanted: str = ""
+    release: Release | None = None
+    failure: Failure | None = None
+    configuration: str = ""
+    containers: tuple[Container, ...] = ()
+    rows: tuple[Row, ...] = ()
+    keys: tuple[PublicKey, ...] = ()
+    remote_error: str = ""
+    last_error: str = ""
+    failures: int = 0
+    next_poll: float = 0.0
+    last_success: float = 0.0  # seconds since the epoch
+
+    @property
+    def in_sync(self) -> bool:
+        """Whether the newest commit runs, as it should."""
+        release = self.release
+        return bool(release and release.since and release.commit == self.wanted
+                    and release.configuration == self.configuration and not self.rows)
+
+    def why(self, hold: Hold | None) -> str:
+        """Why it is not in sync, or what else is to be known."""
+        if hold:
+            return str(hold)
+        failure = self.failure
+        if failure and failure.commit == self.wanted and not self.in_sync:
+            return str(failure)
+        if self.rows:
+            return "; ".join(str(row) for row in self.rows)
+        if self.remote_error or self.in_sync:
+            return self.remote_error
+        return self.last_error or ("deploying" if self.release and not self.release.since
+                                   else "not looked at yet")
 
 
 class Worker(threading.Thread):
     """The thread of one service. All that changes the service happens in it, one by one.
 
-    It sleeps until its timer, an event of the engine or a request wakes it.
+    It sleeps until its timer, a webhook, an event of the engine or a job wakes it.
     """
 
     def __init__(self, service: Service, shared: Shared) -> None:
         super().__init__(name=service.name, daemon=True)
         self.service = service
         self.shared = shared
-        self.places = Places(service.name, shared.settings.directory, shared.settings.datadir)
-        self.engine = Engine(service, self.places, shared.children, shared.compose_words)
-        self.git = Git(service, self.places, self.engine.account, shared.children)
-        self.state = load_state(self.places.own)
-        self.keys = tuple(PublicKey(*pair) for pair in load_json(self.places.own / "keys.json", []))
+        self.project = Project(service, shared)
+        self.store = self.project.store
+        self.reconciler = Reconciler(self.project, self.pause, self.publish)
+        self.wanted, self.keys = self.store.keys()
         self.failures = 0
         self.last_error = ""
-        self.remote_error = ""
-        self.unfetched = ""
-        self.next_look = 0.0  # monotonic
-        self.last_crash_heal = -1e9
-        self.unsettled = True  # something may be amiss that no event will tell of
-        self.containers: tuple[Container, ...] = ()
-        self._condition = threading.Condition()
+        self.remote_error = ""  # why the branch's newest commit is not known or cannot be had
+        self.last_success = 0.0
+        self.next_poll = 0.0
+        self.heal_after = -1e9  # what ends by itself is not brought back before
+        self.watch_until = -1e9  # what is on its way is looked at until then
+        self.view = View()
+        self._condition = threading.Condition()  # guards _wakes and _jobs
         self._wakes: set[str] = {"start"}
-        self._requests: collections.deque[Request] = collections.deque()
-        self._by_hand: set[str] = set()
+        self._jobs: collections.deque[Job] = collections.deque()
+        self.publish()
 
-    # Woken from other threads:
+    # From other threads:
 
-    def wake(self, cause: str, stopped_by_hand: str = "") -> None:
-        """Have a look now, because of `timer`, `webhook`, `event` or `engine`."""
+    def wake(self, cause: str) -> None:
+        """Have a look now, because of `timer`, `webhook`, `event` or `release`."""
         with self._condition:
             self._wakes.add(cause)
-            if stopped_by_hand:
-                self._by_hand.add(stopped_by_hand)
             self._condition.notify()
 
-    def ask(self, request: Request) -> Request:
-        """Queue a request."""
+    def ask(self, job: Job) -> Job:
+        """Queue a job."""
         with self._condition:
-            self._requests.append(request)
-            self._condition.notify()
-        return request
+            if self.shared.stopping.is_set():
+                self.refuse(job)
+            else:
+                self._jobs.append(job)
+                self._condition.notify()
+        return job
+
+    def hold(self) -> Hold | None:
+        return self.store.hold(time.time())
+
+    def fresh_view(self) -> View:
+        """What is known, with what the engine has at this moment."""
+        view = self.view
+        try:
+            snapshot = self.project.snapshot(view.release)
+        except Fault:
+            return view
+        rows = compare(view.release, snapshot, self.store.done) if view.release else ()
+        return dataclasses.replace(view, containers=snapshot.containers, rows=rows)
 
     # The thread:
 
     def run(self) -> None:
         prepared = False
         while not self.shared.stopping.is_set():
-            request, wakes = self._next()
-            if self.shared.stopping.is_set() and not request:
+            job, wakes = self._next()
+            if self.shared.stopping.is_set() and not job:
                 break
             try:
                 if not prepared:
                     self.prepare()
                     prepared = True
-                if request:
-                    self.answer(request)
+                if job:
+                    job.act(self, job)
+                    job.done.set_result(0)
                 elif wakes:
-                    self.look(frozenset(wakes), self.say_log,
-                              "webhook" if "webhook" in wakes else "timer")
+                    self.reconcile(frozenset(wakes), self.project.say,
+                                   "webhook" if "webhook" in wakes else "timer")
             except Stopping:
                 break
             except Exception as error:  # the thread's outermost line
-                self.fail(error, request)
+                self.fail(error, job)
             finally:
-                if request:
-                    request.done.set()
-        self._refuse_requests()
-
-    def _next(self) -> tuple[Request | None, set[str]]:
-        """The next request, or what it was woken by; sleeps until there is something."""
+                self.publish()
+                if job and not job.done.done():
+                    job.done.set_result(1)
         with self._condition:
-            while not self._requests and not self._wakes and not self.shared.stopping.is_set():
+            for waiting in self._jobs:
+                self.refuse(waiting)
+
+    def _next(self) -> tuple[Job | None, set[str]]:
+        """The next job, or what it was woken by; sleeps until there is something."""
+        with self._condition:
+            while not self._jobs and not self._wakes and not self.shared.stopping.is_set():
                 self.shared.children.beat()
-                left = self.next_look - self.shared.clock()
-                if left <= 0:
+                now = self.shared.clock()
+                if now >= self.next_poll:
                     self._wakes.add("timer")
                     break
-                self._condition.wait(min(left, 5.0))
-            if self._requests:
-                return self._requests.popleft(), set()
+                left = min(self.next_poll - now, 5.0)
+                if now < self.watch_until:
+                    self._condition.wait(min(left, WATCH_SECONDS))
+                    self._wakes.add("watch")
+                    break
+                self._condition.wait(left)
+            if self._jobs:
+                return self._jobs.popleft(), set()
             wakes, self._wakes = self._wakes, set()
             return None, wakes
 
-    def _refuse_requests(self) -> None:
+    def pause(self, seconds: float) -> None:
+        """Wait, less if the engine tells of something. Raises Stopping."""
         with self._condition:
-            for request in self._requests:
-                request.status = 1
-                request.say("pgod is ending; try again in a moment")
-                request.done.set()
+            if "event" not in self._wakes and not self.shared.stopping.is_set():
+                self._condition.wait(seconds)
+            self._wakes.discard("event")
+        self.shared.children.beat()
+        if self.shared.stopping.is_set():
+            raise Stopping
 
-    def fail(self, error: Exception, request: Request | None) -> None:
+    @staticmethod
+    def refuse(job: Job) -> None:
+        job.say("pgod is ending; try again in a moment")
+        job.done.set_result(1)
+
+    def publish(self) -> None:
+        """Show others what is known."""
+        self.view = View(
+            self.wanted, self.store.current, self.store.failure, self.project.configuration(),
+            self.reconciler.snapshot.containers, self.reconciler.rows, self.keys,
+            self.remote_error, self.last_error, self.failures, self.next_poll, self.last_success)
+
+    def fail(self, error: Exception, job: Job | None) -> None:
         """Log what went wrong once, count it, and put the next look off."""
         known = isinstance(error, Fault | OSError)
         text = redact(str(error), self.service.secrets)
-        if request:
-            request.status = 1
-            request.say(f"failed: {text}" if known else "failed: an error of pgod, see its log")
+        if job:
+            job.say(f"failed: {text}" if known else "failed: an error of pgod, see its log")
             if isinstance(error, Refused):
-                log.info("%s: %s: %s", self.service.name, request.command, text)
+                log.info("%s: %s: %s", self.name, job.command, text)
                 return
         if text != self.last_error or not known:
-            log.error("%s: failed: %s", self.service.name, text, exc_info=None if known else error)
+            log.error("%s: failed: %s", self.name, text, exc_info=None if known else error)
         self.last_error = text
         self.failures += 1
-        self.unsettled = True
-        if self.next_look <= self.shared.clock():
+        if self.next_poll <= self.shared.clock():
             self.schedule()
-        self.show_metrics()
 
     def schedule(self) -> None:
-        """When to look next."""
+        """When to ask git next."""
         delay = retry_delay(self.shared.settings.duration, self.failures, self.shared.chance())
-        self.next_look = self.shared.clock() + delay
+        self.next_poll = self.shared.clock() + delay
 
-    def say_log(self, text: str) -> None:
-        log.info("%s: %s", self.service.name, text)
+    # At the start:
 
     def prepare(self) -> None:
         """The service's folders, and the take-over of a checkout of the Go program."""
-        places, account = self.places, self.engine.account
-        make_folder(places.own, 0o711)
+        project, paths = self.project, self.project.paths
+        make_folder(paths.own, 0o711)
         self.follow_user()
-        removed = sorted((places.own.parent / "removed").glob(f"{self.service.name}-????????T*"))
-        if removed and not places.worktree.exists():
+        removed = sorted((paths.own.parent / "removed").glob(f"{self.name}-????????T*"))
+        if removed and not paths.worktree.exists():
             log.warning("%s: begins anew; what it had before it left the configuration is in %s",
-                        self.service.name, removed[-1])
-        make_folder(places.worktree, 0o700, account)
-        if not places.data.exists():
-            make_folder(places.data, 0o750, account)
+                        self.name, removed[-1])
+        make_folder(paths.worktree, 0o700, project.account)
+        if not paths.data.exists():
+            make_folder(paths.data, 0o750, project.account)
         self.mount_data()
-        self.git.prepare()
-        self.engine.prepare()
-        if self.state.commit and not self.running_model():
-            self.restore_model()
-        if (places.worktree / ".git").is_dir():
+        project.git.prepare()
+        project.compose.prepare()
+        if self.store.current:
+            with contextlib.suppress(EngineGone):
+                Installation(project, self.store.current, log.debug).write_model()
+        if (paths.worktree / ".git").is_dir():
             self.take_over()
 
     def follow_user(self) -> None:
         """Where `user` is another one than before: files of the commit and of git go to him."""
-        root, git, account = self.places.worktree, self.git.folder, self.engine.account
+        project = self.project
+        root, git, account = project.paths.worktree, project.git.folder, project.account
         former = root.lstat().st_uid if root.exists() else account.uid
         if former != account.uid:
-            hand_over(root, self.tracked(), former, account)
-            hand_over(git, [os.path.relpath(os.path.join(top, name), git) for top, folders, files
-                            in os.walk(git) for name in (*folders, *files)], former, account)
-
-    def restore_model(self) -> None:
-        """The model is lost: the good one serves, or all is as before the first deploy."""
-        good = self.good_model()
-        log.warning("%s: the model on disk cannot be read: %s", self.service.name,
-                    "the good one serves" if good else "deploys again")
-        if good:
-            self.write_model("model.json", good)
-        else:
-            self.state.commit = ""
+            chown_tracked(root, self.store.tracked(), former, account)
+            chown_tracked(git, [os.path.relpath(os.path.join(top, name), git)
+                                for top, folders, files in os.walk(git)
+                                for name in (*folders, *files)], former, account)
 
     def mount_data(self) -> None:
-        """Mount `mount` on the data folder, if it is not mounted."""
-        if not self.service.mount or self.places.data.is_mount():
+        """Mount `mount` on the data folder, if it is not mounted. Raises Fault."""
+        data = self.project.paths.data
+        if not self.service.mount or data.is_mount():
             return
         parts = urllib.parse.urlsplit(self.service.mount)
         words = ["mount", "-t", "nfs", "-o", "rw,nosuid,hard", f"{parts.netloc}:{parts.path}",
-                 str(self.places.data)]
-        result = self.shared.children.run(words, deadline=DEADLINE["mount"],
-                                          kind=(self.service.name, "mount", "nfs"))
-        if result.status or result.trouble:
-            raise Fault(f"mount of {self.service.mount}: {result.complaint}")
+                 str(data)]
+        self.shared.children.run(words, RunAs(self.name), deadline=DEADLINE["mount"],
+                                 kind=("mount", "nfs")).check(f"mount of {self.service.mount}")
 
     def take_over(self) -> None:
         """Go on where the Go program stopped, touching neither its files nor its containers.
@@ -3222,770 +4803,467 @@ class Worker(threading.Thread):
         Its .git goes last: until then, the next start begins again. Keys in it are not believed:
         a container could write it.
         """
-        if not self.state.commit:
+        if not self.store.current:
             try:
-                commit = self.git.take_over()
-                tree = self.git.export(commit)
-                self.write_tracked(tree)
-                self.adopt(commit, tree)
+                self.adopt(self.project.git.take_over())
             except EngineGone:
                 raise
             except Fault as fault:  # what runs stays as it is, and is not started again
                 log.warning("%s: its checkout cannot be taken over, begins anew: %s",
-                            self.service.name, fault)
-        aside = self.places.own / "taken-over.git"
+                            self.name, fault)
+        aside = self.project.paths.own / "taken-over.git"
         shutil.rmtree(aside, ignore_errors=True)
-        (self.places.worktree / ".git").rename(aside)
+        (self.project.paths.worktree / ".git").rename(aside)
 
-    def adopt(self, commit: str, tree: Tree) -> None:
+    def adopt(self, commit: str) -> None:
         """Take what runs for a good deploy of the commit. Raises Refused where the policy does."""
-        model = self.render(tree)
-        self.enforce(model, tree)
-        self.state.installed = commit
-        self.state.baseline = file_seals(model, tree, str(self.places.worktree), {})
-        self.state.commit, self.state.since = commit, time.time()
-        self.state.digest = self.digest()
-        self.write_model("model.json", model)
-        self.keep_good(model)
-        self.save()
-        log.info("%s: taken over at %s", self.service.name, short(commit))
+        project = self.project
+        tree = project.git.export(commit)
+        self.store.set_tracked(tree)
+        model = render(project, tree)
+        enforce(project, model, tree)
+        release = make_release(project, commit, model, tree, read_values(project, model), {})
+        names = release.image_names
+        images = project.api.images(names.values()) | {
+            names[c.compose_service]: c.image for c in project.api.containers(self.name)
+            if c.compose_service in names}
+        self.store.set_good(dataclasses.replace(
+            release, model=with_value_names(model), adopted=release.digests, images=images,
+            since=time.time()))
+        keep_images(project, self.store.good)
+        Installation(project, release, log.debug).write_model()
+        log.info("%s: taken over at %s", self.name, short(commit))
 
-    # What is known:
+    # A look:
 
-    def digest(self) -> str:
-        """Changes when a deploy must be done again for the configuration's sake."""
-        parts = (self.service.digest(), str(self.places.worktree), str(self.places.data))
-        return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
-
-    def save(self) -> None:
-        data = json.dumps(dataclasses.asdict(self.state), indent=1, sort_keys=True)
-        write_atomic(self.places.own / "state.json", data.encode())
-
-    def tracked(self) -> Tree:
-        """What pgod put into the work tree."""
-        stored = load_json(self.places.own / "tracked.json", {})
-        return {path: (mode, blob) for path, (mode, blob) in stored.items()}
-
-    def write_tracked(self, tree: Tree) -> None:
-        write_atomic(self.places.own / "tracked.json", json.dumps(tree, sort_keys=True).encode())
-
-    def running_model(self) -> Model:
-        return dict(load_json(self.places.own / "model.json", {}))
-
-    def good_model(self) -> Model:
-        return dict(load_json(self.places.own / "good.json", {}).get("model", {}))
-
-    def write_model(self, name: str, model: Model) -> None:
-        self.engine.write(name, json.dumps(model, sort_keys=True).encode())
-
-    def keep_good(self, model: Model) -> None:
-        """All that a rollback to the state's commit needs: its images and its model."""
-        self.state.images = self.engine.images(model)
-        self.engine.keep_images(self.state.images)
-        self.write_model("good.json", {"model": model, "state": self.state.good()})
-
-    def hold(self) -> Hold | None:
-        """The hold in force; one whose time is over is removed."""
-        own = self.places.own / "hold.json"
-        hold = load_hold(own, "hold")
-        if hold and hold.until and hold.until <= time.time():
-            own.unlink(missing_ok=True)
-            log.info("%s: hold ended: its time is over", self.service.name)
-            hold = None
-        return load_hold(self.places.stop, "stop") or hold
-
-    def around(self, tree: Tree) -> Surroundings:
-        settings = self.shared.settings
-        ports = tuple(address[1] for address in (settings.ssh, settings.metric) if address)
-        others = tuple(s for s in self.shared.configuration.services if s.name != self.service.name)
-        return Surroundings(self.service, others, str(self.places.worktree), str(self.places.data),
-                            tree, ports)
-
-    def render(self, tree: Tree) -> Model:
-        """The exported commit's model, its paths those of the work tree. Raises Refused."""
-        try:
-            model: Model = moved_paths(self.engine.render(tree), str(self.places.export),
-                                       str(self.places.worktree))
-        except RecursionError:
-            raise Refused("the compose file is nested too deeply") from None
-        return model
-
-    # Looking:
-
-    def look(self, wakes: frozenset[str], say: Say, by: str, asked: bool = False) -> Decision:
-        """Observe, decide, act. Raises Fault; then the next look is put off."""
-        asking = asked or bool(wakes - {"event"})
+    def reconcile(self, wakes: frozenset[str], say: Progress, by: str,
+                  asked: bool = False) -> Decision:
+        """Ask git, look at the engine, decide, act. Raises Fault; then the next is put off."""
+        asking = asked or bool(wakes - {"event", "watch"})
         if asking:
             self.ask_remote(say if asked else log.debug)
-        looked = (bool(wakes & {"start", "event", "engine"}) or self.unsettled
-                  or not self.shared.events_flow.is_set())
-        if looked and self.state.commit:
-            self.containers = self.engine.containers()
-            self.note_finished()
-        seen = self.observe(looked, asked)
-        decision = decide(seen)
-        log.debug("%s: %s: %s", self.service.name, decision.action, "; ".join(decision.reasons))
-        if self.state.waiting and decision.reasons == (CALM,):  # what waited was taken back
-            self.state.waiting = ""
-            self.save()
+        hold = self.end_hold()
+        if (hold or asked or wakes - {"timer", "webhook"} or self.reconciler.rows or self.last_error
+                or not self.shared.events_flow.is_set()):
+            self.reconciler.look()
+        decision = decide(self.situation(hold, asked))
+        log.debug("%s: %s: %s", self.name, decision.action, "; ".join(decision.reasons))
+        if decision.reasons == (CALM,) and self.store.failure:  # what failed was taken back
+            self.store.set_failure(None)
         self.act(decision, say, by, asked)
-        # A hold ends without an event, and so does the cause of a heal that was put off.
-        self.unsettled = bool(seen.hold) or decision.action == "heal"
-        self.follow_import()
-        serves = asked and decision.action != "nothing" and not self.unfetched
-        if asking and self.remote_error and not serves:
+        target = self.service.reload and self.shared.workers.get(self.service.reload.service)
+        follow_import(self.project, target.project if target else None)
+        if not any(row.how.waits for row in self.reconciler.rows):
+            self.watch_until = -1e9
+        if asking and self.remote_error and not asked:
             raise Fault(self.remote_error)
         if asking:  # an event must not put polls off
             self.failures, self.last_error = 0, ""
-            self.shared.metrics.set("pgo_service_last_success_timestamp_seconds", time.time(),
-                                    service=self.service.name)
+            self.last_success = time.time()
             self.schedule()
-        self.show_metrics()
         return decision
 
-    def note_finished(self) -> None:
-        """Remember jobs that are done: their containers may be pruned."""
-        if self.hold():
-            return
-        done = {c.compose_service for c in self.containers if c.status == "exited"
-                and c.exit_code == 0 and c.policy not in FOREVER
-                and c.identity not in self._by_hand}
-        others = {c.compose_service for c in self.containers} - done
-        finished = sorted(done | {*self.state.finished} - others)
-        if finished != self.state.finished:
-            self.state.finished = finished
-            self.save()
+    def end_hold(self) -> Hold | None:
+        """The hold in force; one whose time is over is removed."""
+        hold = self.hold()
+        if not self.store.operators_hold(time.time()) and (
+                self.store.hold_in(self.project.paths.own / "hold.json", "hold")):
+            self.store.release_hold()
+            self.project.say("hold ended: its time is over")
+        return hold
 
     def ask_remote(self, say: Callable[..., None]) -> None:
         """Learn the branch's commit; fetch it, and the keys in it, if it is new.
 
-        What went wrong shows in `remote_error`, and in `unfetched` the commit that is there and
-        cannot be had.
+        What went wrong shows in `remote_error`.
         """
-        self.unfetched = ""
+        found = ""
         try:
-            commit = self.git.ask()
-            if commit != self.state.wanted or not self.keys:
-                self.unfetched = commit
-                commit = self.git.fetch()
-                self.learn_keys(self.git.export(commit))
-                self.state.wanted, self.unfetched = commit, ""
-                self.save()
+            found = self.project.git.ask()
+            if found != self.wanted or not self.keys:
+                found = self.project.git.fetch()
+                self.keys = self.project.git.public_keys(self.project.git.export(found))
+                self.store.set_keys(found, self.keys)
+                self.wanted = found
             self.remote_error = ""
         except Fault as fault:
-            self.remote_error = f"{short(self.unfetched)} cannot be fetched: {fault}" if (
-                self.unfetched) else f"the repository cannot be reached: {fault}"
+            self.remote_error = f"{short(found)} cannot be fetched: {fault}" if found else (
+                f"the repository cannot be reached: {fault}")
             say(self.remote_error)
+        self.publish()
 
-    def learn_keys(self, tree: Tree) -> None:
-        self.keys = self.git.public_keys(tree)
-        rows = [[key.fingerprint, key.comment] for key in self.keys]
-        write_atomic(self.places.own / "keys.json", json.dumps(rows).encode())
+    def situation(self, hold: Hold | None, asked: bool) -> Situation:
+        store, looked = self.store, self.reconciler
+        running = frozenset(c.compose_service for c in looked.snapshot.containers
+                            if c.status in ("running", "restarting"))
+        return Situation(self.project.configuration(), hold, self.wanted, store.current,
+                         store.good, store.failure, looked.rows, running, asked,
+                         self.shared.clock() >= self.next_poll, self.service.rollback)
 
-    def observe(self, looked: bool, asked: bool) -> Observed:
-        state, hold = self.state, self.hold()
-        retry = state.failed_retry and self.shared.clock() >= self.next_look
-        return Observed(
-            hold=str(hold) if hold else "", stopped=self.stopped(hold), wanted=state.wanted,
-            running=state.commit, installed=state.installed,
-            finished=frozenset(state.finished), digest=self.digest(),
-            running_digest=state.digest, deploying=state.deploying,
-            failed=(state.failed_commit, state.failed_digest, retry),
-            waiting=(state.waiting, state.waiting_digest),
-            owes_rollback=state.owes_rollback and self.shared.clock() >= self.next_look,
-            asked=asked, containers=self.containers if looked and self.state.commit else None,
-            expected=expected_replicas(self.running_model()) if looked else {},
-            by_hand=frozenset(self._by_hand))
-
-    def stopped(self, hold: Hold | None) -> frozenset[str]:
-        """Compose services that a command has stopped. A file made by hand only holds."""
-        if not hold or hold.kind != "stop" or hold.by == BY_HAND:
-            return frozenset()
-        return frozenset(hold.services or compose_services(self.running_model()))
-
-    def act(self, decision: Decision, say: Say, by: str, asked: bool) -> None:
+    def act(self, decision: Decision, say: Progress, by: str, asked: bool) -> None:
         if decision.action == "deploy":
-            self.deploy(decision, say, by, asked)
+            self.reconciler.deploy(decision, say, by, asked)
         elif decision.action == "rollback":
-            self.roll_back(say)
+            self.reconciler.roll_back(say)
         elif decision.action == "heal":
             self.heal(decision, say)
-        elif decision.action == "stop":  # as after a reboot, where the engine starts them
-            self.say_log(f"stops what runs: {'; '.join(decision.reasons)}")
-            self.engine.compose("stop", "--", *decision.services, deadline="up")
+        elif decision.action == "stop":
+            self.reconciler.stop(decision)
 
-    def restore_images(self) -> None:
-        """Tags of the good commit's images, but for those of images that a neighbour builds."""
-        around = self.around({})
-        theirs = tuple(other.name + mark for other in around.others for mark in "-/")
-        self.engine.restore_images(
-            {name: identity for name, identity in self.state.images.items()
-             if around.owns(name, "-", "/") or not name.startswith(theirs)})
-
-    def heal(self, decision: Decision, say: Say) -> None:
-        """Bring containers back; those that end by themselves at most once an interval."""
-        now = self.shared.clock()
-        if decision.crashed:
-            if now < self.last_crash_heal + self.shared.settings.duration:
-                return
-            self.last_crash_heal = now
-        say(f"brings back: {'; '.join(decision.reasons)}")
-        model = self.running_model()
-        self.restore_images()
-        self.make_binds(model)
-        self.forget_hands(c for c in self.containers if c.compose_service in decision.services)
-        self.engine.up(model, log.debug, decision.services, alone=True)
-        self.containers = self.engine.containers()
-        self.shared.metrics.add("pgo_service_heals_total", service=self.service.name)
-
-    def forget_hands(self, containers: Iterable[Container]) -> None:
-        """What of these ends from now on was not stopped by hand, until an event says so."""
-        with self._condition:
-            self._by_hand -= {container.identity for container in containers}
-
-    # Deploying:
-
-    def checked(self, commit: str) -> tuple[Tree, Model, Model]:
-        """The commit's tree, the model as rendered, and the one to run. Raises Refused."""
-        tree = self.git.export(commit)
-        model = with_tmpfs_sizes(self.render(tree))
-        self.enforce(model, tree)
-        if links := self.bound_links(self.engine.containers(), tree):
-            raise Refused("; ".join(links))
-        seals = file_seals(model, tree, str(self.places.worktree), self.generated())
-        # Built is from the export alone, also where the file names the work tree itself.
-        rendered = moved_paths(model, str(self.places.worktree), str(self.places.export))
-        return tree, rendered, with_file_labels(model, seals, self.state.baseline)
-
-    def enforce(self, model: Model, tree: Tree) -> None:
-        """Raises Refused with every violation; those of root's repositories are only logged."""
-        violations = [v.redacted(self.service.secrets) for v in
-                      check_policy(model, self.around(tree))]
-        self.shared.metrics.set("pgo_service_policy_violations", len(violations),
-                                service=self.service.name)
-        if violations and not self.service.trusted:
-            text = "the policy refuses it:\n" + "\n".join(f"  {v}" for v in violations)
-            raise Refused(text)
-        for violation in violations:
-            log.warning("%s: root's repository, so only reported: %s", self.service.name, violation)
-
-    def bound_links(self, containers: Iterable[Container], tree: Tree) -> list[str]:
-        """Why the tree must not be put beneath these: their next restart would follow a link."""
-        binds = [bind for container in containers for bind in container.binds]
-        worktree = str(self.places.worktree)
-        return [] if self.service.trusted else check_bound_links(binds, tree, worktree)
-
-    def generated(self) -> dict[str, str]:
-        """Files that pgod writes into the work tree, with their hashes."""
-        if not self.service.import_file:
-            return {}
-        text = import_text(self.shared.configuration.services)
-        return {self.service.import_file: blob_of(text.encode())}
-
-    @contextlib.contextmanager
-    def turn(self) -> Iterator[None]:
-        """One of the few deploys at a time; who waits long for it still lives."""
-        while not self.shared.turns.take(self.service.name):
-            self.shared.children.beat()
-            if self.shared.stopping.wait(0.1):
-                raise Stopping
+    def heal(self, decision: Decision, say: Progress) -> None:
+        """Bring back what fell; what ends by itself or cannot be healed once an interval."""
+        now, interval = self.shared.clock(), self.shared.settings.duration
+        kinds = {row.kind for row in self.reconciler.rows if row.how.cure}
+        if now < self.heal_after and (kinds == {"ended"} or self.last_error):
+            return
+        if kinds == {"ended"}:
+            self.heal_after = now + interval
         try:
-            yield
-        finally:
-            self.shared.turns.give_back(self.service.name)
-
-    def deploy(self, decision: Decision, say: Say, by: str, asked: bool) -> None:
-        """Steps 3 to 8 of the way from a push to running containers. Raises Fault."""
-        commit, began = decision.commit, time.monotonic()
-        with self.turn():
-            try:
-                tree, rendered, model = self.checked(commit)
-                if waits_for_up(model) and self.state.commit and not asked:
-                    self.wait_for_up(commit)
-                    return
-                say(f"deploys {short(commit)}: {'; '.join(decision.reasons)}")
-                self.write_model("render.json", rendered)
-                self.engine.pull(rendered, say)
-                self.refuse_conflicts(tree)
-                self.refuse_paused()
-            except Fault as fault:
-                self.record_failure(commit, fault, by, began)
-                raise
-            self.bring_up(commit, tree, model, say, by, began, asked)
-
-    def wait_for_up(self, commit: str) -> None:
-        if (self.state.waiting, self.state.waiting_digest) != (commit, self.digest()):
-            log.info("%s: %s waits for up: x-pgo: reload: false", self.service.name, short(commit))
-        self.state.waiting, self.state.waiting_digest = commit, self.digest()
-        self.save()
-
-    def refuse_conflicts(self, tree: Tree) -> None:
-        tracked = self.tracked()
-        with as_user(self.engine.account):
-            conflicts = worktree_conflicts(self.places.worktree, self.places.export, tracked, tree)
-        if conflicts:
-            raise Refused("the commit would overwrite untracked files; move or remove them: "
-                          + ", ".join(map(printable, conflicts[:10])))
-
-    def refuse_paused(self) -> None:
-        """compose can neither start nor recreate them. Raises Fault, for it will pass."""
-        if paused := [c.name for c in self.engine.containers() if c.status == "paused"]:
-            raise Fault(f"{', '.join(paused)} is paused by hand; once docker unpause has ended "
-                        "that, it is tried again")
-
-    def bring_up(self, commit: str, tree: Tree, model: Model, say: Say, by: str,
-                 began: float, asked: bool) -> None:
-        """From here on the host changes; what fails is rolled back."""
-        for name, change in model_differences(self.running_model(), model).items():
-            say(f"{name}: {change}")
-        if not self.state.deploying:  # else: what came before the one that was interrupted counts
-            self.note_before()
-        self.state.deploying = commit
-        self.save()
-        away = time.monotonic()
-        try:
-            self.install(commit, tree, model, say)
-            self.await_health(model, say)
-        except EngineGone:
+            self.reconciler.heal(decision, say)
+        except Fault:
+            self.heal_after = now + interval
             raise
-        except (Fault, OSError) as error:
-            self.engine.containers()  # raises EngineGone
-            fault = error if isinstance(error, Fault) else Fault(str(error))
-            # What failed for the machine's sake, as a full disk, is tried again by itself.
-            fault.retry = isinstance(error, OSError) or not self.state.commit
-            self.state.owes_rollback = bool(self.state.commit) and self.service.rollback
-            self.record_failure(commit, fault, by, began)
-            self.give_up(fault, say, away)
-            raise Refused(f"{short(commit)}: {fault}") from None
-        self.record_success(commit, model, by, began)
-        if asked and (ill := self.ill_names()):
-            raise Fault(f"runs {short(commit)}, but as before: {ill}")
-        say(f"runs {short(commit)}, healthy after {time.monotonic() - began:.1f} s")
-
-    def note_before(self) -> None:
-        """Which containers there are, that one of them that stays says nothing of a commit."""
-        self.state.before = {c.identity: "" if is_ill(c) else c.started
-                             for c in self.engine.containers()}
-
-    def ill_names(self) -> str:
-        """Containers that should be well and are not, though no deploy made them so."""
-        return ", ".join(f"{c.name} is {c.health if c.health == 'unhealthy' else c.status}"
-                         for c in self.containers if c.health == "unhealthy"
-                         or c.status in ("restarting", "dead", "paused")
-                         or (c.status == "exited" and c.exit_code))
-
-    def install(self, commit: str, tree: Tree, model: Model, say: Say,
-                strict: bool = True) -> None:
-        """Work tree, binds, import, model and `up`."""
-        containers = self.engine.containers()
-        spared = self.spared_jobs(model, containers)
-        self.state.installed, self.state.finished = commit, sorted(spared)
-        self.save()
-        self.write_files(tree, model, containers, strict)
-        self.write_import()
-        self.stop_writers(model, containers)
-        self.make_binds(model)
-        self.write_model("model.json", model)
-        self.forget_hands(containers)
-        self.engine.up(model, say, compose_services(model).keys() - spared if spared else ())
-
-    def spared_jobs(self, model: Model, containers: Iterable[Container]) -> set[str]:
-        """Compose services that are done, that nothing needs, and that the model leaves alone."""
-        services, changes = compose_services(model), model_differences(self.running_model(), model)
-        needed = {name for service in services.values() for name in service.get("depends_on") or ()}
-        return {c.compose_service for c in containers
-                if c.compose_service in {*self.state.finished} - {*changes} - needed
-                and c.image == self.engine.image_identity(image_of(
-                    self.service.name, c.compose_service, services[c.compose_service]))}
-
-    def write_files(self, tree: Tree, model: Model, containers: Iterable[Container],
-                    strict: bool) -> None:
-        """Tracked files follow the commit; the list of them never lacks one that is there.
-
-        Raises Refused if it is to be `strict`; a rollback takes what it can get.
-        """
-        tracked, worktree = self.tracked(), str(self.places.worktree)
-        mounted = [bind for container in containers for bind in container.binds]
-        sources = (beneath(bind.source, worktree) for bind in (*binds_of(model), *mounted))
-        keep = frozenset(filter(None, sources))
-        self.write_tracked({path: tree[path] if tracked.get(path) == tree.get(path) else ("", "")
-                            for path in {*tracked, *tree}})
-        with as_user(self.engine.account):
-            failures = update_worktree(self.places.worktree, self.places.export, tracked, tree,
-                                       keep, self.shared.children.beat)
-        if failures and strict:
-            raise Refused("; ".join(failures[:5]))
-        for failure in failures:
-            log.warning("%s: left as it is: %s", self.service.name, failure)
-        self.write_tracked(tree)
-
-    def stop_writers(self, model: Model, containers: Iterable[Container]) -> None:
-        """Stop what could still put a link where the new model binds a path beneath its own."""
-        binds = binds_of(model)
-        permitted = {(bind.source, above.source) for bind, above in nested_binds(binds, binds)}
-        racing = {container.identity for container in containers
-                  for bind, above in nested_binds(binds, container.binds)
-                  if (bind.source, above.source) not in permitted}
-        if racing:
-            result = self.engine.docker("stop", *sorted(racing), deadline="up")
-            if result.status or result.trouble:
-                raise Fault(f"stop of containers that write above a bind: {result.complaint}")
-
-    def make_binds(self, model: Model) -> None:
-        """Look at every bound path without following links; make missing folders, as the user."""
-        for bind in binds_of(model):
-            for root in (self.places.worktree, self.places.data):
-                relative = beneath(bind.source, str(root))
-                if relative:
-                    with as_user(self.engine.account):
-                        self.make_bind(root, relative, bind)
-
-    def make_bind(self, root: Path, relative: str, bind: Bind) -> None:
-        *parts, name = relative.split("/")
-        folder = bind.kind == "bind"
-        try:
-            with folder_beneath(root, parts, make=folder) as parent:
-                if folder:
-                    with contextlib.suppress(FileExistsError):
-                        os.mkdir(name, 0o755, dir_fd=parent)
-                found = os.stat(name, dir_fd=parent, follow_symlinks=False)
-        except FileNotFoundError:
-            raise Refused(f"{bind.compose_service}: {bind.kind} {bind.source} is missing") from None
-        if not stat.S_ISDIR(found.st_mode) and not stat.S_ISREG(found.st_mode):
-            raise Refused(f"{bind.compose_service}: {bind.source} is a link or a device; remove it")
-
-    def await_health(self, model: Model, say: Say) -> None:
-        """Wait until all runs and is healthy, three looks in a row. Raises Fault."""
-        expected, until = expected_replicas(model), time.monotonic() + self.service.wait
-        good, looks, told = 0, HEALTHY_LOOKS, ""
-        while good < looks:
-            self.containers = self.engine.containers()
-            unchanged = frozenset(c.identity for c in self.containers
-                                  if self.state.before.get(c.identity) in ("", c.started))
-            looks = HEALTHY_LOOKS if len(unchanged) < len(self.containers) else 1
-            verdict, why = judge(self.containers, expected, unchanged)
-            if verdict == "bad":
-                raise Fault(why)
-            good = good + 1 if verdict == "good" else 0
-            if why and why != told:
-                say(f"waits: {why}")
-                told = why
-            if time.monotonic() > until:
-                raise Fault(f"not healthy within {format_duration(self.service.wait)}: {why}")
-            if good < looks and self.shared.stopping.wait(1.0):
-                raise Stopping
-
-    def record_success(self, commit: str, model: Model, by: str, began: float) -> None:
-        state = self.state
-        if commit != state.commit:
-            state.since = time.time()
-        state.commit, state.digest = commit, self.digest()
-        state.deploying = state.waiting = state.failed_commit = state.failed_reason = ""
-        state.installed = commit
-        state.owes_rollback = False
-        self.git.mark_good(commit)
-        self.keep_good(model)
-        self.save()
-        self.remember(commit, by, began, "deployed", "")
-
-    def record_failure(self, commit: str, fault: Fault, by: str, began: float) -> None:
-        state = self.state
-        known = (state.failed_commit, state.failed_reason) == (commit, str(fault))
-        state.failed_commit, state.failed_digest = commit, self.digest()
-        state.failed_reason, state.failed_retry = str(fault), fault.retry
-        state.deploying = ""
-        self.save()
-        if not known:
-            self.remember(commit, by, began, "failed", str(fault))
-
-    def give_up(self, fault: Fault, say: Say, away: float) -> None:
-        """After a bad deploy: back to the last good commit, if there is one."""
-        say(f"failed: {fault}")
-        if not self.state.owes_rollback:
-            return
-        self.roll_back(say)
-        say(f"rolled back to {short(self.state.commit)}; what changed was away for "
-            f"{time.monotonic() - away:.1f} s")
-
-    def roll_back(self, say: Say) -> None:
-        """Work tree, images and model of the last good commit. Raises Fault, then it is owed."""
-        model = self.good_model()
-        try:
-            tree = self.git.export(self.state.commit)
-            self.restore_images()
-            if linked := [container.identity for container in self.engine.containers()
-                          if self.bound_links([container], tree)]:
-                self.engine.docker("rm", "--force", *linked)
-            self.note_before()
-            self.install(self.state.commit, tree, model, log.debug, strict=False)
-            self.await_health(model, say)
-        except (Fault, OSError) as error:
-            raise Fault(f"ROLLBACK to {short(self.state.commit)} FAILED, will be tried again: "
-                        f"{error}") from None
-        self.state.owes_rollback = False
-        self.save()
-        self.shared.metrics.add("pgo_service_rollbacks_total", service=self.service.name)
-        log.warning("%s: rolled back to %s", self.service.name, short(self.state.commit))
-
-    def remember(self, commit: str, by: str, began: float, outcome: str, reason: str) -> None:
-        """A line of history, the newest 200 are kept; and the metrics of a deploy."""
-        facts, seconds = self.git.describe(commit), round(time.monotonic() - began, 1)
-        line = {"time": round(time.time(), 3), "commit": commit, "author": facts.author,
-                "subject": facts.subject, "by": by, "seconds": seconds, "outcome": outcome,
-                "reason": redact(reason, self.service.secrets)}
-        lines = [*self.history(), line][-200:]
-        text = "".join(json.dumps(item) + "\n" for item in lines)
-        write_atomic(self.places.own / "history.jsonl", text.encode())
-        name = self.service.name
-        self.shared.metrics.add("pgo_service_deploys_total", service=name, outcome=outcome)
-        self.shared.metrics.set("pgo_service_last_deploy_duration_seconds", seconds, service=name)
-
-    def history(self) -> list[dict[str, Any]]:
-        found = []
-        with contextlib.suppress(OSError):
-            text = (self.places.own / "history.jsonl").read_text(errors="replace")
-            for line in text.splitlines():
-                with contextlib.suppress(ValueError):
-                    found.append(json.loads(line))
-        return found
-
-    # The reverse proxy:
-
-    def write_import(self) -> bool:
-        """Write the Caddy import, as the user, if it changed; whether it did."""
-        if not self.service.import_file:
-            return False
-        text = import_text(self.shared.configuration.services).encode()
-        with as_user(self.engine.account):
-            try:
-                if text == read_beneath(self.places.worktree, self.service.import_file,
-                                        len(text) + 1):
-                    return False
-            except FileNotFoundError:
-                pass
-            write_beneath(self.places.worktree, self.service.import_file, io.BytesIO(text))
-        log.info("%s: import written: %s", self.service.name, self.service.import_file)
-        self.state.reload_pending = self.service.reload is not None
-        self.save()
-        return True
-
-    def follow_import(self) -> None:
-        """Keep the import right, and announce it with `reload` until that worked. Raises Fault."""
-        if not self.service.import_file or not self.state.commit:
-            return
-        self.write_import()
-        if self.state.reload_pending and self.service.reload:
-            self.run_reload(self.service.reload)
-            self.state.reload_pending = False
-            self.save()
-
-    def run_reload(self, reload: Reload) -> None:
-        target, words = self.shared.workers[reload.service], reload.words
-        compose_service = reload.service
-        if reload.service not in compose_services(target.running_model()):
-            compose_service, words = words[0], words[1:]
-        result = target.engine.compose("exec", "-T", "--", compose_service, *words,
-                                       deadline="reload")
-        if result.status or result.trouble:
-            raise Fault(f"reload failed, will be tried again: {result.complaint}")
-        log.info("%s: reloaded: %s", self.service.name, reload.service)
-
-    # What is shown:
-
-    def in_sync(self) -> bool:
-        state = self.state
-        return bool(state.commit) and state.commit == state.wanted == state.in_place and not (
-            state.owes_rollback or state.waiting)
-
-    def show_metrics(self) -> None:
-        """Set the service's gauges."""
-        name, metrics, state = self.service.name, self.shared.metrics, self.state
-        metrics.set("pgo_service_in_sync", self.in_sync(), service=name)
-        metrics.set("pgo_service_held", self.hold() is not None, service=name)
-        metrics.set("pgo_service_consecutive_failures", self.failures, service=name)
-        metrics.replace("pgo_service_info", name,
-                        [({"commit": state.in_place, "wanted": state.wanted}, 1)])
-        counts = collections.Counter(c.status for c in self.containers)
-        counts["healthy"] = sum(c.health == "healthy" for c in self.containers)
-        metrics.replace("pgo_service_containers", name,
-                        [({"state": key}, counts[key]) for key in
-                         ("running", "healthy", "exited", "restarting")])
-
-    # Requests:
-
-    def answer(self, request: Request) -> None:
-        """Carry a request out in this thread. Raises Fault."""
-        self.unsettled = True
-        REQUESTS[request.command](self, request)
-        self.show_metrics()
-
-    def request_up(self, request: Request) -> None:
-        """Release a stop, deploy the newest commit, and fail where the deploy fails."""
-        held = load_hold(self.places.own / "hold.json", "hold")
-        if held and self.hold():
-            raise Refused(f"{held}; release it first")
-        self.places.stop.unlink(missing_ok=True)
-        self.look(frozenset({"engine"}), self.saying(request), request.by, asked=True)
-
-    def request_pull(self, request: Request) -> None:
-        """Fetch, and deploy if there is something new."""
-        decision = self.look(frozenset({"timer"}), self.saying(request), request.by)
-        if decision.action == "nothing":
-            request.say(f"{short(self.state.commit) or 'nothing runs'}: "
-                        f"{'; '.join(decision.reasons)}")
-        if self.state.failed_commit and self.state.failed_commit == self.state.wanted:
-            raise Refused(f"{short(self.state.wanted)} is not deployed: "
-                          f"{self.state.failed_reason}")
-
-    def request_stop(self, request: Request) -> None:
-        """The file goes first: nothing must bring back what is being stopped."""
-        facts = {"by": request.by, "since": time.time(), "services": request.services}
-        write_atomic(self.places.stop, json.dumps(facts).encode())
-        log.info("%s: %s: by %s", self.service.name, request.command, request.by)
-        if not self.running_model():
-            request.say("nothing was deployed yet, and nothing will be until up")
-            return
-        self.compose_for(request)
-        self.containers = self.engine.containers()
-
-    def request_start(self, request: Request) -> None:
-        """Release a stop and bring up what was deployed last, without a fetch."""
-        model = self.deployed_model()
-        self.places.stop.unlink(missing_ok=True)
-        self.note_before()
-        self.state.finished = []
-        self.restore_images()
-        self.make_binds(model)
-        self.forget_hands(self.containers)
-        self.engine.up(model, request.say)
-        self.await_health(model, request.say)
-        if ill := self.ill_names():
-            raise Fault(f"as before: {ill}")
-
-    def request_restart(self, request: Request) -> None:
-        if self.hold():
-            raise Refused(f"{self.hold()}; up or start ends that")
-        self.make_binds(self.deployed_model())
-        self.compose_for(request)
-        self.forget_hands(self.engine.containers())
-
-    def request_load(self, request: Request) -> None:
-        """Check the newest commit against the policy; change nothing."""
-        self.ask_remote(request.say)
-        self.checked(self.state.wanted or self.state.commit)
-        request.say(f"{short(self.state.wanted)}: the policy permits it")
-
-    def request_plan(self, request: Request) -> None:
-        """What would be done now and why; nothing is."""
-        self.ask_remote(request.say)
-        self.containers = self.engine.containers()
-        seen = self.observe(looked=True, asked=False)
-        decision = decide(seen)
-        request.say(f"{decision.action}: {'; '.join(decision.reasons)}")
-        if decision.action == "deploy":
-            self.plan_deploy(decision, request.say)
-        elif self.state.failed_commit and self.state.failed_commit == self.state.wanted:
-            request.say(f"{short(self.state.wanted)} failed: {self.state.failed_reason}")
-
-    def plan_deploy(self, decision: Decision, say: Say) -> None:
-        """Each compose service and image. Raises Refused with every violation."""
-        _, _, model = self.checked(decision.commit)
-        changes = model_differences(self.running_model(), model)
-        for name in sorted({*compose_services(model), *changes}):
-            say(f"  {name}: {changes.get(name, 'unchanged')}")
-        for image in self.missing_images_to_pull(model):
-            say(f"  image to pull: {image}")
-
-    def missing_images_to_pull(self, model: Model) -> list[str]:
-        built = {image_of(self.service.name, name, service)
-                 for name, service in compose_services(model).items() if service.get("build")}
-        return [name for name in self.engine.missing_images(model) if name not in built]
-
-    def deployed_model(self) -> Model:
-        model = self.running_model()
-        if not model:
-            raise Refused("nothing was deployed yet; up does it")
-        return model
-
-    def compose_for(self, request: Request) -> None:
-        """The compose command of the same name."""
-        self.deployed_model()
-        result = self.engine.compose(request.command, *request.arguments, deadline="up",
-                                     on_line=request.say)
-        if result.status or result.trouble:
-            raise Fault(f"{request.command}: {result.complaint}")
-
-    def saying(self, request: Request) -> Say:
-        """Tell the one who asked, and the log."""
-        def say(text: str) -> None:
-            request.say(text)
-            self.say_log(text)
-        return say
+        finally:
+            self.watch_until = self.shared.clock() + self.service.wait
 
 
-REQUESTS: dict[str, Callable[[Worker, Request], None]] = {
-    "up": Worker.request_up, "git pull": Worker.request_pull, "down": Worker.request_stop,
-    "stop": Worker.request_stop, "start": Worker.request_start,
-    "restart": Worker.request_restart, "load": Worker.request_load,
-    "plan": Worker.request_plan,
-}
+def show_metrics(shared: Shared) -> None:
+    """Set the gauges of every service, from what its thread shows."""
+    metrics = shared.metrics
+    for name, worker in shared.workers.items():
+        view, hold = worker.view, worker.hold()
+        metrics.set("pgo_service_in_sync", view.in_sync, service=name)
+        metrics.set("pgo_service_held", hold is not None, service=name)
+        metrics.set("pgo_service_consecutive_failures", view.failures, service=name)
+        metrics.replace("pgo_service_info", name, [
+            ({"commit": view.release.commit if view.release else "", "wanted": view.wanted}, 1)])
+        if view.last_success:
+            metrics.set("pgo_service_last_success_timestamp_seconds", view.last_success,
+                        service=name)
+        counts = collections.Counter(c.status for c in view.containers)
+        counts["healthy"] = sum(c.health == "healthy" and c.status == "running"
+                                for c in view.containers)
+        metrics.replace("pgo_service_containers", name, [
+            ({"state": key}, counts[key])
+            for key in ("running", "healthy", "exited", "restarting")])
 
 # ---- Commands ----------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
-class Command:
-    """What a key holder may say. `options` maps each one to whether it takes a value.
+class ParsedCommand:
+    """A parsed request: service, command, its options as (name, value) and what follows them."""
 
-    `where`: "thread" (one at a time with all that changes the service), "compose" (a compose
-    command, streamed) or "here" (answered at once).
+    service: str
+    command: str
+    options: tuple[tuple[str, str], ...] = ()
+    operands: tuple[str, ...] = ()
+
+    def words(self, hidden: bool = False) -> list[str]:
+        """The options as words; `hidden`: without the values of -e."""
+        words: list[str] = []
+        for name, value in self.options:
+            shown = "***" if hidden and name in ("-e", "--env") else value
+            valued = value != "" or name.lstrip("-") in valued_options(self.command)
+            if name.startswith("--"):
+                words.append(f"{name}={shown}" if valued else name)
+            else:
+                words += [name, shown] if valued else [name]
+        return words
+
+    def option(self, *names: str) -> str | None:
+        """The last value of an option, `` for one without, None if it is not there."""
+        return next((value for name, value in reversed(self.options) if name in names), None)
+
+    def audited(self) -> str:
+        """The command without the values of -e."""
+        return shlex.join((*self.command.split(), *self.words(hidden=True), *self.operands))
+
+
+# What a service's thread does:
+
+
+def ended_well(worker: Worker) -> None:
+    """Raises Fault unless the newest commit is what runs, well."""
+    if worker.remote_error:
+        raise Fault(worker.remote_error)
+    worker.reconciler.await_ill(worker.project.say)
+
+
+def saying(worker: Worker, job: Job) -> Progress:
+    """Tell the one who asked, and the log."""
+    def say(text: str) -> None:
+        job.say(text)
+        worker.project.say(text)
+    return say
+
+
+def refuse_hold(worker: Worker) -> None:
+    if held := worker.store.operators_hold(time.time()):
+        raise Refused(f"{held}; release it first")
+
+
+def job_up(worker: Worker, job: Job) -> None:
+    """Release a stop, deploy the newest commit, and fail where the deploy fails."""
+    refuse_hold(worker)
+    worker.store.release_stop()
+    worker.reconcile(frozenset({"start"}), saying(worker, job), job.by, asked=True)
+    ended_well(worker)
+
+
+def job_pull(worker: Worker, job: Job) -> None:
+    """Fetch, and deploy if there is something new."""
+    decision = worker.reconcile(frozenset({"timer"}), saying(worker, job), job.by)
+    release, failure = worker.store.current, worker.store.failure
+    if decision.action == "nothing":
+        job.say(f"{short(release.commit) if release else 'nothing runs'}: "
+                f"{'; '.join(decision.reasons)}")
+    if failure and failure.commit == worker.wanted and not failure.waits:
+        raise Refused(f"{short(worker.wanted)} is not deployed: {failure.reason}")
+    if worker.hold() or (failure and failure.waits):
+        return
+    ended_well(worker)
+
+
+def job_stop(worker: Worker, job: Job) -> None:
+    """The file goes first: nothing must bring back what is being stopped."""
+    held = worker.store.hold_in(worker.project.paths.stop, "stop")
+    if not held or not held.by_hand:
+        worker.store.set_hold(Hold(job.by, "", time.time(), services=job.operands))
+    log.info("%s: %s: by %s", worker.name, job.command, job.by)
+    if not worker.store.current:
+        job.say("nothing was deployed yet, and nothing will be until up")
+        return
+    worker.reconciler.look()
+    run_compose(worker, job)
+    if job.command == "down":
+        worker.store.set_done({})
+    worker.reconciler.look()
+
+
+def job_start(worker: Worker, job: Job) -> None:
+    """Release a stop and bring up what was deployed last, without a fetch."""
+    refuse_hold(worker)
+    worker.store.refuse_lock()
+    require_release(worker)
+    worker.store.release_stop()
+    worker.reconciler.bring_up(job.say)
+
+
+def job_restart(worker: Worker, job: Job) -> None:
+    if hold := worker.hold():
+        raise Refused(f"{hold}; up or start ends that")
+    make_binds(worker.project, require_release(worker).model)
+    run_compose(worker, job)
+    worker.watch_until = worker.shared.clock() + worker.service.wait
+    worker.reconciler.look()
+
+
+def job_load(worker: Worker, job: Job) -> None:
+    """Check the newest commit against the policy; change nothing."""
+    worker.ask_remote(job.say)
+    release = worker.store.current
+    prepare(worker.project, worker.wanted or (release.commit if release else ""))
+    job.say(f"{short(worker.wanted)}: the policy permits it")
+
+
+def job_plan(worker: Worker, job: Job) -> None:
+    """What would be done now and why; nothing is. Raises Refused with every violation."""
+    worker.ask_remote(job.say)
+    worker.reconciler.look()
+    decision = decide(worker.situation(worker.hold(), asked=False))
+    job.say(f"{decision.action}: {'; '.join(decision.reasons)}")
+    current, project = worker.store.current, worker.project
+    if decision.action != "deploy":
+        if current and decision.action == "heal":
+            for name, change in describe(worker.reconciler.rows, current, current).items():
+                job.say(f"  {name}: {change}")
+        return
+    prepared = prepare(project, decision.commit)
+    snapshot = project.snapshot(prepared.release)
+    refuse_what_cannot_be(project, prepared, snapshot)
+    release = dataclasses.replace(prepared.release, images=snapshot.images)
+    changes = describe(compare(release, snapshot, worker.store.done), release, current)
+    for name in sorted({*compose_services(release.model), *changes}):
+        job.say(f"  {name}: {changes.get(name, 'unchanged')}")
+    old = {*current.volume_names} if current else {*release.volume_names}
+    for volume in sorted({*release.volume_names} - old - {*snapshot.volumes}):
+        job.say(f"  volume {volume}: created, empty")
+    services = compose_services(prepared.rendered)
+    for image in sorted({image for name, image in release.image_names.items()
+                         if image not in snapshot.images and not services[name].get("build")}):
+        job.say(f"  image to pull: {image}")
+
+
+def require_release(worker: Worker) -> Release:
+    if not worker.store.current:
+        raise Refused("nothing was deployed yet; up does it")
+    return worker.store.current
+
+
+def run_compose(worker: Worker, job: Job) -> None:
+    """The compose command of the same name. Raises Fault."""
+    require_release(worker)
+    worker.project.compose.run(job.command, *job.options, "--", *job.operands, deadline="up",
+                               on_line=job.say).check(job.command)
+
+
+# What is answered at once:
+
+
+def answer_ping(worker: Worker, command: ParsedCommand, by: str) -> str:
+    return "pong"
+
+
+def answer_hash(worker: Worker, command: ParsedCommand, by: str) -> str:
+    if not (release := worker.view.release):
+        raise Refused("nothing was deployed yet")
+    return release.commit
+
+
+def answer_journal(worker: Worker, command: ParsedCommand, by: str) -> str:
+    raise Refused("journal is disabled; logs shows what the containers wrote")
+
+
+def answer_help(worker: Worker, command: ParsedCommand, by: str) -> str:
+    rows = []
+    for name, entry in COMMANDS.items():
+        options = [f"[{text.replace('=', ' ')}]" for text in entry.options.split()]
+        rows.append(f"{name:<9} {entry.help}")
+        if options or entry.operands:
+            rows.append(f"          {' '.join([*options, entry.operands]).strip()}")
+    return "\n".join(rows)
+
+
+def status_facts(worker: Worker, now: float) -> dict[str, Any]:
+    """All that is known of a service, for programs. Times are seconds since the epoch."""
+    view, hold, release = worker.fresh_view(), worker.hold(), worker.view.release
+    return {
+        "service": worker.name, "commit": release.commit if release else "",
+        "since": release.since if release else 0.0, "wanted": view.wanted,
+        "in_sync": view.in_sync, "why": view.why(hold),
+        "hold": dataclasses.asdict(hold) if hold else None, "last_error": view.last_error,
+        "failures": view.failures,
+        "next_poll": now + view.next_poll - worker.shared.clock(),
+        "differences": [str(row) for row in view.rows],
+        "containers": [{"name": c.name, "service": c.compose_service, "status": c.status,
+                        "health": c.health if c.status == "running" else "",
+                        "restarts": c.restarts, "started": c.started} for c in view.containers]}
+
+
+def render_status(facts: Mapping[str, Any]) -> str:
+    """For people: aligned, the newest thing first."""
+    now, since = time.time(), facts["since"]
+    age = f" since {format_time(since)} ({format_duration(now - since)})" if since else ""
+    rows = [("service", facts["service"]), ("runs", (short(facts["commit"]) or "nothing") + age),
+            ("wanted", short(facts["wanted"]) or "not known yet"),
+            ("in sync", "yes" if facts["in_sync"] and not facts["why"] else
+             f"{'yes, but' if facts['in_sync'] else 'no:'} {facts['why']}")]
+    if facts["last_error"] and facts["last_error"] not in facts["why"]:
+        rows.append(("last error", facts["last_error"]))
+    rows.append(("next poll", f"in {format_duration(max(0, facts['next_poll'] - now))}"))
+    lines = [f"{name:<11}{text}" for name, text in rows]
+    width = max([len(c["name"]) for c in facts["containers"]], default=0)
+    for container in facts["containers"]:
+        health = f", {container['health']}" if container["health"] else ""
+        restarts = f", {container['restarts']} restarts" if container["restarts"] else ""
+        lines.append(f"  {container['name']:<{width}}  {container['status']}{health}{restarts}")
+    return "\n".join(lines)
+
+
+def answer_status(worker: Worker, command: ParsedCommand, by: str) -> str:
+    facts = status_facts(worker, time.time())
+    return render_status(facts) if command.option("--json") is None else json.dumps(facts)
+
+
+def answer_history(worker: Worker, command: ParsedCommand, by: str) -> str:
+    count = command.option("-n") or "20"
+    if not re.fullmatch("[0-9]{1,6}", count):
+        raise Refused(f"history: -n takes a number, not {printable(count)!r}")
+    lines = worker.store.history()[::-1][:int(count)]
+    if command.option("--json") is not None:
+        return json.dumps(lines)
+    return "\n".join(
+        f"{format_time(line['time'])}  {short(line['commit'])}  {line['outcome']:<8} "
+        f"{line['seconds']:>6.1f}s  {line['author']}: {line['subject']}  ({line['by']})"
+        + (f"\n    {one_line(line['reason'])}" if line["reason"] else "")
+        for line in lines) or "nothing was deployed yet"
+
+
+def answer_hold(worker: Worker, command: ParsedCommand, by: str) -> str:
+    """Takes force at once, also for a deploy that has not begun to change anything."""
+    span, now = command.option("--for"), time.time()
+    try:
+        until = now + parse_duration(span) if span else 0.0
+        format_time(until)
+    except (ValueError, OverflowError) as error:
+        raise Refused(f"hold: --for: {error}") from None
+    hold = Hold(by, printable(" ".join(command.operands))[:200], now, until, "hold")
+    worker.store.set_hold(hold)
+    log.info("%s: %s", worker.name, hold)
+    return str(hold)
+
+
+def answer_release(worker: Worker, command: ParsedCommand, by: str) -> str:
+    if not worker.store.operators_hold(time.time()):
+        hold = worker.hold()
+        raise Refused(f"{hold}; up or start ends that" if hold else "there is no hold")
+    worker.store.release_hold()
+    log.info("%s: hold released by %s", worker.name, by)
+    worker.wake("release")
+    return "released"
+
+
+@dataclass(frozen=True)
+class Command:
+    """What a key holder may say: one of `job`, `answer` or, for compose's own, neither.
+
+    `options` as help shows them: names with | between them, and = before what they take.
     """
 
     help: str
-    where: str
-    options: Mapping[str, bool] = field(default_factory=dict)
-    words: str = ""  # what may follow the options, for the help
+    options: str = ""
+    operands: str = ""
+    job: Callable[[Worker, Job], None] | None = None
+    answer: Callable[[Worker, ParsedCommand, str], str] | None = None
 
 
+TIMEOUT = "-t|--timeout=SECONDS"
 COMMANDS: dict[str, Command] = {
-    "up": Command("deploy the newest commit and wait until it is healthy", "thread",
-                  {"-d": False, "--detach": False, "--wait": False}),
-    "down": Command("remove the containers, until up or start; volumes stay", "thread",
-                    {"-t": True, "--timeout": True, "--remove-orphans": False}),
-    "stop": Command("stop the containers, until up or start", "thread",
-                    {"-t": True, "--timeout": True}, "[SERVICE...]"),
-    "start": Command("bring up what was deployed last, without a fetch", "thread"),
-    "restart": Command("restart the containers", "thread",
-                       {"-t": True, "--timeout": True, "--no-deps": False}, "[SERVICE...]"),
-    "ps": Command("list the containers", "compose",
-                  {"-a": False, "--all": False, "-q": False, "--quiet": False, "--services": False,
-                   "--format": True, "--filter": True, "--status": True, "--no-trunc": False,
-                   "--orphans": False}, "[SERVICE...]"),
-    "pull": Command("pull the images", "compose",
-                    {"-q": False, "--quiet": False, "--include-deps": False,
-                     "--ignore-pull-failures": False}, "[SERVICE...]"),
-    "logs": Command("show what the containers wrote", "compose",
-                    {"-f": False, "--follow": False, "-n": True, "--tail": True, "--since": True,
-                     "--until": True, "-t": False, "--timestamps": False, "--no-color": False,
-                     "--no-log-prefix": False, "--index": True}, "[SERVICE...]"),
-    "exec": Command("run a command in a container", "compose",
-                    {"-T": False, "--no-TTY": False, "-i": False, "--interactive": False,
-                     "-t": False, "--tty": False, "-d": False, "--detach": False, "-e": True,
-                     "--env": True, "-u": True, "--user": True, "-w": True, "--workdir": True,
-                     "--index": True}, "SERVICE COMMAND [ARGUMENT...]"),
-    "load": Command("check the newest commit against the policy, change nothing", "thread"),
-    "git pull": Command("fetch, and deploy what is new", "thread"),
-    "git hash": Command("print the commit that runs", "here"),
-    "ping": Command("answer pong", "here"),
-    "plan": Command("show what would be done now and why, do nothing", "thread"),
-    "status": Command("show what runs, since when, and why not the newest", "here",
-                      {"--json": False}),
-    "history": Command("show the last deploys", "here", {"--json": False, "-n": True}),
-    "hold": Command("stop deploys and heals, until release or for a time", "here",
-                    {"--for": True}, "[REASON...]"),
-    "release": Command("end a hold", "here"),
-    "journal": Command("is disabled", "here"),
-    "help": Command("show the commands", "here"),
+    "up": Command("deploy the newest commit and wait until it is healthy",
+                  "-d|--detach --wait", job=job_up),
+    "down": Command("remove the containers, until up or start; volumes stay",
+                    f"{TIMEOUT} --remove-orphans", job=job_stop),
+    "stop": Command("stop the containers, until up or start", TIMEOUT, "[SERVICE...]",
+                    job=job_stop),
+    "start": Command("bring up what was deployed last, without a fetch", job=job_start),
+    "restart": Command("restart the containers", f"{TIMEOUT} --no-deps", "[SERVICE...]",
+                       job=job_restart),
+    "ps": Command("list the containers",
+                  "-a|--all -q|--quiet --services --format=FORMAT --filter=FILTER --status=STATUS "
+                  "--no-trunc --orphans", "[SERVICE...]"),
+    "pull": Command("pull the images", "-q|--quiet --include-deps --ignore-pull-failures",
+                    "[SERVICE...]"),
+    "logs": Command("show what the containers wrote",
+                    "-f|--follow -n|--tail=LINES --since=TIME --until=TIME -t|--timestamps "
+                    "--no-color --no-log-prefix --index=NUMBER", "[SERVICE...]"),
+    "exec": Command("run a command in a container",
+                    "-T|--no-TTY -i|--interactive -t|--tty -d|--detach -e|--env=NAME=VALUE "
+                    "-u|--user=USER -w|--workdir=DIR --index=NUMBER",
+                    "SERVICE COMMAND [ARGUMENT...]"),
+    "load": Command("check the newest commit against the policy, change nothing", job=job_load),
+    "git pull": Command("fetch, and deploy what is new", job=job_pull),
+    "git hash": Command("print the commit that runs", answer=answer_hash),
+    "ping": Command("answer pong", answer=answer_ping),
+    "plan": Command("show what would be done now and why, do nothing", job=job_plan),
+    "status": Command("show what runs, since when, and why not the newest", "--json",
+                      answer=answer_status),
+    "history": Command("show the last deploys", "--json -n=COUNT", answer=answer_history),
+    "hold": Command("stop deploys and heals, until release or for a time", "--for=DURATION",
+                    "[REASON...]", answer=answer_hold),
+    "release": Command("end a hold", answer=answer_release),
+    "journal": Command("is disabled", answer=answer_journal),
+    "help": Command("show the commands", answer=answer_help),
 }
 # Options that pgod sets itself, or that mean nothing without a terminal of the engine's.
 DROPPED_OPTIONS = frozenset(("-T", "--no-TTY", "-i", "--interactive", "-t", "--tty"))
@@ -3994,91 +5272,55 @@ USAGE_STATUS = 2
 DENIED_STATUS = 1
 
 
-@dataclass(frozen=True)
-class Order:
-    """A parsed request: service, command, its options and what follows them."""
-
-    service: str
-    command: str
-    options: tuple[str, ...] = ()
-    operands: tuple[str, ...] = ()
-
-    def audited(self) -> str:
-        """The command without the values of -e."""
-        hidden = ["***" if previous == "-e" else
-                  "--env=***" if option.startswith("--env=") else option
-                  for previous, option in zip(("", *self.options), self.options, strict=False)]
-        return shlex.join((*self.command.split(), *hidden, *self.operands))
+def option_names(command: str) -> dict[str, bool]:
+    """The options of a command, and whether they take a value."""
+    return {name: "=" in text for text in COMMANDS[command].options.split()
+            for name in text.partition("=")[0].split("|")}
 
 
-def split_option(word: str, table: Mapping[str, bool]) -> list[tuple[str, str | None]]:
-    """--name, --name=value, -x, -xVALUE or a cluster -xyz, as (option, value)."""
-    if word.startswith("--"):
-        name, mark, value = word.partition("=")
-        return [(name, value if mark else None)]
-    found: list[tuple[str, str | None]] = []
-    for position, letter in enumerate(word[1:], 1):
-        option = f"-{letter}"
-        if table.get(option):
-            return [*found, (option, word[position + 1:].removeprefix("=") or None)]
-        found.append((option, None))
-    return found
+def valued_options(command: str) -> set[str]:
+    return {name.lstrip("-") for name, valued in option_names(command).items() if valued}
 
 
-def parse_options(command: str,
-                  arguments: Sequence[str]) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Options by the table, one word or two each, and the operands. Raises Refused.
+def parse_options(command: str, arguments: Sequence[str]
+                  ) -> tuple[tuple[tuple[str, str], ...], tuple[str, ...]]:
+    """Options by the table, and the operands. Raises Refused.
 
     All that follows exec's first operand belongs to the command that it runs.
     """
-    table, options, operands = COMMANDS[command].options, list[str](), list[str]()
-    left = collections.deque(arguments)
-    while left:
-        word = left.popleft()
-        if word == "--":
-            operands += left
-            break
-        if not word.startswith("-") or word == "-":
-            operands.append(word)
-            if command == "exec":
-                operands += left
-                break
-            continue
-        for option, value in split_option(word, table):
-            if option not in table:
-                known = f"; it takes {', '.join(table)}" if table else "; it takes none"
-                raise Refused(f"{command}: option {printable(option)!r} is not permitted{known}")
-            if not table[option]:
-                if value is not None:
-                    raise Refused(f"{command}: option {option} takes no value")
-                options += [] if option in DROPPED_OPTIONS and command == "exec" else [option]
-                continue
-            if value is None:
-                if not left:
-                    raise Refused(f"{command}: option {option} needs a value")
-                value = left.popleft()
-            if option == "--format" and not PLAIN_TEMPLATE.fullmatch(value):
-                raise Refused(f"{command}: --format takes table, json or fields as {{{{.Name}}}}")
-            options += [f"{option}={value}"] if option.startswith("--") else [option, value]
-    return tuple(options), tuple(operands)
+    table = option_names(command)
+    short_ones = "".join(name[1] + ":" * valued for name, valued in table.items()
+                         if not name.startswith("--"))
+    long_ones = [name[2:] + "=" * valued for name, valued in table.items()
+                 if name.startswith("--")]
+    split = getopt.getopt if command == "exec" else getopt.gnu_getopt
+    try:
+        found, operands = split([*arguments], short_ones, long_ones)
+    except getopt.GetoptError as error:
+        known = f"; it takes {', '.join(table)}" if table else "; it takes no options"
+        raise Refused(f"{command}: {printable(error.msg)[:200]}{known}") from None
+    for name, value in found:
+        if name == "--format" and not PLAIN_TEMPLATE.fullmatch(value):
+            raise Refused(f"{command}: --format takes table, json or fields as {{{{.Name}}}}")
+    return (tuple((name, value) for name, value in found
+                  if command != "exec" or name not in DROPPED_OPTIONS), tuple(operands))
 
 
-def check_operands(order: Order) -> Order:
+def check_operands(command: ParsedCommand) -> ParsedCommand:
     """Names of compose services where the table has them. Raises Refused."""
-    syntax = COMMANDS[order.command].words
-    if order.operands and not syntax:
-        raise Refused(f"{order.command}: takes no arguments but options")
-    if order.command == "exec" and len(order.operands) < 2:
+    name, syntax = command.command, COMMANDS[command.command].operands
+    if command.operands and not syntax:
+        raise Refused(f"{name}: takes no arguments but options")
+    if name == "exec" and len(command.operands) < 2:
         raise Refused("exec: write it like service//exec SERVICE COMMAND [ARGUMENT...]")
-    names = order.operands if syntax == "[SERVICE...]" else ()
-    names = order.operands[:1] if order.command == "exec" else names
-    for name in names:
-        if not re.fullmatch(r"[A-Za-z0-9._-]+", name) or name.startswith("-"):
-            raise Refused(f"{order.command}: {printable(name)!r} is not a compose service")
-    return order
+    count = {"[SERVICE...]": None, "[REASON...]": 0}.get(syntax, 1)
+    for operand in command.operands[:count]:
+        if not re.fullmatch(r"[A-Za-z0-9._-]+", operand) or operand.startswith("-"):
+            raise Refused(f"{name}: {printable(operand)!r} is not a compose service")
+    return command
 
 
-def parse_order(text: str) -> Order:
+def parse_command(text: str) -> ParsedCommand:
     """An exec request, `service//command argument…`. Raises Refused with what is wrong."""
     if len(text) > SSH_COMMAND_BYTES:
         raise Refused("the command is too long")
@@ -4098,151 +5340,13 @@ def parse_order(text: str) -> Order:
     if len(arguments) > SSH_ARGUMENTS:
         raise Refused(f"more than {SSH_ARGUMENTS} arguments")
     options, operands = parse_options(command, arguments)
-    return check_operands(Order(service, command, options, operands))
+    return check_operands(ParsedCommand(service, command, options, operands))
 
 
-def option_value(order: Order, name: str) -> str | None:
-    """The value of an option in an order, `` for one without, None if it is not there."""
-    for position, word in enumerate(order.options):
-        if word.startswith("--") and word.partition("=")[0] == name:
-            return word.partition("=")[2]
-        if word == name:
-            return order.options[position + 1]
-    return None
-
-
-def answer_ping(worker: Worker, order: Order, by: str) -> str:
-    return "pong"
-
-
-def answer_hash(worker: Worker, order: Order, by: str) -> str:
-    if not worker.state.commit:
-        raise Refused("nothing was deployed yet")
-    return worker.state.in_place
-
-
-def answer_journal(worker: Worker, order: Order, by: str) -> str:
-    raise Refused("journal is disabled; logs shows what the containers wrote")
-
-
-def option_groups(options: Mapping[str, bool]) -> list[list[str]]:
-    """`-f` and `--follow` together: a short option stands before its long one in the table."""
-    groups: list[list[str]] = []
-    for name, valued in options.items():
-        text = f"{name} VALUE" if valued else name
-        if groups and len(groups[-1]) == 1 and groups[-1][0].split()[0].lstrip("-") == name[2:3]:
-            groups[-1] = [groups[-1][0].split()[0], text]
-        else:
-            groups.append([text])
-    return groups
-
-
-def answer_help(worker: Worker, order: Order, by: str) -> str:
-    rows = []
-    for name, command in COMMANDS.items():
-        options = [f"[{'|'.join(group)}]" for group in option_groups(command.options)]
-        rows.append(f"{name:<9} {command.help}")
-        rows += [f"          {' '.join([*options, command.words]).strip()}"] if (
-            options or command.words) else []
-    return "\n".join(rows)
-
-
-def status_facts(worker: Worker, now: float) -> dict[str, Any]:
-    """All that is known of a service, for programs. Times are seconds since the epoch."""
-    state, hold = worker.state, worker.hold()
-    failed = state.failed_commit and state.failed_commit == state.wanted
-    why = (str(hold) if hold else worker.remote_error if worker.in_sync() else
-           f"{short(state.wanted)} failed: {state.failed_reason}" if failed else
-           f"{short(state.waiting)} waits for up" if state.waiting else
-           worker.remote_error or ("deploying" if state.deploying else "not looked at yet"))
-    return {
-        "service": worker.service.name, "commit": state.in_place,
-        "since": state.since,
-        "wanted": state.wanted, "in_sync": worker.in_sync(), "why": why,
-        "hold": dataclasses.asdict(hold) if hold else None, "last_error": worker.last_error,
-        "failures": worker.failures, "next_look": now + worker.next_look - worker.shared.clock(),
-        "containers": [{"name": c.name, "service": c.compose_service, "status": c.status,
-                        "health": c.health, "restarts": c.restarts, "started": c.started}
-                       for c in worker.containers]}
-
-
-def render_status(facts: Mapping[str, Any]) -> str:
-    """For people: aligned, the newest thing first."""
-    now, since = time.time(), facts["since"]
-    age = f" since {format_time(since)} ({format_duration(now - since)})" if since else ""
-    rows = [("service", facts["service"]), ("runs", (short(facts["commit"]) or "nothing") + age),
-            ("wanted", short(facts["wanted"]) or "not known yet"),
-            ("in sync", "yes" if facts["in_sync"] and not facts["why"] else
-             f"{'yes, but' if facts['in_sync'] else 'no:'} {facts['why']}")]
-    if facts["last_error"] and facts["last_error"] not in facts["why"]:
-        rows.append(("last error", facts["last_error"]))
-    rows.append(("next look", f"in {format_duration(max(0, facts['next_look'] - now))}"))
-    lines = [f"{name:<11}{text}" for name, text in rows]
-    width = max([len(c["name"]) for c in facts["containers"]], default=0)
-    for container in facts["containers"]:
-        health = f", {container['health']}" if container["health"] else ""
-        restarts = f", {container['restarts']} restarts" if container["restarts"] else ""
-        lines.append(f"  {container['name']:<{width}}  {container['status']}{health}{restarts}")
-    return "\n".join(lines)
-
-
-def answer_status(worker: Worker, order: Order, by: str) -> str:
-    with contextlib.suppress(Fault):  # without an engine, what was seen last
-        worker.containers = worker.engine.containers()
-    facts = status_facts(worker, time.time())
-    return json.dumps(facts) if "--json" in order.options else render_status(facts)
-
-
-def answer_history(worker: Worker, order: Order, by: str) -> str:
-    count = option_value(order, "-n") or "20"
-    if not re.fullmatch("[0-9]{1,6}", count):
-        raise Refused(f"history: -n takes a number, not {printable(count)!r}")
-    lines = worker.history()[::-1][:int(count)]
-    if "--json" in order.options:
-        return json.dumps(lines)
-    return "\n".join(
-        f"{format_time(line['time'])}  {short(line['commit'])}  {line['outcome']:<8} "
-        f"{line['seconds']:>6.1f}s  {line['author']}: {line['subject']}  ({line['by']})"
-        + (f"\n    {one_line(line['reason'])}" if line["reason"] else "")
-        for line in lines) or "nothing was deployed yet"
-
-
-def answer_hold(worker: Worker, order: Order, by: str) -> str:
-    """Takes force at once, also for a deploy that has not begun to change anything."""
-    span, now = option_value(order, "--for"), time.time()
-    try:
-        until = now + parse_duration(span) if span else 0.0
-        format_time(until)
-    except (ValueError, OverflowError) as error:
-        raise Refused(f"hold: --for: {error}") from None
-    hold = Hold(by, printable(" ".join(order.operands))[:200], now, until, "hold")
-    write_atomic(worker.places.own / "hold.json", json.dumps(dataclasses.asdict(hold)).encode())
-    log.info("%s: %s", worker.service.name, hold)
-    return str(hold)
-
-
-def answer_release(worker: Worker, order: Order, by: str) -> str:
-    held = load_hold(worker.places.own / "hold.json", "hold")
-    if not held:
-        raise Refused(f"{worker.hold() or 'there is no hold'}"
-                      f"{'; up or start ends that' if worker.hold() else ''}")
-    (worker.places.own / "hold.json").unlink(missing_ok=True)
-    log.info("%s: hold released by %s", worker.service.name, by)
-    worker.wake("engine")
-    return "released"
-
-
-ANSWERS: dict[str, Callable[[Worker, Order, str], str]] = {
-    "ping": answer_ping, "git hash": answer_hash, "status": answer_status,
-    "history": answer_history, "hold": answer_hold, "release": answer_release,
-    "journal": answer_journal, "help": answer_help,
-}
-
-
-def compose_command(order: Order, terminal: bool) -> list[str]:
-    """The words of compose for an order: its options, then --, then the operands."""
-    fixed = ["-T"] if order.command == "exec" and not terminal else []
-    return [order.command, *fixed, *order.options, "--", *order.operands]
+def compose_command(command: ParsedCommand, terminal: bool) -> list[str]:
+    """The words of compose for a command: its options, then --, then the operands."""
+    fixed = ["-T"] if command.command == "exec" and not terminal else []
+    return [command.command, *fixed, *command.words(), "--", *command.operands]
 
 
 def audit(directory: Path, **facts: object) -> None:
@@ -4290,13 +5394,11 @@ def set_terminal_size(terminal: Any, columns: int, rows: int) -> None:
         fcntl.ioctl(terminal, termios.TIOCSWINSZ, size)
 
 
-def start_stream(engine: Engine, words: list[str], reads: bool, terminal: bool,
+def start_stream(compose: Compose, words: list[str], reads: bool, terminal: bool,
                  process: Any) -> tuple[Child, dict[str, Any]]:
     """A streaming child, and which of its ends go to the session. Raises Fault."""
-    who, env = engine.docker_account, engine.environment()
     if not terminal:
-        child = engine.children.start(
-            words, account=who, env=env, stdin=PIPE if reads else DEVNULL)
+        child = compose.children.start(words, compose.who(), stdin=PIPE if reads else DEVNULL)
         if child.stdin:
             os.set_blocking(child.stdin.fileno(), False)
         streams = {"stdin": child.stdin, "stdout": child.stdout, "stderr": child.stderr}
@@ -4305,11 +5407,11 @@ def start_stream(engine: Engine, words: list[str], reads: bool, terminal: bool,
     os.set_blocking(master, False)
     ours = os.fdopen(master, "r+b", 0)
     set_terminal_size(ours, *process.term_size[:2])
-    chown(theirs, who)
-    env["TERM"] = re.sub(r"[^\w.+-]", "", process.term_type or "") or "dumb"
+    chown(theirs, compose.docker_account)
+    term = re.sub(r"[^\w.+-]", "", process.term_type or "") or "dumb"
     try:
-        child = engine.children.start(["setsid", "--ctty", *words], account=who, env=env,
-                                      stdin=theirs, stdout=theirs, stderr=theirs, session=False)
+        child = compose.children.start(["setsid", "--ctty", *words], compose.who({"TERM": term}),
+                                       stdin=theirs, stdout=theirs, stderr=theirs, session=False)
     except Fault:
         ours.close()
         raise
@@ -4440,7 +5542,7 @@ class SshServer:
         """The services whose repositories hold the key, as of now."""
         return sorted(name for name, worker in self.shared.workers.items()
                       if any(hmac.compare_digest(key.fingerprint, fingerprint)
-                             for key in worker.keys))
+                             for key in worker.view.keys))
 
     def admit(self, connection: Any) -> None:
         """Limits for clients that have proven nothing, and the proof itself.
@@ -4491,7 +5593,7 @@ class SshServer:
         status = 1
         bound_input(process.channel)
         try:
-            status = await self.obey(process, client)
+            status = await self.handle_exec(process, client)
         except (BrokenPipeError, ConnectionError, self.asyncssh.Error):
             status = 255
         except Exception:  # a session's outermost line
@@ -4509,101 +5611,101 @@ class SshServer:
         with contextlib.suppress(OSError, self.asyncssh.Error):
             (stream or process.stderr).write(f"{text}\n".encode())
 
-    async def obey(self, process: Any, client: Client) -> int:
+    async def handle_exec(self, process: Any, client: Client) -> int:
         """Parse, permit, audit and carry out."""
         mine = self.services_of(client.key)
-        command = process.command or ""
+        text = process.command or ""
         if process.subsystem or not client.key:
             self.tell(process, "refused")
             return DENIED_STATUS
         if client.sessions > SSH_SESSIONS or self.sessions[client.key] > SSH_SESSIONS_PER_KEY:
             self.tell(process, "refused: too many commands at one time")
             return DENIED_STATUS
-        if command in ("", LIST_REQUEST):
+        if text in ("", LIST_REQUEST):
             process.stdout.write("".join(f"{name}\n" for name in mine).encode())
             return 0
         try:
-            order = parse_order(command)
+            parsed = parse_command(text)
         except Refused as refused:
             self.tell(process, str(refused))
             return USAGE_STATUS
-        if order.service not in mine:
-            self.tell(process, f"there is no service {printable(order.service)!r} for this key; "
+        if parsed.service not in mine:
+            self.tell(process, f"there is no service {printable(parsed.service)!r} for this key; "
                       f"it opens: {', '.join(mine) or 'nothing'}")
             return DENIED_STATUS
-        worker = self.shared.workers[order.service]
-        comment = next((k.comment for k in worker.keys if k.fingerprint == client.key), "")
+        worker = self.shared.workers[parsed.service]
+        comment = next((k.comment for k in worker.view.keys if k.fingerprint == client.key), "")
         status = 1
         try:
-            status = await self.carry_out(process, order, worker,
+            status = await self.carry_out(process, parsed, worker,
                                           f"{comment or client.key} from {client.address}")
         finally:
             with contextlib.suppress(OSError):
                 audit(self.shared.settings.directory, address=client.address, key=client.key,
-                      comment=comment, service=order.service, command=order.audited(),
+                      comment=comment, service=parsed.service, command=parsed.audited(),
                       status=status)
         return status
 
-    async def carry_out(self, process: Any, order: Order, worker: Worker, by: str) -> int:
-        where = COMMANDS[order.command].where
-        if where == "thread":
-            return await self.through_thread(process, order, worker, by)
-        if where == "compose":
-            return await self.stream(process, order, worker)
-        return await self.answer_here(process, order, worker, by)
-
-    async def answer_here(self, process: Any, order: Order, worker: Worker, by: str) -> int:
-        """What does not wait for the service's thread."""
-        answer = ANSWERS[order.command]
+    async def carry_out(self, process: Any, command: ParsedCommand, worker: Worker,
+                        by: str) -> int:
+        """A job of the service's thread, an answer at once, or a command of compose."""
+        entry = COMMANDS[command.command]
+        if entry.job:
+            return await self.run_job(process, command, worker, by)
+        if not entry.answer:
+            return await self.stream(process, command, worker)
         try:
-            text = await self.loop.run_in_executor(None, answer, worker, order, by)
+            text = await self.loop.run_in_executor(None, entry.answer, worker, command, by)
         except (Fault, OSError) as error:
             self.tell(process, str(error))
             return 1
         self.tell(process, text, process.stdout)
         return 0
 
-    async def through_thread(self, process: Any, order: Order, worker: Worker, by: str) -> int:
+    async def run_job(self, process: Any, command: ParsedCommand, worker: Worker,
+                      by: str) -> int:
         """Queue it, tell what happens while it happens; it goes on when the client leaves."""
-        stream = process.stdout if order.command in ("plan", "load") else process.stderr
+        stream = process.stdout if command.command in ("plan", "load") else process.stderr
 
         def say(text: str) -> None:
             self.loop.call_soon_threadsafe(self.tell, process, text, stream)
 
-        takes_services = COMMANDS[order.command].words == "[SERVICE...]"
-        known = compose_services(worker.running_model()) if takes_services else order.operands
-        if unknown := [name for name in order.operands if name not in known]:
-            self.tell(process, f"{order.command}: there is no compose service {unknown[0]!r}; "
+        entry, release = COMMANDS[command.command], worker.view.release
+        known = compose_services(release.model) if release else {}
+        if unknown := [name for name in command.operands if release and name not in known]:
+            self.tell(process, f"{command.command}: there is no compose service {unknown[0]!r}; "
                       f"there are: {', '.join(known)}")
             return 1
-        words = (*order.options, *order.operands)
-        request = worker.ask(Request(order.command, words, order.operands, by, say))
-        while not request.done.is_set() and not process.channel.is_closing():
-            await asyncio.sleep(0.05)
-        return request.status
+        assert entry.job
+        job = worker.ask(Job(command.command, entry.job, tuple(command.words()),
+                             command.operands, by, say))
+        done = asyncio.ensure_future(asyncio.wrap_future(job.done))
+        gone = asyncio.ensure_future(process.channel.wait_closed())
+        await asyncio.wait({done, gone}, return_when=asyncio.FIRST_COMPLETED)
+        gone.cancel()
+        return await done if done.done() else 1
 
-    async def stream(self, process: Any, order: Order, worker: Worker) -> int:
+    async def stream(self, process: Any, command: ParsedCommand, worker: Worker) -> int:
         """A compose command with its three streams tied to the session's."""
-        if not worker.running_model():
+        if not worker.view.release:
             self.tell(process, "nothing was deployed yet; up does it")
             return 1
-        engine, reads = worker.engine, order.command == "exec"
+        compose, reads = worker.project.compose, command.command == "exec"
         terminal = reads and process.term_type is not None
         mark = f"PGOD_SESSION={os.urandom(16).hex()}"
         if reads:
-            order = dataclasses.replace(order, options=("--env", mark, *order.options))
-        words = engine.words(*compose_command(order, terminal))
+            command = dataclasses.replace(command, options=(("--env", mark), *command.options))
+        words = compose.words(*compose_command(command, terminal))
         try:
-            child, streams = start_stream(engine, words, reads, terminal, process)
+            child, streams = start_stream(compose, words, reads, terminal, process)
         except Fault as fault:
             self.tell(process, str(fault))
             return 1
-        self.shared.metrics.count("pgo_command_count", (worker.service.name, "compose",
-                                                        order.command))
-        status = await self.tie(process, child, streams, mark if reads else "")
+        kind = (worker.name, "compose", command.command)
+        self.shared.metrics.count("pgo_command_count", kind)
+        status = await self.pump(process, child, streams, mark if reads else "")
         if status:
-            self.shared.metrics.count("pgo_command_error_count",
-                                      (worker.service.name, "compose", order.command))
+            self.shared.metrics.count("pgo_command_error_count", kind)
         return 128 - status if status < 0 else status
 
     def end_stream(self, child: Child, mark: str) -> None:
@@ -4613,7 +5715,7 @@ class SshServer:
         if mark and not ended_by_itself:
             kill_all(marked_processes(mark), signal.SIGKILL)
 
-    async def tie(self, process: Any, child: Child,
+    async def pump(self, process: Any, child: Child,
                   streams: Mapping[str, Any], mark: str) -> int:
         """Pump until the child ends or the client goes; flow control holds both back.
 
@@ -4700,6 +5802,7 @@ class HttpHandler(http.server.BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         if self.path == "/metrics":
+            show_metrics(self.server.shared)
             self.answer(200, self.server.shared.metrics.render(),
                         "text/plain; version=0.0.4; charset=utf-8")
         elif self.path == "/healthz":
@@ -4797,10 +5900,8 @@ def serve_http(address: tuple[str, int], shared: Shared) -> HttpServer:
     threading.Thread(target=server.serve_forever, name="http", daemon=True).start()
     return server
 
-# ---- Life --------------------------------------------------------------------------------------
+# ---- Daemon --------------------------------------------------------------------------------------
 
-ENDING_SIGNALS = ("9", "15")  # of `docker kill`; others may be a word to the program
-WAKING_ACTIONS = ("die", "destroy", "health_status: unhealthy", "oom")
 CONFIGURATION_SECONDS = 2.0
 WORKER_SILENCE = 120.0  # seconds; every wait and every child's loop beats far more often
 
@@ -4848,7 +5949,7 @@ class Lock:
 
 
 class EventStream(threading.Thread):
-    """One `docker events` for the whole engine: wakes the service whose container fell."""
+    """The engine's events of all containers: wakes the service whose container changed."""
 
     def __init__(self, shared: Shared) -> None:
         super().__init__(name="events", daemon=True)
@@ -4857,73 +5958,36 @@ class EventStream(threading.Thread):
     def run(self) -> None:
         while not self.shared.stopping.is_set():
             try:
-                self.follow()
+                self.shared.api.events(self.handle, self.going_on)
             except Exception as error:  # the thread's outermost line
                 log.debug("events: %s", error)
             self.shared.events_flow.clear()
             self.shared.stopping.wait(2.0)
 
-    def follow(self) -> None:
-        """Read events until the stream ends."""
-        child = self.shared.children.start(
-            ["docker", "events", "--filter", "type=container", "--format", "{{json .}}"],
-            stderr=DEVNULL)
-        assert child.stdout
-        try:
-            with selectors.DefaultSelector() as selector:
-                selector.register(child.stdout, selectors.EVENT_READ)
-                self.read(child, selector)
-        finally:
-            self.shared.children.end(child)
+    def going_on(self) -> bool:
+        if not self.shared.events_flow.is_set():
+            self.shared.events_flow.set()  # what fell before, a look will find
+            for worker in self.shared.workers.values():
+                worker.wake("event")
+        return not self.shared.stopping.is_set()
 
-    def read(self, child: Child, selector: selectors.BaseSelector) -> None:
-        assert child.stdout
-        rest, since = b"", time.monotonic()
-        while not self.shared.stopping.is_set():
-            if not self.shared.events_flow.is_set() and time.monotonic() > since + 1:
-                self.shared.events_flow.set()  # it lasts: what fell before, a look will find
-                for worker in self.shared.workers.values():
-                    worker.wake("event")
-            if not selector.select(0.5):
-                continue
-            data = os.read(child.stdout.fileno(), 1 << 16)
-            if not data:
-                return
-            *lines, rest = (rest + data).split(b"\n")
-            for line in lines:
-                self.handle(line)
-
-    def handle(self, line: bytes) -> None:
-        """Wake the worker that an event concerns."""
-        try:
-            event = json.loads(line)
-            project = event["Actor"]["Attributes"].get("com.docker.compose.project")
-            action, identity = str(event["Action"]), str(event["Actor"]["ID"])
-        except (ValueError, KeyError, TypeError):
-            return
-        worker, attributes = self.shared.workers.get(project), event["Actor"]["Attributes"]
-        if worker and (action == "stop" or (action == "kill" and attributes.get("signal")
-                                            in ENDING_SIGNALS)):
-            worker.wake("event", stopped_by_hand=identity)
-        elif worker and action in WAKING_ACTIONS:
+    def handle(self, event: Mapping[str, Any]) -> None:
+        """Wake the worker that an event concerns. Raises KeyError where it is none."""
+        worker = self.shared.workers.get(event["Actor"]["Attributes"].get(PROJECT_LABEL))
+        if worker:
             worker.wake("event")
 
 
 def remove_service(shared: Shared, path: Path) -> None:
     """Containers and networks go; work tree and state move to .pgod/removed/."""
     name = path.name
-    result = shared.children.run(
-        [*shared.compose_words, "--project-name", name, "down", "--remove-orphans"],
-        deadline=DEADLINE["up"], kind=(name, "compose", "down"),
-        env={"COMPOSE_FILE": "", "DOCKER_CONFIG": str(path / "docker")})
-    if result.status or result.trouble:
-        raise Fault(result.complaint)
-    kept = shared.children.run(
-        ["docker", "ps", "--all", "--quiet", "--filter", f"label={KEEP_LABEL}={name}"],
-        deadline=DEADLINE["docker"], kind=(name, "docker", "ps")).stdout.decode().split()
-    if kept:
-        shared.children.run(["docker", "rm", "--force", "--volumes", *kept],
-                            deadline=DEADLINE["docker"], kind=(name, "docker", "rm"))
+    who = RunAs(name, env={"COMPOSE_FILE": "", "DOCKER_CONFIG": str(path / "docker")})
+    shared.children.run(
+        [*shared.compose_program, "--project-name", name, "down", "--remove-orphans"], who,
+        deadline=DEADLINE["up"], kind=("compose", "down")).check("down")
+    for kept in shared.api.names_of(KEEP_NAME):
+        if kept.startswith(f"{KEEP_NAME}:{name}."):
+            shared.api.untag(kept)
     stamp = datetime.datetime.now(datetime.UTC).strftime("%Y%m%dT%H%M%SZ")
     aside = path.parent / "removed" / f"{name}-{stamp}"
     make_folder(path.parent / "removed", 0o700)
@@ -4941,9 +6005,9 @@ def remove_stale(shared: Shared) -> None:
     """Take down what is in .pgod/ and not in pgo.toml; volumes stay, the folder is set aside."""
     own = shared.settings.directory / ".pgod"
     for path in sorted(own.iterdir()):
-        if path.name in shared.configuration.names or not (path / "state.json").is_file():
-            continue
-        if NAME_PATTERN.fullmatch(path.name):
+        known = any((path / name).is_file() for name in ("current.json", "keys.json"))
+        if known and path.name not in shared.configuration.names and (
+                NAME_PATTERN.fullmatch(path.name)):
             try:
                 remove_service(shared, path)
             except (Fault, OSError) as error:
@@ -4957,8 +6021,7 @@ class Daemon:
     def __init__(self, settings: Settings, configuration: Configuration) -> None:
         self.settings = settings
         self.configuration = configuration
-        self.signals: collections.deque[int] = collections.deque()
-        self.wakeup = threading.Event()
+        self.wakeup = queue.SimpleQueue[int]()  # a signal handler may put, and only that
         self.read_before = configuration.seal
         self.complained = ""
         self.ssh: SshServer | None = None
@@ -4973,7 +6036,7 @@ class Daemon:
         metrics = Metrics()
         children = Children(metrics, lock.mark)
         self.shared = Shared(self.settings, self.configuration, children, metrics,
-                             compose_program(children))
+                             compose_program(children), EngineApi())
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
             signal.signal(number, self.queue_signal)
         metrics.set("pgo_configuration_valid", 1)
@@ -4993,8 +6056,7 @@ class Daemon:
 
     def queue_signal(self, number: int, frame: FrameType | None) -> None:
         """Only queue it; `watch` acts."""
-        self.signals.append(number)
-        self.wakeup.set()
+        self.wakeup.put(number)
 
     def start(self, asyncssh: Any) -> None:
         """Servers and threads; then systemd is told that all is ready."""
@@ -5015,10 +6077,8 @@ class Daemon:
         """Until a signal or a new configuration ends it."""
         looked = time.monotonic()
         while True:
-            self.wakeup.wait(0.5)
-            self.wakeup.clear()
-            while self.signals:
-                number = self.signals.popleft()
+            with contextlib.suppress(queue.Empty):
+                number = self.wakeup.get(timeout=0.5)
                 log.info("ends: %s", signal.Signals(number).name)
                 return 2 if number == signal.SIGHUP else 0
             if time.monotonic() < looked + CONFIGURATION_SECONDS:
@@ -5084,145 +6144,6 @@ class Daemon:
                 worker.join(max(0.0, until - time.monotonic()))
         kill_all(left_behind(self.shared.children.mark), signal.SIGTERM)
 
-# ---- Demo --------------------------------------------------------------------------------------
-
-DEMO_COMPOSE = """\
-services:
-  web:
-    image: pgod-demo:1
-    command: httpd -f -p 8080 -h /site
-    user: "65534"
-    init: true
-    volumes: ["./site:/site:ro"]
-    healthcheck: {test: ["CMD", "wget", "-q", "-O", "-", "http://127.0.0.1:8080/"], interval: 1s}
-"""
-DEMO_TRY = """
-pgod runs the service "demo" from the repository {repository}
-
-Try, in another terminal:
-
-  {ctl} ps
-  {ctl} exec web wget -q -O - http://127.0.0.1:8080/
-  {ctl} logs -f
-
-  cd {work} && echo "<h1>again</h1>" > site/index.html && git commit -qam again && git push -q
-  {ctl} up
-
-  curl -s http://127.0.0.1:{metric}/metrics
-
-Ctrl-C here takes all of it down.
-"""
-
-
-def demo_image() -> bytes:
-    """A tar with nothing but a static busybox, since no registry may be in reach."""
-    import tarfile  # noqa: PLC0415
-    busybox = shutil.which("busybox")
-    if not busybox:
-        raise Fault("the demo needs busybox: apt install busybox-static")
-    buffer = io.BytesIO()
-    with tarfile.open(fileobj=buffer, mode="w") as tar:
-        tar.add(os.path.realpath(busybox), "bin/busybox")
-        for name in ("sh", "httpd", "wget", "ls", "cat", "sleep", "ps", "echo"):
-            link = tarfile.TarInfo(f"bin/{name}")
-            link.type, link.linkname = tarfile.SYMTYPE, "busybox"
-            tar.addfile(link)
-    return buffer.getvalue()
-
-
-def free_port() -> int:
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        return int(sock.getsockname()[1])
-
-
-class Demo:
-    """A repository, a key, a configuration and a service, in a temporary folder."""
-
-    def __init__(self) -> None:
-        self.children = Children(Metrics())
-        self.folder = Path(tempfile.mkdtemp(prefix="pgod-demo-"))
-        self.folder.chmod(0o755)
-        user = "nobody" if os.geteuid() == 0 else pwd.getpwuid(os.getuid()).pw_name
-        self.account = account_of(user)
-
-    def run(self, *words: str, stdin: bytes = b"") -> None:
-        """A step that must work. Raises Fault."""
-        result = self.children.run(words, deadline=60, kind=("", words[0], ""), stdin=stdin,
-                                   folder=self.folder)
-        if result.status:
-            raise Fault(f"{shlex.join(words[:3])}: {result.complaint}")
-
-    def make(self) -> Settings:
-        """Everything that a user of pgod makes by hand. Raises Fault."""
-        work, repository = self.folder / "work", self.folder / "demo.git"
-        self.run("docker", "import", "-", "pgod-demo:1", stdin=demo_image())
-        self.run("git", "init", "-q", "--bare", "-b", "main", str(repository))
-        self.run("git", "clone", "-q", str(repository), str(work))
-        for key, value in (("user.name", "demo"), ("user.email", "demo@localhost")):
-            self.run("git", "-C", str(work), "config", key, value)
-        (work / "ssh").mkdir()
-        (work / "site").mkdir()
-        (work / "site" / "index.html").write_text("<h1>pgod</h1>\n")
-        (work / "compose.yaml").write_text(DEMO_COMPOSE)
-        self.run("ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-C", "demo",
-                 "-f", str(self.folder / "id_demo"))
-        shutil.copy(self.folder / "id_demo.pub", work / "ssh")
-        for words in (("checkout", "-q", "-B", "main"), ("add", "."),
-                      ("commit", "-q", "-m", "first"), ("push", "-q", "-u", "origin", "main")):
-            self.run("git", "-C", str(work), *words)
-        config = self.folder / "pgo.toml"
-        write_atomic(config, f'[[services]]\nname = "demo"\nuser = "{self.account.name}"\n'
-                     f'repository = "{repository}"\n'.encode())
-        return Settings(config, self.folder / "lib", self.folder / "data",
-                        ("127.0.0.1", free_port()), ("127.0.0.1", free_port()), 5.0)
-
-    def explain(self, settings: Settings) -> None:
-        assert settings.ssh and settings.metric
-        ctl = Path(__file__).resolve().with_name("pgoctl.py")
-        words = f"python3 {ctl} -i {self.folder}/id_demo -p {settings.ssh[1]} localhost:demo//"
-        text = DEMO_TRY.format(repository=self.folder / "demo.git", work=self.folder / "work",
-                               ctl=words, metric=settings.metric[1])
-        print(text.replace("// ", "//"), flush=True)
-
-    def clean(self) -> None:
-        """Containers, network, images and files."""
-        for remove, *find in (
-                ("rm", "ps", "-aq", "--filter", "label=com.docker.compose.project=demo"),
-                ("rm", "ps", "-aq", "--filter", f"label={KEEP_LABEL}=demo"),
-                ("network", "network", "ls", "-q", "--filter",
-                 "label=com.docker.compose.project=demo"),
-                ("rmi", "image", "ls", "-q", "pgod-demo")):
-            found = self.children.run(("docker", *find), deadline=60, kind=("", "docker", find[0]))
-            if identities := found.stdout.decode().split():
-                words = ("network", "rm") if remove == "network" else (remove, "-f")
-                with contextlib.suppress(Fault):
-                    self.run("docker", *words, *identities)
-        shutil.rmtree(self.folder, ignore_errors=True)
-
-
-def announce(daemon: Daemon, example: Demo, settings: Settings) -> None:
-    """Print what to try as soon as the service runs."""
-    while not (hasattr(daemon, "shared") and daemon.shared.workers.get("demo")
-               and daemon.shared.workers["demo"].state.commit):
-        time.sleep(0.1)
-    example.explain(settings)
-
-
-def demo() -> int:
-    """Run the demo until Ctrl-C. Raises Fault."""
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
-    example = Demo()
-    try:
-        settings = example.make()
-        daemon = Daemon(settings, read_configuration(settings.config))
-        threading.Thread(target=announce, args=(daemon, example, settings), daemon=True).start()
-        return daemon.run()
-    except KeyboardInterrupt:
-        return 0
-    finally:
-        example.clean()
-
 # ---- Command line ------------------------------------------------------------------------------
 
 UNIT = """\
@@ -5284,7 +6205,6 @@ OPTIONS: tuple[tuple[tuple[str, ...], dict[str, Any]], ...] = (
                       "help": "exit with 2 when the configuration changed (default true)"}),
     (("-v", "--version"), {"action": "version", "version": f"pgod {VERSION}"}),
     (("--check",), {"action": "store_true", "help": "check the configuration and exit"}),
-    (("--demo",), {"action": "store_true", "help": "run one service from nothing, to see it"}),
     (("--unit",), {"action": "store_true", "help": "print a systemd unit"}),
 )
 
@@ -5347,8 +6267,6 @@ def main(words: Sequence[str]) -> int:
         return 0
     set_up_logging(settings.debug)
     try:
-        if options.demo:
-            return demo()
         configuration = read_configuration(settings.config)
         for warning in configuration.warnings:
             log.warning("%s", warning)
