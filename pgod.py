@@ -14,7 +14,6 @@ It runs as root. To read it before that, read downwards: a section uses only wha
     Limits          what is the most that anybody may have, send or take; key tables
     Values          errors, the dataclasses that the rest passes around
     Parsing         durations, words, addresses, public keys: text to values
-    Configuration   pgo.toml to Service values, with every error at once
     Files           atomic writes; paths beneath a root, opened without following links
     Metrics         what Prometheus reads
     Children        the one door to other programs
@@ -23,6 +22,7 @@ It runs as root. To read it before that, read downwards: a section uses only wha
     Engine          the engine's API (containers, events) and docker compose, for one service
     Model           the rendered compose model: files, values, digests, differences (pure)
     Policy          what a repository may ask for (pure)
+    Configuration   pgo.toml to Service values, with every error at once
     Release         what should run, compared with what does; what to do about it (pure)
     Store           what is on disk of a service: releases, failures, holds, NAME.stop, history
     Reverse proxy   Caddy's import file and reload
@@ -274,10 +274,10 @@ class Service:
 
 @dataclass(frozen=True)
 class Configuration:
-    """A whole pgo.toml; `seal` changes when the file or an env_file it names changes."""
+    """A whole pgo.toml; `digest` changes when the file or an env_file it names changes."""
 
     services: tuple[Service, ...]
-    seal: str
+    digest: str
     warnings: tuple[str, ...] = ()
 
     @property
@@ -518,296 +518,6 @@ def one_line(text: str, limit: int = 300) -> str:
              if line.strip() and not COMPOSE_PROGRESS.fullmatch(line)]
     return " / ".join(lines[-4:])[-limit:]
 
-# ---- Configuration -----------------------------------------------------------------------------
-
-HOST_PATTERN = re.compile(
-    r"(https?://)?(\*\.)?[a-z0-9]([a-z0-9-]*[a-z0-9])?(\.[a-z0-9]([a-z0-9-]*[a-z0-9])?)*(:\d{1,5})?",
-    re.IGNORECASE)
-TARGET_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*:\d{1,5}")
-
-
-def as_string(value: object) -> str:
-    """A string that is not empty."""
-    if not isinstance(value, str) or not value or "\0" in value:
-        raise ValueError("must be a string that is not empty")
-    return value
-
-
-def as_strings(value: object) -> tuple[str, ...]:
-    """A list of strings."""
-    if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
-        raise ValueError("must be a list of strings")
-    return tuple(value)
-
-
-def matching(pattern: str, why: str) -> Callable[[object], str]:
-    """A parser of strings; `why` ends the sentence about one that the pattern does not match."""
-    def parse(value: object) -> str:
-        if not re.fullmatch(pattern, as_string(value)):
-            raise ValueError(f"{value!r} {why}")
-        return as_string(value)
-    return parse
-
-
-as_file_in_repository = matching(r"(?!(.*/)?(\.|\.\.|\.git)?(/|$))[^\n]+",
-                                 "must be a path inside the repository, without . or ..")
-as_mount = matching(r"nfs://[A-Za-z0-9][A-Za-z0-9.:-]*/[^\s,]*",
-                    "is not of the form nfs://server/path")
-as_network = matching(r"[A-Za-z0-9][A-Za-z0-9_.-]*", "is not a name of a network")
-as_name = matching(NAME_PATTERN.pattern, "is not a name; use a-z 0-9 _ - (60 at most), "
-                   "a letter or digit first")
-# What `git check-ref-format --branch` takes.
-as_branch = matching(r"(?!.*(\.\.|@\{|//|/\.|\.lock(/|$)|[/.]$))[^-/.\x00-\x20~^:?*\[\\\x7f]"
-                     r"[^\x00-\x20~^:?*\[\\\x7f]*", "is not a name of a branch")
-
-
-def as_compose(value: object) -> tuple[str, ...]:
-    """One file of the repository or a list of them."""
-    return tuple(as_file_in_repository(item)
-                 for item in ([value] if isinstance(value, str) else as_strings(value)))
-
-
-def as_env(value: object) -> tuple[tuple[str, str], ...]:
-    """A list of NAME=VALUE."""
-    for number, item in enumerate(as_strings(value), 1):
-        if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*=[^\0]*", item, re.DOTALL):
-            raise ValueError(f"entry {number} is not of the form NAME=VALUE")
-    pairs = (item.partition("=") for item in as_strings(value))
-    return tuple((name, text) for name, _, text in pairs)
-
-
-def as_urls(value: object) -> tuple[tuple[str, str], ...]:
-    """A table of host = target; neither can hold what would be a directive of Caddy."""
-    if not isinstance(value, dict):
-        raise ValueError('must be a table like { "example.org" = "pgo:5006" }')
-    for host, target in value.items():
-        if not HOST_PATTERN.fullmatch(host):
-            raise ValueError(f"{host!r} is not a host name; write it like example.org")
-        if (not isinstance(target, str) or not TARGET_PATTERN.fullmatch(target)
-                or int(target.rpartition(":")[2]) > 65535):
-            raise ValueError(f"{target!r} is not a target; write it like pgo:5006")
-    return tuple(sorted(value.items()))
-
-
-def as_networks(value: object) -> tuple[str, ...]:
-    """Names of networks."""
-    return tuple(map(as_network, as_strings(value)))
-
-
-def as_outside_file(value: object) -> str:
-    """An absolute path of a file that can be read."""
-    path = Path(as_string(value))
-    if not path.is_absolute():
-        raise ValueError(f"{value!r} must be an absolute path")
-    try:
-        with path.open("rb"):
-            return str(path)
-    except OSError as error:
-        raise ValueError(f"{value!r} cannot be read: {error.strerror}") from None
-
-
-def as_seconds(value: object) -> float:
-    """A duration of at least a second."""
-    seconds = parse_duration(as_string(value))
-    if seconds < 1:
-        raise ValueError(f"{value!r} is too short; at least 1s")
-    return seconds
-
-
-def as_secret(value: object) -> str:
-    """A secret that is not guessed."""
-    if len(as_string(value)) < 16:
-        raise ValueError("must have at least 16 characters; make one with: openssl rand -hex 20")
-    return as_string(value)
-
-
-def as_bool(value: object) -> bool:
-    """true or false."""
-    if not isinstance(value, bool):
-        raise ValueError("must be true or false")
-    return value
-
-
-def as_known_user(value: object) -> str:
-    """A user that exists on this machine."""
-    try:
-        return pwd.getpwnam(as_string(value)).pw_name
-    except KeyError:
-        raise ValueError(f"{value!r} does not exist on this machine; "
-                         f"make it with: useradd --system {value}") from None
-
-
-# An exception of the policy: the pattern that its value must match, and an example.
-ALLOW: dict[str, tuple[str, str]] = {
-    "annotations": ("", "annotations"), "bind": (r"/[^:]*(:ro)?", "bind:/srv/media:ro"),
-    "blkio_config": ("", "blkio_config"), "build": (r"network:.+|privileged|entitlements|ssh",
-                                                    "build:network:host"),
-    "cap_add": (r"[A-Z_]+", "cap_add:NET_ADMIN"), "cgroup": (r"[a-z]+", "cgroup:host"),
-    "cgroup_parent": (r".+", "cgroup_parent:/apps"), "container_name": (r".+", "container_name:x"),
-    "cpu_rt_period": ("", "cpu_rt_period"), "cpu_rt_runtime": ("", "cpu_rt_runtime"),
-    "credential_spec": ("", "credential_spec"),
-    "device_cgroup_rules": (r".+", "device_cgroup_rules:c 1:3 mr"),
-    "devices": (r".+", "devices:/dev/ttyUSB0"), "external_links": (r".+", "external_links:db"),
-    "gpus": ("", "gpus"), "group_add": (r".+", "group_add:44"),
-    "image": (r".+", "image:shared/app"), "ipc": (r".+", "ipc:host"),
-    "isolation": (r".+", "isolation:process"), "key": (r"[a-z_]+", "key:new_key"),
-    "labels": (r".+", "labels:com.docker.compose.x"), "logging": (r".+", "logging:syslog"),
-    "models": ("", "models"), "network": (r".+", "network:macvlan_driver"),
-    "network_mode": (r".+", "network_mode:host"), "oom_kill_disable": ("", "oom_kill_disable"),
-    "oom_score_adj": (r"-\d+", "oom_score_adj:-500"), "pid": (r".+", "pid:host"),
-    "ports": (r"\d+(-\d+)?", "ports:80"), "privileged": ("", "privileged"),
-    "provider": ("", "provider"), "replicas": (r"\d+", "replicas:50"),
-    "runtime": (r".+", "runtime:runsc"), "security_opt": (r".+", "security_opt:seccomp:unconfined"),
-    "size": (r"\d+[kmg]?", "size:4g"),
-    "stop_grace_period": (r"(\d+(\.\d+)?(h|ms?|s))+", "stop_grace_period:10m"),
-    "storage_opt": ("", "storage_opt"), "sysctls": (r".+", "sysctls:kernel.shmmax"),
-    "use_api_socket": ("", "use_api_socket"), "userns_mode": (r".+", "userns_mode:host"),
-    "uts": (r".+", "uts:host"), "volume": (r".+", "volume:shared_data"),
-    "volumes_from": (r".+", "volumes_from:container:db"),
-}
-
-
-def permits(entry: str) -> bool:
-    """Whether an entry of `allow` is one that the policy can offer."""
-    kind, _, text = entry.partition(":")
-    return kind in ALLOW and re.fullmatch(ALLOW[kind][0], text) is not None
-
-
-def as_allow(value: object) -> tuple[str, ...]:
-    """Entries of the policy's table ALLOW, each with a value where it takes one."""
-    for entry in as_strings(value):
-        kind = entry.partition(":")[0]
-        if kind not in ALLOW:
-            raise ValueError(f"{entry!r} permits nothing{nearest(kind, ALLOW)}; "
-                             f"known are {', '.join(sorted(ALLOW))}")
-        if not permits(entry):
-            raise ValueError(f"{entry!r} permits nothing; write it like {ALLOW[kind][1]!r}")
-    return as_strings(value)
-
-
-# The keys of a [[services]] entry: field of Service, parser. What needs two keys is done below.
-SERVICE_KEYS: dict[str, tuple[str, Callable[[object], Any]]] = {
-    "name": ("name", as_name), "user": ("user", as_known_user),
-    "repository": ("repository", as_string), "branch": ("branch", as_branch),
-    "registries": ("registries", as_strings), "compose": ("compose", as_compose),
-    "env": ("env", as_env), "env_file": ("env_file", as_outside_file), "urls": ("urls", as_urls),
-    "networks": ("networks", as_networks), "import": ("import_file", as_file_in_repository),
-    "reload": ("reload", lambda value: parse_reload(as_string(value))),
-    "mount": ("mount", as_mount), "deploy_key": ("deploy_key", as_outside_file),
-    "profiles": ("profiles", as_strings), "allow": ("allow", as_allow),
-    "webhook": ("webhook", as_secret),
-    "wait": ("wait", as_seconds), "rollback": ("rollback", as_bool),
-}
-REQUIRED_KEYS = ("name", "user", "repository")
-
-
-def combine_fields(fields: dict[str, Any], label: str) -> tuple[Service | None, list[str]]:
-    """What needs more than one key, or must not show its value in an error."""
-    errors = []
-    try:
-        fields["repository"] = parse_remote(fields["repository"])
-    except ValueError as error:
-        errors.append(f"{label}: repository {error}")
-    try:
-        fields["registries"] = tuple(parse_registry(text, fields["user"])
-                                     for text in fields.get("registries", ()))
-    except ValueError as error:
-        errors.append(f"{label}: registries: an entry {error}")
-    env_file = fields.pop("env_file", None)
-    try:
-        if env_file:
-            lines = dict(parse_env_lines(Path(env_file).read_text()))
-            fields["env"] = tuple((lines | dict(fields.get("env", ()))).items())
-    except (ValueError, OSError) as error:
-        errors.append(f"{label}: env_file {env_file}: {error}")
-    if fields.get("reload") and not fields.get("import_file"):
-        errors.append(f"{label}: reload needs an import, which is what it announces")
-    return (None, errors) if errors else (Service(**fields), [])
-
-
-def parse_service(table: Mapping[str, object], label: str) -> tuple[Service | None, list[str]]:
-    """A Service, or None and every reason why not. Values of secrets are in no message."""
-    errors, fields = [], {}
-    for key, value in table.items():
-        if key not in SERVICE_KEYS:
-            errors.append(f"{label}: unknown key {key!r}{nearest(key, SERVICE_KEYS)}")
-            continue
-        name, parser = SERVICE_KEYS[key]
-        try:
-            fields[name] = parser(value)
-        except ValueError as error:
-            errors.append(f"{label}: {key}: {error}")
-    errors += [f"{label}: {key} is missing" for key in REQUIRED_KEYS if key not in table]
-    if errors:
-        return None, errors
-    return combine_fields(fields, label)
-
-
-def check_services(services: Sequence[Service]) -> list[str]:
-    """What can be wrong only between services."""
-    errors, hosts = list[str](), dict[str, str]()
-    names = collections.Counter(service.name for service in services)
-    errors += [f"service {name!r}: the name is used {count} times; names must differ"
-               for name, count in names.items() if count > 1]
-    for service in services:
-        for host, _ in service.urls:
-            if hosts.setdefault(host, service.name) != service.name:
-                errors.append(f"service {service.name!r}: urls: {host} belongs to "
-                              f"{hosts[host]!r} already")
-        if service.reload and service.reload.service not in names:
-            errors.append(f"service {service.name!r}: reload: there is no service "
-                          f"{service.reload.service!r}{nearest(service.reload.service, names)}")
-    return errors
-
-
-def parse_configuration(text: str) -> tuple[Service, ...]:
-    """The services of a pgo.toml. Raises ConfigurationError with every error at once."""
-    try:
-        document = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
-        raise ConfigurationError([f"not TOML: {error}"]) from None
-    errors = [f"unknown key {key!r}{nearest(key, ['services'])}; services are written as "
-              "[[services]]" for key in document if key != "services"]
-    tables = document.get("services", [])
-    if not isinstance(tables, list) or not all(isinstance(table, dict) for table in tables):
-        raise ConfigurationError([*errors, "services must be written as [[services]]"])
-    if not tables and not errors:
-        errors.append("has no [[services]]; an empty configuration would take everything down")
-    services = []
-    for number, table in enumerate(tables, 1):
-        name = table.get("name")
-        service, wrong = parse_service(table, f"service {name!r}" if name else f"service {number}")
-        errors += wrong
-        services += [service] if service else []
-    errors += check_services(services)
-    if errors:
-        raise ConfigurationError(errors)
-    return tuple(services)
-
-
-def configuration_seal(path: Path) -> str:
-    """A hash of pgo.toml and of each env_file and deploy_key that it names, gone or not."""
-    digest = hashlib.sha256(path.read_bytes())
-    paths = re.findall(rb'(?:env_file|deploy_key)\s*=\s*["\']([^"\']+)', path.read_bytes())
-    for name in sorted(paths):
-        with contextlib.suppress(OSError):
-            digest.update(name + b"\0" + Path(os.fsdecode(name)).read_bytes())
-    return digest.hexdigest()
-
-
-def read_configuration(path: Path) -> Configuration:
-    """pgo.toml from disk. Raises ConfigurationError, also where it cannot be read."""
-    try:
-        seal = configuration_seal(path)
-        services = parse_configuration(path.read_text())
-        others = path.stat().st_mode & stat.S_IROTH
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "is not UTF-8"
-        raise ConfigurationError([f"cannot be read: {reason}"]) from None
-    secret = any(s.secrets for s in services)
-    warning = f"{path} holds secrets and everybody can read it: chmod 600 {path}"
-    return Configuration(services, seal, (warning,) if others and secret else ())
-
 # ---- Files -------------------------------------------------------------------------------------
 
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -906,6 +616,15 @@ def folder_beneath(root: Path, parts: Sequence[str], make: bool = False) -> Iter
         yield descriptor
     finally:
         os.close(descriptor)
+
+
+def beneath(path: str, root: str) -> str | None:
+    """The path relative to root (`` for root itself), or None if it lies elsewhere."""
+    if os.path.normpath(path) != path.rstrip("/") and path != root:
+        return None
+    if path.rstrip("/") == root:
+        return ""
+    return path.rstrip("/")[len(root) + 1:] if path.startswith(root + "/") else None
 
 
 def stat_beneath(root: Path, path: str) -> os.stat_result | None:
@@ -1674,6 +1393,7 @@ DEFAULT_SOCKET = "unix:///var/run/docker.sock"
 PROJECT_LABEL = "com.docker.compose.project"
 SERVICE_LABEL = "com.docker.compose.service"
 DIGEST_LABEL = "io.pgod.digest"
+KEEP_NAME = "pgod.invalid/keep"  # repository of the tags that keep images; no host has this name
 # Signals that say something to a program and do not end it, as `docker kill` reports them.
 HARMLESS_SIGNALS = frozenset(("1", "10", "12", "17", "18", "23", "28"))
 FOREVER = ("always", "unless-stopped")  # restart policies of what is never done
@@ -2527,21 +2247,19 @@ class PolicyContext:
 
 
 Found = Iterator[Violation]
-Rule = Callable[[str, Any, "PolicyContext"], Found]
+Check = Callable[[str, Any, "PolicyContext"], Found]
 
 MAX_REPLICAS = 20
 MAX_CONTAINERS = 100  # of one project
 MAX_BINDS = 500
 MAX_PORTS = 1000
 MAX_GRACE = 120.0
+NOTHING: tuple[Any, ...] = (None, False, "", [], {})
 
 
 def shown(value: Any) -> str:
     """A value in a message."""
     return value if isinstance(value, str) else json.dumps(value, sort_keys=True)
-
-
-NOTHING: tuple[Any, ...] = (None, False, "", [], {})
 
 
 def listed(value: Any) -> list[Any]:
@@ -2554,18 +2272,32 @@ def named(value: Any) -> list[Any]:
     return [*value] if isinstance(value, dict) else [str(item).split("=")[0] for item in value]
 
 
-def refuse(key: str, why: str, harmless: str = "", of: Callable[[Any], list[Any]] = listed,
-           name: Callable[[Any], str] | None = shown) -> Rule:
-    """A rule for every part `of` a value: it is refused unless it matches `harmless`.
+@dataclass(frozen=True)
+class Rule:
+    """One key of a compose service, or one kind of exception.
 
-    `name` is how `allow` calls it; None where it has no more than the key.
+    `check` looks at it; without one, every part of the value is refused for `why` that does not
+    match `harmless`. `allow` is the pattern of what an exception names; "" where it names
+    nothing, None where there is none. `example` shows one.
     """
-    def rule(where: str, value: Any, context: PolicyContext) -> Found:
-        for item in of(value) if value not in NOTHING else ():
-            if item not in NOTHING and not re.fullmatch(harmless, shown(item)):
-                entry = f"{key}:{name(item)}" if name else key
-                yield Violation(where, key, shown(item), why, entry)
-    return rule
+
+    key: str
+    why: str = ""
+    harmless: str = ""
+    allow: str | None = ""
+    example: str = ""
+    parts: Callable[[Any], list[Any]] = listed
+    name: Callable[[Any], str] = shown
+    check: Check | None = None
+
+    def violations(self, where: str, value: Any, context: PolicyContext) -> Found:
+        if self.check:
+            yield from self.check(where, value, context)
+            return
+        for item in self.parts(value) if self.why and value not in NOTHING else ():
+            if item not in NOTHING and not re.fullmatch(self.harmless, shown(item)):
+                entry = f"{self.key}:{self.name(item)}" if self.allow else self.key
+                yield Violation(where, self.key, shown(item), self.why, entry)
 
 
 def allowed(kind: str, usual: float, measure: Callable[[Any], float],
@@ -2576,12 +2308,12 @@ def allowed(kind: str, usual: float, measure: Callable[[Any], float],
 
 
 def at_most(key: str, kind: str, usual: float, measure: Callable[[Any], float],
-            why: str) -> Rule:
-    """A rule: what `measure` makes of the value is at most `usual`, or an `allow` of that kind."""
-    def rule(where: str, value: Any, context: PolicyContext) -> Found:
+            why: str) -> Check:
+    """What `measure` makes of the value is at most `usual`, or an exception of that kind."""
+    def check(where: str, value: Any, context: PolicyContext) -> Found:
         if value is not None and measure(value) > allowed(kind, usual, measure, context):
             yield Violation(where, key, str(value), why, f"{kind}:{value}")
-    return rule
+    return check
 
 
 def bytes_of(value: Any) -> float:
@@ -2590,16 +2322,22 @@ def bytes_of(value: Any) -> float:
     return int(match[1]) << {"k": 10, "m": 20, "g": 30}.get(match[2], 0) if match else math.inf
 
 
+GRACE = r"(\d+(\.\d+)?(h|ms?|s))+"
+
+
 def seconds_of(value: Any) -> float:
     """A duration as compose renders it; unknown forms are too long."""
-    return parse_duration(value) if permits(f"stop_grace_period:{value}") else math.inf
+    return parse_duration(value) if re.fullmatch(GRACE, str(value)) else math.inf
 
 
-replicas_rule = at_most("replicas", "replicas", MAX_REPLICAS, int, f"is more than {MAX_REPLICAS}")
-shm_rule = at_most("shm_size", "size", MAX_BYTES, bytes_of, "is more memory than 1 GiB")
-tmpfs_size_rule = at_most("tmpfs", "size", MAX_BYTES, bytes_of, "is more memory than 1 GiB")
-labels_rule = refuse("labels", "is compose's or pgod's own",
-                     r"(?i)(?!com\.docker\.compose\.|io\.pgod\.)[\s\S]*", named)
+check_replicas = at_most("replicas", "replicas", MAX_REPLICAS, int, f"is more than {MAX_REPLICAS}")
+check_shm = at_most("shm_size", "size", MAX_BYTES, bytes_of, "is more memory than 1 GiB")
+check_tmpfs_size = at_most("tmpfs", "size", MAX_BYTES, bytes_of, "is more memory than 1 GiB")
+check_grace = at_most("stop_grace_period", "stop_grace_period", MAX_GRACE, seconds_of,
+                      "is longer than 2 minutes")
+LABELS = Rule("labels", "is compose's or pgod's own",
+              r"(?i)(?!com\.docker\.compose\.|io\.pgod\.)[\s\S]*", ".+",
+              "com.docker.compose.x", named)
 
 
 def unknown_keys(where: str, prefix: str, value: Mapping[str, Any] | None,
@@ -2626,7 +2364,7 @@ def log_settings(value: Any) -> list[Any]:
             *(text for text in options.values() if not PLAIN_TEMPLATE.fullmatch(str(text)))]
 
 
-def container_name_rule(where: str, value: Any, context: PolicyContext) -> Found:
+def check_container_name(where: str, value: Any, context: PolicyContext) -> Found:
     taken = any(value == other.name or str(value).startswith(other.name + "-")
                 or value in targets(other) for other in context.others)
     own = context.owns(str(value), "-") or value in targets(context.service)
@@ -2641,7 +2379,7 @@ def port_range(value: Any) -> tuple[int, int]:
     return int(first), int(last or first)
 
 
-def ports_rule(where: str, value: Any, context: PolicyContext) -> Found:
+def check_ports(where: str, value: Any, context: PolicyContext) -> Found:
     permitted = [port_range(entry[6:]) for entry in context.service.allow
                  if entry.startswith("ports:")]
     for item in value or ():
@@ -2660,11 +2398,11 @@ def ports_rule(where: str, value: Any, context: PolicyContext) -> Found:
                             f"ports:{published}")
 
 
-def tmpfs_rule(where: str, value: Any, context: PolicyContext) -> Found:
+def check_tmpfs(where: str, value: Any, context: PolicyContext) -> Found:
     for item in listed(value or []):
         for option in str(item).partition(":")[2].split(","):
             if option.startswith("size="):
-                yield from tmpfs_size_rule(where, option[5:], context)
+                yield from check_tmpfs_size(where, option[5:], context)
 
 
 LOG_OPTIONS = frozenset(("max-size max-file max-buffer-size mode compress tag labels labels-regex "
@@ -2674,17 +2412,17 @@ DEPLOY_KEYS = frozenset(("mode replicas labels update_config rollback_config res
                          "restart_policy placement endpoint_mode").split())
 
 
-def deploy_rule(where: str, value: Any, context: PolicyContext) -> Found:
+def check_deploy(where: str, value: Any, context: PolicyContext) -> Found:
     value = value or {}
     yield from unknown_keys(where, "deploy.", value, DEPLOY_KEYS)
-    yield from replicas_rule(where, value.get("replicas"), context)
-    yield from labels_rule(where, value.get("labels"), context)
+    yield from check_replicas(where, value.get("replicas"), context)
+    yield from LABELS.violations(where, value.get("labels"), context)
     reservations = (value.get("resources") or {}).get("reservations") or {}
     for item in reservations.get("devices") or ():
         yield Violation(where, "deploy.devices", shown(item), "is a device of the host", "gpus")
 
 
-def hooks_rule(where: str, value: Any, context: PolicyContext) -> Found:
+def check_hooks(where: str, value: Any, context: PolicyContext) -> Found:
     for item in value or ():
         if isinstance(item, dict) and item.get("privileged"):
             yield Violation(where, "privileged", shown(item), "is root on the host", "privileged")
@@ -2694,15 +2432,6 @@ BUILD_KEYS = frozenset((
     "context dockerfile dockerfile_inline args labels target no_cache pull tags platforms "
     "network shm_size secrets ssh privileged entitlements additional_contexts cache_from cache_to "
     "extra_hosts isolation ulimits provenance sbom").split())
-
-
-def beneath(path: str, root: str) -> str | None:
-    """The path relative to root (`` for root itself), or None if it lies elsewhere."""
-    if os.path.normpath(path) != path.rstrip("/") and path != root:
-        return None
-    if path.rstrip("/") == root:
-        return ""
-    return path.rstrip("/")[len(root) + 1:] if path.startswith(root + "/") else None
 
 
 def link_above(relative: str, tree: Tree) -> str:
@@ -2729,7 +2458,7 @@ CACHES = (r"[^=,\"\s]+|type=(registry|gha|inline)(,(ref|mode|scope|compression|o
           r"image-manifest|ignore-error)=[^=,\"\s]+)*")
 
 
-def build_paths_rule(where: str, build: Mapping[str, Any], context: PolicyContext) -> Found:
+def check_build_paths(where: str, build: Mapping[str, Any], context: PolicyContext) -> Found:
     """Everything that the build reads lies in the commit, by no link."""
     folder = str(build.get("context", ""))
     paths = [("context", folder)]
@@ -2751,7 +2480,7 @@ def build_paths_rule(where: str, build: Mapping[str, Any], context: PolicyContex
                 yield Violation(where, f"build.{key}", str(item), "uses files of the host")
 
 
-def built_image_rule(where: str, image: str, context: PolicyContext) -> Found:
+def check_built_image(where: str, image: str, context: PolicyContext) -> Found:
     repository = re.sub(r"(:[^/:]*)?(@.*)?$", "", image)
     entries = {f"image:{image}", f"image:{repository}"}
     if not context.owns(image, "-", "/") and not entries & {*context.service.allow}:
@@ -2759,7 +2488,7 @@ def built_image_rule(where: str, image: str, context: PolicyContext) -> Found:
                         f"call it {context.name}-… or {context.name}/…", f"image:{repository}")
 
 
-def build_rule(where: str, value: Any, context: PolicyContext) -> Found:
+def check_build(where: str, value: Any, context: PolicyContext) -> Found:
     build = value if isinstance(value, dict) else {"context": value}
     yield from unknown_keys(where, "build.", build, BUILD_KEYS)
     for key in ("privileged", "entitlements", "ssh"):
@@ -2770,16 +2499,16 @@ def build_rule(where: str, value: Any, context: PolicyContext) -> Found:
         yield Violation(where, "build.network", shown(build["network"]),
                         "is a network that is not its own", f"build:network:{build['network']}")
     for tag in build.get("tags") or ():
-        yield from built_image_rule(where, str(tag), context)
-    yield from shm_rule(where, build.get("shm_size"), context)
-    yield from build_paths_rule(where, build, context)
+        yield from check_built_image(where, str(tag), context)
+    yield from check_shm(where, build.get("shm_size"), context)
+    yield from check_build_paths(where, build, context)
 
 
 MOUNT_KEYS = frozenset("type source target read_only consistency bind volume tmpfs".split())
 BIND_KEYS = frozenset("selinux propagation create_host_path recursive".split())
 
 
-def volumes_rule(where: str, value: Any, context: PolicyContext) -> Found:
+def check_mounts(where: str, value: Any, context: PolicyContext) -> Found:
     """What a mount is; the paths of bind mounts are looked at all together below."""
     for item in value or ():
         kind = item.get("type") if isinstance(item, dict) else shown(item)
@@ -2793,72 +2522,96 @@ def volumes_rule(where: str, value: Any, context: PolicyContext) -> Found:
             yield Violation(where, "volumes", shown(item), "propagates mounts to the host")
         yield from unknown_keys(where, "volumes.", item, MOUNT_KEYS)
         yield from unknown_keys(where, "volumes.bind.", bind, BIND_KEYS)
-        yield from tmpfs_size_rule(where, (item.get("tmpfs") or {}).get("size"), context)
+        yield from check_tmpfs_size(where, (item.get("tmpfs") or {}).get("size"), context)
 
 
-def no_rule(where: str, value: Any, context: PolicyContext) -> Found:
-    """Harmless, or looked at elsewhere."""
-    return iter(())
+def check_image(where: str, value: Any, context: PolicyContext) -> Found:
+    if str(value).startswith(KEEP_NAME.partition("/")[0] + "/"):
+        yield Violation(where, "image", str(value), "is a name that pgod keeps images by")
 
 
-HOST_POWER = "is a power over the host"
+HOST = "is a power over the host"
 # Of those that every container has, what Kubernetes' baseline lets one ask for by name.
 USUAL_CAPABILITIES = ("(?i)(cap_)?(audit_write|chown|dac_override|fowner|fsetid|kill|mknod|"
                       "net_bind_service|setfcap|setgid|setpcap|setuid|sys_chroot)")
-RESOURCE_KEYS = (
-    "cpu_count cpu_percent cpu_period cpu_quota cpu_shares cpus cpuset mem_limit mem_reservation "
-    "mem_swappiness memswap_limit pids_limit ulimits oom_score_adj").split()
 PLAIN_KEYS = (
-    "attach cap_drop command configs depends_on develop dns dns_opt dns_search domainname "
-    "entrypoint environment expose extra_hosts healthcheck hostname image init "
-    "links mac_address networks platform profiles pull_policy pull_refresh_after "
-    "read_only restart secrets stdin_open stop_signal tty user working_dir").split()
+    "attach cap_drop command configs cpu_count cpu_percent cpu_period cpu_quota cpu_shares cpus "
+    "cpuset depends_on develop dns dns_opt dns_search domainname entrypoint environment expose "
+    "extra_hosts healthcheck hostname init links mac_address mem_limit mem_reservation "
+    "mem_swappiness memswap_limit networks pids_limit platform profiles pull_policy "
+    "pull_refresh_after read_only restart secrets stdin_open stop_signal tty ulimits user "
+    "working_dir").split()
 
 # Every key of a compose service that pgod knows. One that is not here is refused by name.
-SERVICE_RULES: dict[str, Rule] = {
-    **{key: no_rule for key in (*PLAIN_KEYS, *RESOURCE_KEYS)},
-    "annotations": refuse("annotations", "speaks to the runtime", name=None),
-    "blkio_config": refuse("blkio_config", "takes the host's disks", name=None),
-    "build": build_rule,
-    "cap_add": refuse("cap_add", HOST_POWER, USUAL_CAPABILITIES, name=capability),
-    "cgroup": refuse("cgroup", HOST_POWER, "private"),
-    "cgroup_parent": refuse("cgroup_parent", "leaves the engine's limits"),
-    "container_name": container_name_rule,
-    "cpu_rt_period": refuse("cpu_rt_period", "starves the host", name=None),
-    "cpu_rt_runtime": refuse("cpu_rt_runtime", "starves the host", name=None),
-    "credential_spec": refuse("credential_spec", HOST_POWER, name=None),
-    "deploy": deploy_rule, "device_cgroup_rules": refuse("device_cgroup_rules", HOST_POWER),
-    "devices": refuse("devices", "is a device of the host", name=device_path),
-    "external_links": refuse("external_links", "is another's container"),
-    "gpus": refuse("gpus", "is a device of the host", name=None),
-    "group_add": refuse("group_add", "may be a group of the host"),
-    "ipc": refuse("ipc", "is another's memory", "private|shareable|none|service:.*"),
-    "isolation": refuse("isolation", HOST_POWER, "default"), "labels": labels_rule,
-    "logging": refuse("logging", "lets the engine connect elsewhere", "json-file|local|none",
-                      of=log_settings),
-    "models": refuse("models", "runs a program of the host", name=None),
-    "network_mode": refuse("network_mode", "is a network that is not its own",
-                           "none|bridge|default|service:.*"),
-    "oom_kill_disable": refuse("oom_kill_disable", "may hang the host", name=None),
-    "oom_score_adj": refuse("oom_score_adj", "puts others to death first", r"\d+"),
-    "pid": refuse("pid", "sees the host's processes"),
-    "ports": ports_rule, "post_start": hooks_rule, "pre_stop": hooks_rule,
-    "privileged": refuse("privileged", "is root on the host", name=None),
-    "provider": refuse("provider", "runs a program of the host", name=None),
-    "runtime": refuse("runtime", "is another isolation than the engine's", "runc"),
-    "scale": replicas_rule, "shm_size": shm_rule,
-    "security_opt": refuse("security_opt", "takes a protection away",
-                           "no-new-privileges([:=]true)?"),
-    "stop_grace_period": at_most("stop_grace_period", "stop_grace_period", MAX_GRACE, seconds_of,
-                                 "is longer than 2 minutes"),
-    "storage_opt": refuse("storage_opt", HOST_POWER, name=None),
-    "sysctls": refuse("sysctls", "is a setting of the host's kernel", r"net\..*", named),
-    "tmpfs": tmpfs_rule,
-    "use_api_socket": refuse("use_api_socket", "is the engine's socket", name=None),
-    "userns_mode": refuse("userns_mode", HOST_POWER), "uts": refuse("uts", HOST_POWER),
-    "volumes": volumes_rule,
-    "volumes_from": refuse("volumes_from", "may be another's container", "(?!container:).*"),
-}
+SERVICE_RULES: dict[str, Rule] = {rule.key: rule for rule in (
+    *(Rule(key, allow=None) for key in PLAIN_KEYS),
+    Rule("annotations", "speaks to the runtime"),
+    Rule("blkio_config", "takes the host's disks"),
+    Rule("build", allow="network:.+|privileged|entitlements|ssh", example="network:host",
+         check=check_build),
+    Rule("cap_add", HOST, USUAL_CAPABILITIES, "[A-Z_]+", "NET_ADMIN", name=capability),
+    Rule("cgroup", HOST, "private", "[a-z]+", "host"),
+    Rule("cgroup_parent", "leaves the engine's limits", "", ".+", "/apps"),
+    Rule("container_name", allow=".+", example="x", check=check_container_name),
+    Rule("cpu_rt_period", "starves the host"),
+    Rule("cpu_rt_runtime", "starves the host"),
+    Rule("credential_spec", HOST),
+    Rule("deploy", allow=None, check=check_deploy),
+    Rule("device_cgroup_rules", HOST, "", ".+", "c 1:3 mr"),
+    Rule("devices", "is a device of the host", "", ".+", "/dev/ttyUSB0", name=device_path),
+    Rule("external_links", "is another's container", "", ".+", "db"),
+    Rule("gpus", "is a device of the host"),
+    Rule("group_add", "may be a group of the host", "", ".+", "44"),
+    Rule("image", allow=".+", example="shared/app", check=check_image),
+    Rule("ipc", "is another's memory", "private|shareable|none|service:.*", ".+", "host"),
+    Rule("isolation", HOST, "default", ".+", "process"),
+    LABELS,
+    Rule("logging", "lets the engine connect elsewhere", "json-file|local|none", ".+", "syslog",
+         log_settings),
+    Rule("models", "runs a program of the host"),
+    Rule("network_mode", "is a network that is not its own", "none|bridge|default|service:.*",
+         ".+", "host"),
+    Rule("oom_kill_disable", "may hang the host"),
+    Rule("oom_score_adj", "puts others to death first", r"\d+", r"-\d+", "-500"),
+    Rule("pid", "sees the host's processes", "", ".+", "host"),
+    Rule("ports", allow=r"\d+(-\d+)?", example="80", check=check_ports),
+    Rule("post_start", allow=None, check=check_hooks),
+    Rule("pre_stop", allow=None, check=check_hooks),
+    Rule("privileged", "is root on the host"),
+    Rule("provider", "runs a program of the host"),
+    Rule("runtime", "is another isolation than the engine's", "runc", ".+", "runsc"),
+    Rule("scale", allow=None, check=check_replicas),
+    Rule("security_opt", "takes a protection away", "no-new-privileges([:=]true)?", ".+",
+         "seccomp:unconfined"),
+    Rule("shm_size", allow=None, check=check_shm),
+    Rule("stop_grace_period", allow=GRACE, example="10m", check=check_grace),
+    Rule("storage_opt", HOST),
+    Rule("sysctls", "is a setting of the host's kernel", r"net\..*", ".+", "kernel.shmmax", named),
+    Rule("tmpfs", allow=None, check=check_tmpfs),
+    Rule("use_api_socket", "is the engine's socket"),
+    Rule("userns_mode", HOST, "", ".+", "host"),
+    Rule("uts", HOST, "", ".+", "host"),
+    Rule("volumes", allow=None, check=check_mounts),
+    Rule("volumes_from", "may be another's container", "(?!container:).*", ".+", "container:db"),
+)}
+# What `allow` takes: exceptions of these rules, and kinds that are no key of a compose service.
+ALLOW: dict[str, Rule] = {rule.key: rule for rule in (
+    *(rule for rule in SERVICE_RULES.values() if rule.allow is not None),
+    Rule("bind", allow=r"/[^:]*(:ro)?", example="/srv/media:ro"),
+    Rule("key", allow="[a-z_]+", example="new_key"),
+    Rule("network", allow=".+", example="macvlan_driver"),
+    Rule("replicas", allow=r"\d+", example="50"),
+    Rule("size", allow=r"\d+[kmg]?", example="4g"),
+    Rule("volume", allow=".+", example="shared_data"),
+)}
+
+
+def permits(entry: str) -> bool:
+    """Whether an entry of `allow` is one that the policy can offer."""
+    kind, _, text = entry.partition(":")
+    return kind in ALLOW and re.fullmatch(ALLOW[kind].allow or "", text) is not None
+
+
 TOP_KEYS = frozenset("name services networks volumes configs secrets version".split())
 FILE_KEYS = frozenset("name file content environment labels".split())
 NETWORK_KEYS = frozenset(("name driver driver_opts external internal attachable enable_ipv4 "
@@ -2874,9 +2627,9 @@ def check_compose_service(where: str, service: Mapping[str, Any], context: Polic
     yield from unknown_keys(where, "", service, SERVICE_RULES)
     for key in service:
         if key in SERVICE_RULES:
-            yield from SERVICE_RULES[key](where, service[key], context)
+            yield from SERVICE_RULES[key].violations(where, service[key], context)
     if service.get("build"):
-        yield from built_image_rule(where, image_of(context.name, where, service), context)
+        yield from check_built_image(where, image_of(context.name, where, service), context)
     made_up = f"{context.name}-{where}"
     if not service.get("container_name") and not context.owns(made_up, "-"):
         yield Violation(where, "container_name", f"{made_up}-1", "is a neighbour's name")
@@ -2888,7 +2641,7 @@ def check_networks(model: Model, context: PolicyContext) -> Found:
         network = network or {}
         name = str(network.get("name") or f"{context.name}_{key}")
         yield from unknown_keys("networks", f"{key}.", network, NETWORK_KEYS)
-        yield from labels_rule(f"networks.{key}", network.get("labels"), context)
+        yield from LABELS.violations(f"networks.{key}", network.get("labels"), context)
         if network.get("external"):
             if context.service.networks and name not in context.service.networks:
                 yield Violation("networks", key, name, "is an external network that is not among "
@@ -2949,7 +2702,7 @@ def check_volumes(model: Model, context: PolicyContext) -> Found:
         volume = volume or {}
         name = str(volume.get("name") or f"{context.name}_{key}")
         yield from unknown_keys("volumes", f"{key}.", volume, VOLUME_KEYS)
-        yield from labels_rule(f"volumes.{key}", volume.get("labels"), context)
+        yield from LABELS.violations(f"volumes.{key}", volume.get("labels"), context)
         if volume.get("external") or not context.owns(name, "_"):
             yield Violation("volumes", key, name, f"must be the project's own, {context.name}_…",
                             f"volume:{name}")
@@ -3078,6 +2831,267 @@ def check_bound_links(binds: Iterable[Bind], tree: Tree, worktree: str) -> list[
             reasons.append(f"{bind.compose_service}: {relative}, which is mounted now, "
                            f"{link_above(relative, tree)}")
     return sorted(set(reasons))
+
+# ---- Configuration -----------------------------------------------------------------------------
+
+HOST_PATTERN = re.compile(
+    r"(https?://)?(\*\.)?[a-z0-9]([a-z0-9-]*[a-z0-9])?(\.[a-z0-9]([a-z0-9-]*[a-z0-9])?)*(:\d{1,5})?",
+    re.IGNORECASE)
+TARGET_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*:\d{1,5}")
+
+
+def as_string(value: object) -> str:
+    """A string that is not empty."""
+    if not isinstance(value, str) or not value or "\0" in value:
+        raise ValueError("must be a string that is not empty")
+    return value
+
+
+def as_strings(value: object) -> tuple[str, ...]:
+    """A list of strings."""
+    if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
+        raise ValueError("must be a list of strings")
+    return tuple(value)
+
+
+def matching(pattern: str, why: str) -> Callable[[object], str]:
+    """A parser of strings; `why` ends the sentence about one that the pattern does not match."""
+    def parse(value: object) -> str:
+        if not re.fullmatch(pattern, as_string(value)):
+            raise ValueError(f"{value!r} {why}")
+        return as_string(value)
+    return parse
+
+
+as_file_in_repository = matching(r"(?!(.*/)?(\.|\.\.|\.git)?(/|$))[^\n]+",
+                                 "must be a path inside the repository, without . or ..")
+as_mount = matching(r"nfs://[A-Za-z0-9][A-Za-z0-9.:-]*/[^\s,]*",
+                    "is not of the form nfs://server/path")
+as_network = matching(r"[A-Za-z0-9][A-Za-z0-9_.-]*", "is not a name of a network")
+as_name = matching(NAME_PATTERN.pattern, "is not a name; use a-z 0-9 _ - (60 at most), "
+                   "a letter or digit first")
+# What `git check-ref-format --branch` takes.
+as_branch = matching(r"(?!.*(\.\.|@\{|//|/\.|\.lock(/|$)|[/.]$))[^-/.\x00-\x20~^:?*\[\\\x7f]"
+                     r"[^\x00-\x20~^:?*\[\\\x7f]*", "is not a name of a branch")
+
+
+def as_compose(value: object) -> tuple[str, ...]:
+    """One file of the repository or a list of them."""
+    return tuple(as_file_in_repository(item)
+                 for item in ([value] if isinstance(value, str) else as_strings(value)))
+
+
+def as_env(value: object) -> tuple[tuple[str, str], ...]:
+    """A list of NAME=VALUE."""
+    for number, item in enumerate(as_strings(value), 1):
+        if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*=[^\0]*", item, re.DOTALL):
+            raise ValueError(f"entry {number} is not of the form NAME=VALUE")
+    pairs = (item.partition("=") for item in as_strings(value))
+    return tuple((name, text) for name, _, text in pairs)
+
+
+def as_urls(value: object) -> tuple[tuple[str, str], ...]:
+    """A table of host = target; neither can hold what would be a directive of Caddy."""
+    if not isinstance(value, dict):
+        raise ValueError('must be a table like { "example.org" = "pgo:5006" }')
+    for host, target in value.items():
+        if not HOST_PATTERN.fullmatch(host):
+            raise ValueError(f"{host!r} is not a host name; write it like example.org")
+        if (not isinstance(target, str) or not TARGET_PATTERN.fullmatch(target)
+                or int(target.rpartition(":")[2]) > 65535):
+            raise ValueError(f"{target!r} is not a target; write it like pgo:5006")
+    return tuple(sorted(value.items()))
+
+
+def as_networks(value: object) -> tuple[str, ...]:
+    """Names of networks."""
+    return tuple(map(as_network, as_strings(value)))
+
+
+def as_outside_file(value: object) -> str:
+    """An absolute path of a file that can be read."""
+    path = Path(as_string(value))
+    if not path.is_absolute():
+        raise ValueError(f"{value!r} must be an absolute path")
+    try:
+        with path.open("rb"):
+            return str(path)
+    except OSError as error:
+        raise ValueError(f"{value!r} cannot be read: {error.strerror}") from None
+
+
+def as_seconds(value: object) -> float:
+    """A duration of at least a second."""
+    seconds = parse_duration(as_string(value))
+    if seconds < 1:
+        raise ValueError(f"{value!r} is too short; at least 1s")
+    return seconds
+
+
+def as_secret(value: object) -> str:
+    """A secret that is not guessed."""
+    if len(as_string(value)) < 16:
+        raise ValueError("must have at least 16 characters; make one with: openssl rand -hex 20")
+    return as_string(value)
+
+
+def as_bool(value: object) -> bool:
+    """true or false."""
+    if not isinstance(value, bool):
+        raise ValueError("must be true or false")
+    return value
+
+
+def as_known_user(value: object) -> str:
+    """A user that exists on this machine."""
+    try:
+        return pwd.getpwnam(as_string(value)).pw_name
+    except KeyError:
+        raise ValueError(f"{value!r} does not exist on this machine; "
+                         f"make it with: useradd --system {value}") from None
+
+
+def as_allow(value: object) -> tuple[str, ...]:
+    """Exceptions that the policy's table has, each with a value where it takes one."""
+    for entry in as_strings(value):
+        kind = entry.partition(":")[0]
+        if kind not in ALLOW:
+            raise ValueError(f"{entry!r} permits nothing{nearest(kind, ALLOW)}; "
+                             f"known are {', '.join(sorted(ALLOW))}")
+        if not permits(entry):
+            raise ValueError(f"{entry!r} permits nothing; write it like "
+                             f"{':'.join(filter(None, (kind, ALLOW[kind].example)))!r}")
+    return as_strings(value)
+
+
+# The keys of a [[services]] entry: field of Service, parser. What needs two keys is done below.
+SERVICE_KEYS: dict[str, tuple[str, Callable[[object], Any]]] = {
+    "name": ("name", as_name), "user": ("user", as_known_user),
+    "repository": ("repository", as_string), "branch": ("branch", as_branch),
+    "registries": ("registries", as_strings), "compose": ("compose", as_compose),
+    "env": ("env", as_env), "env_file": ("env_file", as_outside_file), "urls": ("urls", as_urls),
+    "networks": ("networks", as_networks), "import": ("import_file", as_file_in_repository),
+    "reload": ("reload", lambda value: parse_reload(as_string(value))),
+    "mount": ("mount", as_mount), "deploy_key": ("deploy_key", as_outside_file),
+    "profiles": ("profiles", as_strings), "allow": ("allow", as_allow),
+    "webhook": ("webhook", as_secret),
+    "wait": ("wait", as_seconds), "rollback": ("rollback", as_bool),
+}
+REQUIRED_KEYS = ("name", "user", "repository")
+
+
+def combine_fields(fields: dict[str, Any], label: str) -> tuple[Service | None, list[str]]:
+    """What needs more than one key, or must not show its value in an error."""
+    errors = []
+    try:
+        fields["repository"] = parse_remote(fields["repository"])
+    except ValueError as error:
+        errors.append(f"{label}: repository {error}")
+    try:
+        fields["registries"] = tuple(parse_registry(text, fields["user"])
+                                     for text in fields.get("registries", ()))
+    except ValueError as error:
+        errors.append(f"{label}: registries: an entry {error}")
+    env_file = fields.pop("env_file", None)
+    try:
+        if env_file:
+            lines = dict(parse_env_lines(Path(env_file).read_text()))
+            fields["env"] = tuple((lines | dict(fields.get("env", ()))).items())
+    except (ValueError, OSError) as error:
+        errors.append(f"{label}: env_file {env_file}: {error}")
+    if fields.get("reload") and not fields.get("import_file"):
+        errors.append(f"{label}: reload needs an import, which is what it announces")
+    return (None, errors) if errors else (Service(**fields), [])
+
+
+def parse_service(table: Mapping[str, object], label: str) -> tuple[Service | None, list[str]]:
+    """A Service, or None and every reason why not. Values of secrets are in no message."""
+    errors, fields = [], {}
+    for key, value in table.items():
+        if key not in SERVICE_KEYS:
+            errors.append(f"{label}: unknown key {key!r}{nearest(key, SERVICE_KEYS)}")
+            continue
+        name, parser = SERVICE_KEYS[key]
+        try:
+            fields[name] = parser(value)
+        except ValueError as error:
+            errors.append(f"{label}: {key}: {error}")
+    errors += [f"{label}: {key} is missing" for key in REQUIRED_KEYS if key not in table]
+    if errors:
+        return None, errors
+    return combine_fields(fields, label)
+
+
+def check_services(services: Sequence[Service]) -> list[str]:
+    """What can be wrong only between services."""
+    errors, hosts = list[str](), dict[str, str]()
+    names = collections.Counter(service.name for service in services)
+    errors += [f"service {name!r}: the name is used {count} times; names must differ"
+               for name, count in names.items() if count > 1]
+    for service in services:
+        for host, _ in service.urls:
+            if hosts.setdefault(host, service.name) != service.name:
+                errors.append(f"service {service.name!r}: urls: {host} belongs to "
+                              f"{hosts[host]!r} already")
+        if service.reload and service.reload.service not in names:
+            errors.append(f"service {service.name!r}: reload: there is no service "
+                          f"{service.reload.service!r}{nearest(service.reload.service, names)}")
+    return errors
+
+
+def parse_configuration(text: str) -> tuple[Service, ...]:
+    """The services of a pgo.toml. Raises ConfigurationError with every error at once."""
+    try:
+        document = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigurationError([f"not TOML: {error}"]) from None
+    errors = [f"unknown key {key!r}{nearest(key, ['services'])}; services are written as "
+              "[[services]]" for key in document if key != "services"]
+    tables = document.get("services", [])
+    if not isinstance(tables, list) or not all(isinstance(table, dict) for table in tables):
+        raise ConfigurationError([*errors, "services must be written as [[services]]"])
+    if not tables and not errors:
+        errors.append("has no [[services]]; an empty configuration would take everything down")
+    services = []
+    for number, table in enumerate(tables, 1):
+        name = table.get("name")
+        service, wrong = parse_service(table, f"service {name!r}" if name else f"service {number}")
+        errors += wrong
+        services += [service] if service else []
+    errors += check_services(services)
+    if errors:
+        raise ConfigurationError(errors)
+    return tuple(services)
+
+
+def configuration_digest(path: Path) -> str:
+    """Changes when pgo.toml changes, or a file that it names: env_file or deploy_key.
+
+    Of one that is no TOML its own bytes count. Raises OSError.
+    """
+    text = path.read_bytes()
+    digest, tables = hashlib.sha256(text), []
+    with contextlib.suppress(ValueError):
+        tables = tomllib.loads(text.decode()).get("services", [])
+    for table in filter(lambda table: isinstance(table, dict), tables):
+        for name in (str(table.get(key)) for key in ("env_file", "deploy_key") if key in table):
+            with contextlib.suppress(OSError):
+                digest.update(name.encode() + b"\0" + Path(name).read_bytes())
+    return digest.hexdigest()
+
+
+def read_configuration(path: Path) -> Configuration:
+    """pgo.toml from disk. Raises ConfigurationError, also where it cannot be read."""
+    try:
+        digest = configuration_digest(path)
+        services = parse_configuration(path.read_text())
+        others = path.stat().st_mode & stat.S_IROTH
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "is not UTF-8"
+        raise ConfigurationError([f"cannot be read: {reason}"]) from None
+    secret = any(s.secrets for s in services)
+    warning = f"{path} holds secrets and everybody can read it: chmod 600 {path}"
+    return Configuration(services, digest, (warning,) if others and secret else ())
 
 # ---- Release -----------------------------------------------------------------------------------
 
@@ -3883,7 +3897,6 @@ def follow_import(project: Project, target: Project | None) -> None:
 
 # ---- Deploy ------------------------------------------------------------------------------------
 
-KEEP_NAME = "pgod.invalid/keep"  # repository of the tags that keep images; no host has this name
 TRIES = 3  # of a cure, until what one brought about needs none
 
 
@@ -6022,7 +6035,7 @@ class Daemon:
         self.settings = settings
         self.configuration = configuration
         self.wakeup = queue.SimpleQueue[int]()  # a signal handler may put, and only that
-        self.read_before = configuration.seal
+        self.read_before = configuration.digest
         self.complained = ""
         self.ssh: SshServer | None = None
         self.http: HttpServer | None = None
@@ -6105,12 +6118,12 @@ class Daemon:
     def configuration_changed(self) -> bool:
         """Believed when two looks in a row agree and the result is valid."""
         try:
-            seal = configuration_seal(self.settings.config)
+            digest = configuration_digest(self.settings.config)
         except OSError as error:
             self.complain(f"cannot be read: {error.strerror}")
             return False
-        stable, self.read_before = seal == self.read_before, seal
-        if seal == self.configuration.seal:
+        stable, self.read_before = digest == self.read_before, digest
+        if digest == self.configuration.digest:
             self.shared.metrics.set("pgo_configuration_valid", 1)
             self.complained = ""
             return False
