@@ -153,7 +153,6 @@ HTTP_SECONDS = 10.0
 
 # ---- Values ------------------------------------------------------------------------------------
 
-
 Progress = Callable[[str], None]  # is told what happens, a line at a time
 
 
@@ -216,9 +215,7 @@ class Remote:
     def scheme(self) -> str:
         """`https`, `ssh`, `git` or `file`."""
         head, mark, _ = self.url.partition("://")
-        if mark:
-            return head
-        return "file" if self.url.startswith("/") else "ssh"
+        return head if mark else "file" if self.url.startswith("/") else "ssh"
 
 
 @dataclass(frozen=True)
@@ -299,33 +296,16 @@ class Settings:
     restart: bool = True
 
 
-@dataclass(frozen=True)
 class ServicePaths:
     """Where a service's things lie. All but `worktree` and `data` are closed to containers."""
 
-    service: str
-    directory: Path
-    datadir: Path
-
-    @property
-    def own(self) -> Path:
-        return self.directory / ".pgod" / self.service
-
-    @property
-    def worktree(self) -> Path:
-        return self.directory / self.service
-
-    @property
-    def stop(self) -> Path:
-        return self.directory / f"{self.service}.stop"
-
-    @property
-    def data(self) -> Path:
-        return self.datadir / self.service
-
-    @property
-    def export(self) -> Path:
-        return self.own / "export"
+    def __init__(self, service: str, directory: Path, datadir: Path) -> None:
+        self.service = service
+        self.own = directory / ".pgod" / service
+        self.export = self.own / "export"  # the files of the newest commit that was looked at
+        self.stop = directory / f"{service}.stop"
+        self.worktree = directory / service
+        self.data = datadir / service
 
 
 @dataclass(frozen=True)
@@ -558,15 +538,6 @@ def make_folder(path: Path, mode: int, account: Account | None = None,
     path.chmod(mode)
 
 
-def flush_folder(path: Path) -> None:
-    """Make renames in it last."""
-    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def write_atomic(path: Path, data: bytes, mode: int = 0o600, account: Account | None = None,
                  gid: int | None = None) -> None:
     """Old content or new content, never half of it, also after a loss of power."""
@@ -585,7 +556,11 @@ def write_atomic(path: Path, data: bytes, mode: int = 0o600, account: Account | 
         if isinstance(error, OSError):
             raise OSError(error.errno, error.strerror, str(path)) from None
         raise
-    flush_folder(path.parent)
+    folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)  # the rename is to last, too
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
 
 
 FOLDER_FLAGS = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
@@ -605,12 +580,11 @@ def folder_beneath(root: Path, parts: Sequence[str], make: bool = False) -> Iter
                     os.mkdir(part, 0o755, dir_fd=descriptor)
             try:
                 deeper = os.open(part, FOLDER_FLAGS, dir_fd=descriptor)
-            except (NotADirectoryError, OSError) as error:
-                if isinstance(error, FileNotFoundError | PermissionError):
-                    raise
-                path = "/".join(parts[:number])
-                raise Refused(f"{root}/{path} is a link or a file where a folder must be; "
-                              "remove it") from None
+            except (FileNotFoundError, PermissionError):
+                raise
+            except OSError:
+                raise Refused(f"{root}/{'/'.join(parts[:number])} is a link or a file where a "
+                              "folder must be; remove it") from None
             os.close(descriptor)
             descriptor = deeper
         yield descriptor
@@ -673,47 +647,45 @@ def temporary_name() -> str:
     return f".pgod-{os.getpid()}-{threading.get_ident()}"
 
 
-def put_in_place(folder: int, temporary: str, name: str, path: str) -> None:
-    """Rename within a folder; Refused where a folder is in its way."""
-    try:
-        os.rename(temporary, name, src_dir_fd=folder, dst_dir_fd=folder)
-    except OSError as error:
-        os.unlink(temporary, dir_fd=folder)
-        if isinstance(error, IsADirectoryError):
-            raise Refused(f"{path} is a folder where a file must be; move or remove it") from None
-        raise
+def replace_beneath(root: Path, path: str, make: Callable[[str, int], None]) -> None:
+    """What `make` makes of a temporary name in a folder, at root/path; its folders are made.
+
+    A folder in its place is Refused.
+    """
+    *parts, name = path.split("/")
+    temporary = temporary_name()
+    with folder_beneath(root, parts, make=True) as folder:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(temporary, dir_fd=folder)
+        try:
+            make(temporary, folder)
+            os.rename(temporary, name, src_dir_fd=folder, dst_dir_fd=folder)
+        except OSError as error:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(temporary, dir_fd=folder)
+            if isinstance(error, IsADirectoryError):
+                raise Refused(f"{root}/{path} is a folder where a file must be; move or remove it"
+                              ) from None
+            raise
 
 
 def write_beneath(root: Path, path: str, data: BinaryIO, mode: int = 0o644) -> None:
     """A regular file beneath root, by a temporary name; a folder in its place is Refused."""
-    *parts, name = path.split("/")
-    with folder_beneath(root, parts, make=True) as folder:
-        temporary = temporary_name()
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(temporary, dir_fd=folder)
+    def make(temporary: str, folder: int) -> None:
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
         descriptor = os.open(temporary, flags, 0o600, dir_fd=folder)
-        try:
-            with os.fdopen(descriptor, "wb") as file:
-                shutil.copyfileobj(data, file, 1 << 20)
-                os.fchmod(descriptor, mode)
-                file.flush()
-                os.fsync(descriptor)
-        except OSError:
-            os.unlink(temporary, dir_fd=folder)
-            raise
-        put_in_place(folder, temporary, name, f"{root}/{path}")
+        with os.fdopen(descriptor, "wb") as file:
+            shutil.copyfileobj(data, file, 1 << 20)
+            os.fchmod(descriptor, mode)
+            file.flush()
+            os.fsync(descriptor)
+    replace_beneath(root, path, make)
 
 
 def link_beneath(root: Path, path: str, target: str) -> None:
     """A symlink beneath root; what it leads to is not looked at."""
-    *parts, name = path.split("/")
-    with folder_beneath(root, parts, make=True) as folder:
-        temporary = temporary_name()
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(temporary, dir_fd=folder)
-        os.symlink(target, temporary, dir_fd=folder)
-        put_in_place(folder, temporary, name, f"{root}/{path}")
+    replace_beneath(root, path, lambda temporary, folder: os.symlink(
+        target, temporary, dir_fd=folder))
 
 
 def remove_beneath(root: Path, path: str, keep: frozenset[str]) -> None:
@@ -875,14 +847,11 @@ def child_environment(extra: Mapping[str, str]) -> dict[str, str]:
     return {"PATH": DEFAULT_PATH, "HOME": "/nonexistent", **passed, **extra}
 
 
-def feed_lines(data: bytearray, on_line: Progress,
-               secrets: Sequence[str]) -> bytearray:
+def feed_lines(data: bytearray, on_line: Progress, secrets: Sequence[str]) -> bytearray:
     """Hand on the whole lines in `data`; what is left of it."""
     *lines, rest = data.split(b"\n")
-    for line in lines:
-        text = line.decode(errors="replace").strip()
-        if text:
-            on_line(redact(text, secrets))
+    for text in filter(None, (line.decode(errors="replace").strip() for line in lines)):
+        on_line(redact(text, secrets))
     return bytearray(rest)
 
 
@@ -960,16 +929,16 @@ class Children:
         child = self.start(words, who, stdin=PIPE if stdin else DEVNULL)
         ended = False
         try:
-            stdout, stderr, trouble = self._collect(child, stdin, deadline, limit, on_line,
-                                                    who.secrets)
-            ended = not trouble and child.poll() is not None
+            output, trouble = self._collect(child, stdin, deadline, limit, on_line, who.secrets)
+            ended = not trouble
         finally:
             if not ended:  # /proc is read only for what did not end by itself
                 self.end(child)
             for pipe in filter(None, (child.stdin, child.stdout, child.stderr)):
                 pipe.close()
-        text = redact(stderr.decode(errors="replace"), who.secrets)
-        result = Result(child.returncode, stdout, text, "" if trouble == LEFT_BEHIND else trouble)
+        stdout, stderr = (bytes(output[name]) for name in ("stdout", "stderr"))
+        result = Result(child.returncode, stdout, redact(stderr.decode(errors="replace"),
+                        who.secrets), "" if trouble == LEFT_BEHIND else trouble)
         self.metrics.count("pgo_command_count", (who.service, *kind))
         if result.status or result.trouble:
             self.metrics.count("pgo_command_error_count", (who.service, *kind))
@@ -977,13 +946,13 @@ class Children:
 
     def _collect(self, child: Child, stdin: bytes, deadline: float, limit: int,
                  on_line: Progress | None,
-                 secrets: Sequence[str]) -> tuple[bytes, bytes, str]:
+                 secrets: Sequence[str]) -> tuple[dict[str, bytearray], str]:
         """Both outputs until their end, the child's or the deadline; and what was wrong."""
         if child.stdin:
             with contextlib.suppress(BrokenPipeError):
                 child.stdin.write(stdin)
             child.stdin.close()
-        output: dict[str, bytearray] = {"stdout": bytearray(), "stderr": bytearray()}
+        output = {"stdout": bytearray(), "stderr": bytearray()}
         line, until, ended = bytearray(), time.monotonic() + deadline, 0.0
         with selectors.DefaultSelector() as selector:
             for name in output:
@@ -991,17 +960,15 @@ class Children:
             while selector.get_map() or child.poll() is None:
                 self.beat()
                 now = time.monotonic()
-                if child.poll() is not None:
-                    ended = ended or now
-                    if now > ended + 1:
-                        return bytes(output["stdout"]), bytes(output["stderr"]), LEFT_BEHIND
+                ended = ended or (now if child.poll() is not None else 0.0)
+                if ended and now > ended + 1:
+                    return output, LEFT_BEHIND
                 if now > until:
-                    trouble = f"took longer than {deadline:.0f} s"
-                    return bytes(output["stdout"]), bytes(output["stderr"]), trouble
+                    return output, f"took longer than {deadline:.0f} s"
                 if self.stopped_at and now > self.stopped_at + self.GRACE:
                     raise Stopping
                 if not selector.get_map():
-                    time.sleep(0.005)
+                    time.sleep(0.002)
                 for key, _ in selector.select(0.2) if selector.get_map() else ():
                     data = os.read(key.fd, 1 << 16)
                     if not data:
@@ -1010,8 +977,9 @@ class Children:
                     if key.data == "stderr" and on_line:
                         line = feed_lines(line + data, on_line, secrets)
                 if sum(map(len, output.values())) > limit:
-                    return b"", b"", f"wrote more than {limit >> 10} KiB"
-        return bytes(output["stdout"]), bytes(output["stderr"]), ""
+                    return {name: bytearray() for name in output}, (
+                        f"wrote more than {limit >> 10} KiB")
+        return output, ""
 
 # ---- Git ---------------------------------------------------------------------------------------
 
@@ -1255,19 +1223,14 @@ def untracked_beneath(root: Path, path: str, known: set[str]) -> list[str]:
                 if (name := os.path.normpath(f"{path}/{top}/{file}")) not in known]
 
 
-def read_link(root: Path, path: str) -> str:
-    *parts, name = path.split("/")
-    with folder_beneath(root, parts) as folder:
-        return os.readlink(name, dir_fd=folder)
-
-
 def same_entry(root: Path, export: Path, path: str, mode: str) -> bool:
     """Whether the work tree has at `path` what the export has there."""
-    found = stat_beneath(root, path)
+    found, (*parts, name) = stat_beneath(root, path), path.split("/")
     if found is None or stat.S_ISLNK(found.st_mode) != (mode == "120000"):
         return False
     if mode == "120000":
-        return read_link(root, path) == os.readlink(export / path)
+        with folder_beneath(root, parts) as folder:
+            return os.readlink(name, dir_fd=folder) == os.readlink(export / path)
     executable = bool(found.st_mode & stat.S_IXUSR) == (mode == "100755")
     size = (export / path).lstat().st_size
     if not stat.S_ISREG(found.st_mode) or not executable or found.st_size != size:
@@ -4521,10 +4484,12 @@ class Reconciler:
 
     # Besides deploys:
 
-    def heal(self, decision: Decision, say: Progress) -> None:
-        """Bring back what fell. Raises Fault."""
-        say(f"brings back: {'; '.join(decision.reasons)}")
-        self.cure_now(log.debug)
+    def heal(self, rows: Sequence[Row], say: Progress) -> None:
+        """Remove these rows. Raises Fault."""
+        say(f"brings back: {'; '.join(map(str, rows))}")
+        release = self.store.current
+        assert release
+        self.store.set_current(self.cure(release, rows, log.debug))
         self.project.shared.metrics.add("pgo_service_heals_total", service=self.project.name)
         self.look()
 
@@ -4919,24 +4884,26 @@ class Worker(threading.Thread):
         elif decision.action == "rollback":
             self.reconciler.roll_back(say)
         elif decision.action == "heal":
-            self.heal(decision, say)
+            self.heal(say)
         elif decision.action == "stop":
             self.reconciler.stop(decision)
 
-    def heal(self, decision: Decision, say: Progress) -> None:
+    def heal(self, say: Progress) -> None:
         """Bring back what fell; what ends by itself or cannot be healed once an interval."""
         now, interval = self.shared.clock(), self.shared.settings.duration
-        kinds = {row.kind for row in self.reconciler.rows if row.how.cure}
-        if now < self.heal_after and (kinds == {"ended"} or self.last_error):
+        late = now < self.heal_after
+        rows = [row for row in self.reconciler.rows if row.how.cure
+                and not (late and (row.kind == "ended" or self.last_error))]
+        if not rows:
             return
-        if kinds == {"ended"}:
-            self.heal_after = now + interval
         try:
-            self.reconciler.heal(decision, say)
+            self.reconciler.heal(rows, say)
         except Fault:
             self.heal_after = now + interval
             raise
         finally:
+            if any(row.kind == "ended" for row in rows):
+                self.heal_after = now + interval
             self.watch_until = self.shared.clock() + self.service.wait
 
 

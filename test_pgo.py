@@ -69,6 +69,10 @@ def docker(*words: str, check: bool = True) -> str:
     return run("docker", *words, check=check).stdout.strip()
 
 
+def inspected(container: str, template: str) -> str:
+    return docker("inspect", "--format", template, container)
+
+
 def until(condition: Callable[[], Any], what: str = "", patience: float = PATIENCE) -> Any:
     """Wait for a condition to be true; its value."""
     end = time.monotonic() + patience
@@ -2330,12 +2334,12 @@ def registry(lab: Lab, logins: Mapping[str, str]) -> int:
     return port
 
 
-def upload(lab: Lab, image: str, user: str, token: str) -> None:
-    """The test's image to a registry, and away from the engine again."""
+def upload(lab: Lab, image: str, user: str, token: str, source: str = IMAGE) -> None:
+    """An image to a registry, and its name away from the engine again."""
     options = ("--config", str(lab.folder / "uploader"))
     run("docker", *options, "login", "-u", user, "--password-stdin", image.partition("/")[0],
         input=token)
-    docker("tag", IMAGE, image)
+    docker("tag", source, image)
     docker(*options, "push", "-q", image)
     docker("rmi", image)
 
@@ -2650,7 +2654,9 @@ def test_images_of_the_good_commit_survive_pruning_and_a_moved_tag(lab: Lab) -> 
 def test_image_that_is_gone_is_pulled_or_built_again(lab: Lab) -> None:
     port = registry(lab, {"ann": "geheim"})
     image = f"127.0.0.1:{port}/{lab.name}-pulled:1"
-    upload(lab, image, "ann", "geheim")
+    own = docker("import", "--change", f"LABEL pgotest={lab.name}", str(busybox_tar(lab.folder)))
+    upload(lab, image, "ann", "geheim", own)
+    docker("rmi", own, check=False)
     name = lab.service("a", {"build/Dockerfile": f"FROM {IMAGE}\nCOPY file /file\n",
                              "build/file": "1"}, registries=[f"ann:geheim@127.0.0.1:{port}"])
     lab.push(name, {"compose.yaml": compose_file(services={
@@ -2707,10 +2713,12 @@ def test_container_that_crashes_for_ever_makes_no_storm(lab: Lab) -> None:
     until(lambda: "brings back" in lab.daemon.log(), "brought back once")
     until(lambda: not lab.containers(name, "--filter", "status=running",
                                      "--filter", f"name={name}-web-1"), "crashed again")
-    for looks in range(3):  # events that make pgod look again
+    for _ in range(3):  # events that make pgod look again
+        before = inspected(f"{name}-db-1", "{{.State.StartedAt}}")
         docker("kill", f"{name}-db-1")
-        until(lambda looks=looks: lab.daemon.log().count(  # type: ignore[misc]
-            f"brings back: {name}-db-1") > looks, "looked again")
+        until(lambda before=before: inspected(  # type: ignore[misc]
+            f"{name}-db-1", "{{.State.StartedAt}} {{.State.Running}}") not in (
+                f"{before} true", f"{before} false"), "looked again")
     assert lab.daemon.log().count(f"{name}-web-1 exited with status 1") <= 2
 
 
@@ -3276,10 +3284,6 @@ def test_down_before_the_first_deploy_holds_the_service(lab: Lab) -> None:
     assert lab.containers(name)
 
 
-def inspected(container: str, template: str) -> str:
-    return docker("inspect", "--format", template, container)
-
-
 def test_everything_that_shapes_a_container_makes_it_anew_and_nothing_else(lab: Lab) -> None:
     """Also what compose itself does not see: texts, values, modes."""
     lab.duration = "1h"
@@ -3706,7 +3710,7 @@ def test_audit_log_has_one_line_a_command_and_no_values(shared: Lab) -> None:
 
 @pytest.mark.parametrize(("options", "why"), [
     (("-N", "-o", "ExitOnForwardFailure=yes", "-R", "0:127.0.0.1:1"), "port forwarding failed"),
-    (("-W", "127.0.0.1:{metric}"), "open failed"), (("-s",), "subsystem request failed")])
+    (("-W", "127.0.0.1:{metric}"), "stdio forwarding failed"), (("-s",), "subsystem request failed")])
 def test_nothing_is_forwarded(shared: Lab, options: tuple[str, ...], why: str) -> None:
     options = tuple(o.format(metric=shared.metric_port) for o in options)
     *words, target, _ = shared.ssh_words("sftp", *options, "-o", "LogLevel=INFO")
