@@ -4417,7 +4417,8 @@ class Reconciler:
         assert release
         same = good is not None and good.commit == release.commit
         since = good.since if good and same else time.time()
-        self.project.git.mark_good(release.commit)
+        if not same:
+            self.project.git.mark_good(release.commit)
         self.store.set_good(dataclasses.replace(release, since=since, ill=()))
         self.store.set_failure(None)
         keep_images(self.project, release)

@@ -3710,7 +3710,8 @@ def test_audit_log_has_one_line_a_command_and_no_values(shared: Lab) -> None:
 
 @pytest.mark.parametrize(("options", "why"), [
     (("-N", "-o", "ExitOnForwardFailure=yes", "-R", "0:127.0.0.1:1"), "port forwarding failed"),
-    (("-W", "127.0.0.1:{metric}"), "stdio forwarding failed"), (("-s",), "subsystem request failed")])
+    (("-W", "127.0.0.1:{metric}"), "stdio forwarding failed"),
+    (("-s",), "subsystem request failed")])
 def test_nothing_is_forwarded(shared: Lab, options: tuple[str, ...], why: str) -> None:
     options = tuple(o.format(metric=shared.metric_port) for o in options)
     *words, target, _ = shared.ssh_words("sftp", *options, "-o", "LogLevel=INFO")
