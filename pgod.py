@@ -995,15 +995,6 @@ GIT_SETTINGS = {
 }
 
 
-@dataclass(frozen=True)
-class Commit:
-    """A commit and what a person wants to know of it."""
-
-    identity: str
-    author: str = ""
-    subject: str = ""
-
-
 def printable(text: str) -> str:
     """No control characters: what a repository says must not steer a terminal or a log."""
     return "".join(char if char.isprintable() else "?" for char in text)
@@ -1133,14 +1124,14 @@ class Repository:
         """Keep the commit for rollbacks."""
         self.git("update-ref", "refs/pgod/good", commit)
 
-    def describe(self, commit: str) -> Commit:
-        """Author and subject, for people."""
+    def describe(self, commit: str) -> tuple[str, str]:
+        """Author and subject, for people; empty if git cannot say."""
         try:
             text = self.git("show", "--no-patch", "--format=%an%x00%s", commit)
         except Fault:
-            return Commit(commit)
+            return "", ""
         author, _, subject = text.decode(errors="replace").strip().partition("\0")
-        return Commit(commit, printable(author)[:80], printable(subject)[:120])
+        return printable(author)[:80], printable(subject)[:120]
 
     def tree(self, commit: str) -> Tree:
         """What the commit holds."""
@@ -1192,15 +1183,13 @@ class Repository:
         paths = [path for path, (mode, _) in sorted(tree.items())
                  if re.fullmatch(r"ssh/[^/]+", path) and mode not in LINK_MODES]
         for path in paths[:KEY_COUNT]:
-            found, wrong = parse_key_file(self.read_export(path))
+            with as_user(self.account):
+                data = read_beneath(self.paths.export, path, KEY_FILE_BYTES + 1)
+            found, wrong = parse_key_file(data)
             keys |= {key.fingerprint: key for key in found if key.fingerprint not in keys}
             if wrong:
                 log.warning("%s: key ignored: %s %s", self.service.name, printable(path), wrong)
         return tuple(keys.values())[:KEY_COUNT]
-
-    def read_export(self, path: str) -> bytes:
-        with as_user(self.account):
-            return read_beneath(self.paths.export, path, KEY_FILE_BYTES + 1)
 
 # ---- Work tree ---------------------------------------------------------------------------------
 
@@ -1553,23 +1542,20 @@ class EngineApi:
         return any(event["Actor"]["Attributes"].get("signal") not in HARMLESS_SIGNALS
                    and event.get("timeNano", 0) / 1e9 > container.started for event in events)
 
-    def image(self, name: str) -> Mapping[str, Any]:
-        """What the engine knows of an image; empty where it is not there."""
+    def facts(self, path: str) -> Mapping[str, Any]:
+        """What the engine says of a thing; empty where it is not there."""
         try:
-            return dict(self.ask("GET", f"/images/{urllib.parse.quote(name)}/json"))
+            return dict(self.ask("GET", urllib.parse.quote(path)))
         except NotThere:
             return {}
+
+    def image(self, name: str) -> Mapping[str, Any]:
+        return self.facts(f"/images/{name}/json")
 
     def images(self, names: Iterable[str]) -> dict[str, str]:
         """Name and identity of those that are there."""
         found = {name: str(self.image(name).get("Id", "")) for name in sorted({*names})}
         return {name: identity for name, identity in found.items() if identity}
-
-    def volume(self, name: str) -> Mapping[str, Any]:
-        try:
-            return dict(self.ask("GET", f"/volumes/{urllib.parse.quote(name)}"))
-        except NotThere:
-            return {}
 
     def networks(self) -> tuple[dict[str, Mapping[str, Any]], float]:
         """All networks by name, and the engine's time."""
@@ -1582,7 +1568,7 @@ class EngineApi:
         """What there is of a project, of the named images and volumes. Raises Fault."""
         containers = self.containers(project)
         networks, now = self.networks()
-        found = {name: facts for name in volumes if (facts := self.volume(name))}
+        found = {name: facts for name in volumes if (facts := self.facts(f"/volumes/{name}"))}
         return Snapshot(containers, networks, found, self.images(images), now)
 
     def attached(self, network: str) -> list[Mapping[str, Any]]:
@@ -1590,28 +1576,20 @@ class EngineApi:
         return list(self.ask("GET", "/containers/json", {
             "all": 1, "filters": {"network": [network]}}))
 
+    def act(self, method: str, path: str, query: Mapping[str, Any] | None = None,
+            body: Any = None, seconds: float = API_SECONDS) -> None:
+        """Do something to what may be gone meanwhile. Raises Fault."""
+        with contextlib.suppress(NotThere):
+            self.ask(method, path, query, body, seconds)
+
     def stop(self, identities: Iterable[str]) -> None:
         for identity in identities:
-            with contextlib.suppress(NotThere):
-                self.ask("POST", f"/containers/{identity}/stop", seconds=API_SECONDS + 120)
+            self.act("POST", f"/containers/{identity}/stop", seconds=API_SECONDS + 120)
 
     def remove(self, identities: Iterable[str], volumes: bool = False) -> None:
         """By force; `volumes`: also the anonymous ones that are its own."""
         for identity in identities:
-            with contextlib.suppress(NotThere):
-                self.ask("DELETE", f"/containers/{identity}", {"force": 1, "v": int(volumes)})
-
-    def rename(self, identity: str, name: str) -> None:
-        self.ask("POST", f"/containers/{identity}/rename", {"name": name})
-
-    def disconnect(self, network: str, container: str) -> None:
-        with contextlib.suppress(NotThere):
-            self.ask("POST", f"/networks/{network}/disconnect",
-                     body={"Container": container, "Force": True})
-
-    def remove_network(self, network: str) -> None:
-        with contextlib.suppress(NotThere):
-            self.ask("DELETE", f"/networks/{network}")
+            self.act("DELETE", f"/containers/{identity}", {"force": 1, "v": int(volumes)})
 
     def tag(self, image: str, name: str) -> None:
         """Give an image one more name, with a tag or without. Raises NotThere."""
@@ -1621,8 +1599,7 @@ class EngineApi:
         self.ask("POST", f"/images/{image}/tag", {"repo": repository, "tag": tag})
 
     def untag(self, name: str) -> None:
-        with contextlib.suppress(NotThere):
-            self.ask("DELETE", f"/images/{urllib.parse.quote(name)}", {"noprune": 1})
+        self.act("DELETE", f"/images/{urllib.parse.quote(name)}", {"noprune": 1})
 
     def names_of(self, repository: str) -> list[str]:
         """All names REPOSITORY:TAG that there are."""
@@ -1834,12 +1811,6 @@ class Compose:
                      model="render.json")
         return trouble or (result.complaint if result.status or result.trouble else "")
 
-    def pull_by_digest(self, name: str) -> None:
-        """One image REPOSITORY@DIGEST. Raises Fault."""
-        self.login()
-        self.children.run(["docker", "pull", "--quiet", "--", name], self.who(),
-                          deadline=DEADLINE["pull"], kind=("docker", "pull")).check("pull")
-
     def build(self, names: Iterable[str] = ()) -> None:
         """Build from the export. Raises Refused."""
         result = self.run("build", "--", *names, deadline="build", model="render.json")
@@ -1964,12 +1935,6 @@ def image_of(project: str, name: str, service: Mapping[str, Any]) -> str:
     return str(service.get("image") or f"{project}-{name}")
 
 
-def images_of(project: str, model: Model) -> dict[str, str]:
-    """The image of each compose service."""
-    return {name: image_of(project, name, service)
-            for name, service in compose_services(model).items()}
-
-
 def named_things(project: str, model: Model, kind: str) -> dict[str, tuple[str, Any]]:
     """The project's own networks or volumes: key: (name in the engine, configuration)."""
     return {key: (str((entry or {}).get("name") or f"{project}_{key}"), entry or {})
@@ -2017,12 +1982,6 @@ def values_file(names: Iterable[str]) -> Model:
             "x-pgod-set": {name: f"${{{name}+set}}" for name in names}}
 
 
-def parse_values(rendered: Model) -> dict[str, str]:
-    """The variables that are set, of a rendering of `values_file`; compose doubles each $."""
-    values, are_set = rendered.get("x-pgod-values") or {}, rendered.get("x-pgod-set") or {}
-    return {name: str(values[name]).replace("$$", "$") for name in values if are_set.get(name)}
-
-
 class Files:
     """Content and mode of what a commit has at and beneath a path of the work tree."""
 
@@ -2049,12 +2008,6 @@ class Files:
         return [(path, self.entries[path]) for path in found]
 
 
-def entry_facts(entry: Mapping[str, Any], files: Files, values: Mapping[str, str]) -> list[Any]:
-    """What a config or a secret is, and its text, wherever that comes from."""
-    variable = str(entry.get("environment") or "")
-    return [entry, files.file(str(entry.get("file") or "")), values.get(variable)]
-
-
 def service_facts(model: Model, name: str, files: Files, values: Mapping[str, str]) -> list[Any]:
     """All that shapes the containers of a compose service; what a bound folder holds does not."""
     service = compose_services(model)[name]
@@ -2063,9 +2016,11 @@ def service_facts(model: Model, name: str, files: Files, values: Mapping[str, st
                        if key != "replicas"}
     facts = [shape, [(bind.source, files.file(bind.source)) for bind in binds_of(model)
                      if bind.compose_service == name and bind.kind == "bind"]]
-    for kind in ("configs", "secrets"):
+    for kind in ("configs", "secrets"):  # and their texts, wherever these come from
         entries = entries_used(service.get(kind), model.get(kind) or {})
-        facts.append({key: entry_facts(entry, files, values) for key, entry in entries.items()})
+        facts.append({key: [entry, files.file(str(entry.get("file") or "")),
+                            values.get(str(entry.get("environment") or ""))]
+                      for key, entry in entries.items()})
     facts.append({key: (model.get("networks") or {}).get(key) for key in networks_used(service)})
     volumes = [mount.get("source") for mount in service.get("volumes") or ()
                if isinstance(mount, dict) and mount.get("type") == "volume"]
@@ -2081,13 +2036,6 @@ def digest_of(facts: Any, key: bytes) -> str:
     """Keyed: labels can be read by many, and some of the facts are secret."""
     text = json.dumps(facts, sort_keys=True).encode(errors="surrogatepass")
     return hmac.new(key, text, "sha256").hexdigest()[:32]
-
-
-def service_digests(model: Model, files: Files, values: Mapping[str, str],
-                    key: bytes) -> dict[str, str]:
-    """The digest of each compose service: two that are equal have the same containers."""
-    return {name: digest_of(service_facts(model, name, files, values), key)
-            for name in compose_services(model)}
 
 
 def input_digests(model: Model, files: Files, key: bytes) -> dict[str, str]:
@@ -2129,27 +2077,22 @@ def with_network_labels(project: str, model: Model,
     return result
 
 
-def changed_keys(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
-    """The keys of a compose service that shape its containers and differ."""
-    keys = {*old, *new} - NOT_SHAPING
-    without = {name: {key: value for key, value in (labels or {}).items() if key != DIGEST_LABEL}
-               for name, labels in (("old", old.get("labels")), ("new", new.get("labels")))}
-    found = [key for key in sorted(keys - {"labels"}) if old.get(key) != new.get(key)]
-    return found + (["labels"] if without["old"] != without["new"] else [])
-
-
 def why_changed(old: Model, new: Model, name: str) -> str:
     """Why the digest of a compose service is another one, in words."""
-    before = compose_services(old).get(name)
-    if before is None:
+    def shape(model: Model) -> dict[str, Any]:
+        service = compose_services(model).get(name) or {}
+        labels = {key: text for key, text in (service.get("labels") or {}).items()
+                  if key != DIGEST_LABEL}
+        return {key: value for key, value in (service | {"labels": labels}).items()
+                if key not in NOT_SHAPING}
+
+    before, after = shape(old), shape(new)
+    if name not in compose_services(old):
         return "it is not as the commit has it"
-    keys = changed_keys(before, compose_services(new)[name])
-    if keys:
-        return f"{', '.join(keys)} changed"
-    networks = [key for key in networks_used(compose_services(new)[name])
+    keys = [key for key in sorted({*before, *after}) if before.get(key) != after.get(key)]
+    networks = [f"network {key}" for key in networks_used(after)
                 if (old.get("networks") or {}).get(key) != (new.get("networks") or {}).get(key)]
-    return f"network {networks[0]} changed" if networks else (
-        "a file, config or secret that it uses changed")
+    return f"{', '.join(keys or networks[:1] or ['a file, config or secret that it uses'])} changed"
 
 # ---- Policy ------------------------------------------------------------------------------------
 
@@ -3086,7 +3029,9 @@ class Release:
 
     @property
     def image_names(self) -> dict[str, str]:
-        return images_of(self.project, self.model)
+        """The image of each compose service."""
+        return {name: image_of(self.project, name, service)
+                for name, service in compose_services(self.model).items()}
 
     @property
     def volume_names(self) -> list[str]:
@@ -3188,14 +3133,6 @@ def changed_networks(release: Release, snapshot: Snapshot) -> dict[str, str]:
         if label != digests[name] if label else not same_settings(wanted, there):
             changed[key] = name
     return changed
-
-
-def compare_networks(release: Release, snapshot: Snapshot) -> Iterator[Row]:
-    changed = changed_networks(release, snapshot)
-    for name, service in compose_services(release.model).items():
-        for key in networks_used(service):
-            if key in changed:
-                yield Row("network", name, f"network {changed[key]}", "is configured anew")
 
 
 def compare_volumes(release: Release, snapshot: Snapshot) -> Iterator[Row]:
@@ -3305,7 +3242,11 @@ def compare_container(release: Release, container: Container, snapshot: Snapshot
 def compare(release: Release, snapshot: Snapshot,
             done: Mapping[str, DoneJob]) -> tuple[Row, ...]:
     """Every difference between what should be and what is. In sync means: none. Pure."""
-    rows = [*compare_volumes(release, snapshot), *compare_networks(release, snapshot)]
+    changed = changed_networks(release, snapshot)
+    rows = [*compare_volumes(release, snapshot), *(
+        Row("network", name, f"network {changed[key]}", "is configured anew")
+        for name, service in compose_services(release.model).items()
+        for key in networks_used(service) if key in changed)]
     have = collections.defaultdict[str, list[Container]](list)
     for container in snapshot.containers:
         have[container.compose_service].append(container)
@@ -3376,13 +3317,6 @@ def plan_cure(release: Release, rows: Iterable[Row], snapshot: Snapshot) -> Cure
                       if row.how.cure == "remove" and row.container))
 
 
-def is_crashing(row: Row, before: Mapping[str, int], now: float) -> bool:
-    """Whether a container ended too often since `before`, its restarts when a deploy began."""
-    container = row.container
-    return container is not None and now - container.created >= CRASH_AGE and (
-        container.restarts - before.get(container.identity, 0) >= CRASHES)
-
-
 def judge(rows: Iterable[Row], before: Mapping[str, int], ill: Iterable[str], now: float,
           over: bool = False) -> tuple[str, str]:
     """One look at a deploy: ("good" | "wait" | "bad", why). Pure.
@@ -3392,7 +3326,9 @@ def judge(rows: Iterable[Row], before: Mapping[str, int], ill: Iterable[str], no
     """
     rows = [row for row in rows if not row.container or row.container.identity not in {*ill}]
     for row in rows:
-        if row.kind in ("ended", "unhealthy") or is_crashing(row, before, now):
+        crashing = row.container and now - row.container.created >= CRASH_AGE and (
+            row.container.restarts - before.get(row.container.identity, 0) >= CRASHES)
+        if row.kind in ("ended", "unhealthy") or crashing:
             return "bad", str(row)
     if not rows:
         return "good", ""
@@ -3622,20 +3558,15 @@ class Store:
             self.save()
 
     def set_announced(self, digest: str) -> None:
-        if digest != self.announced:
-            self.announced = digest
-            self.save()
+        self.announced = digest
+        self.save()
 
     def digest_key(self) -> bytes:
         """Made once. Whoever lacks it cannot guess a secret by its digest."""
         path = self.own / "digest_key"
-        try:
-            if len(key := path.read_bytes()) == 32:
-                return key
-        except FileNotFoundError:
-            pass
-        write_atomic(path, key := os.urandom(32))
-        return key
+        if not path.exists() or path.stat().st_size != 32:
+            write_atomic(path, os.urandom(32))
+        return path.read_bytes()
 
     def tracked(self) -> Tree:
         """What pgod put into the work tree."""
@@ -3683,14 +3614,14 @@ class Store:
                     float(facts.get("since", since)), float(facts.get("until", 0)), kind,
                     tuple(facts.get("services", ())), kind == "stop" and "by" not in facts)
 
-    def operators_hold(self, now: float) -> Hold | None:
+    def operators_hold(self) -> Hold | None:
         """What `hold` made; None when its time is over."""
         hold = self.hold_in(self.own / "hold.json", "hold")
-        return hold if hold and (not hold.until or hold.until > now) else None
+        return hold if hold and (not hold.until or hold.until > time.time()) else None
 
-    def hold(self, now: float) -> Hold | None:
+    def hold(self) -> Hold | None:
         """The hold that is in force."""
-        return self.hold_in(self.paths.stop, "stop") or self.operators_hold(now)
+        return self.hold_in(self.paths.stop, "stop") or self.operators_hold()
 
     def set_hold(self, hold: Hold) -> None:
         facts = {key: value for key, value in dataclasses.asdict(hold).items()
@@ -3740,9 +3671,6 @@ class Project:
         if not release:
             return self.api.snapshot(self.name)
         return self.api.snapshot(self.name, release.image_names.values(), release.volume_names)
-
-    def rows(self, release: Release, snapshot: Snapshot) -> tuple[Row, ...]:
-        return compare(release, snapshot, self.store.done)
 
     def context(self, tree: Tree) -> PolicyContext:
         """What the policy knows besides the model."""
@@ -3836,16 +3764,6 @@ def write_import(project: Project) -> None:
         project.store.set_announced("")
 
 
-def run_reload(target: Project, reload: Reload) -> None:
-    """Run the words of `reload` in a container of the target. Raises Fault."""
-    compose_service, words = reload.service, reload.words
-    model = target.store.current.model if target.store.current else {}
-    if reload.service not in compose_services(model):
-        compose_service, words = words[0], words[1:]
-    target.compose.run("exec", "-T", "--", compose_service, *words, deadline="reload").check(
-        f"reload failed, will be tried again: {shlex.join(reload.words)}")
-
-
 def follow_import(project: Project, target: Project | None) -> None:
     """Keep the import right, and announce it with `reload` until that worked. Raises Fault."""
     texts = import_of(project)
@@ -3854,7 +3772,10 @@ def follow_import(project: Project, target: Project | None) -> None:
     write_import(project)
     digest, reload = digest_of(texts, b""), project.service.reload
     if reload and target and project.store.announced != digest:
-        run_reload(target, reload)
+        model = target.store.current.model if target.store.current else {}
+        at = [] if reload.service not in compose_services(model) else [reload.service]
+        target.compose.run("exec", "-T", "--", *at, *reload.words, deadline="reload").check(
+            f"reload failed, will be tried again: {shlex.join(reload.words)}")
         project.say(f"reloaded: {reload.service}")
         project.store.set_announced(digest)
 
@@ -3907,30 +3828,17 @@ def read_values(project: Project, model: Model) -> dict[str, str]:
     project.compose.write("values.json", json.dumps(values_file(names)).encode())
     path = project.paths.own / "values.json"
     chown(path, project.account)
-    values = parse_values(project.compose.render([str(path)]))
+    found = project.compose.render([str(path)])
+    values = {name: str(text).replace("$$", "$")  # compose doubles each $
+              for name, text in found["x-pgod-values"].items() if found["x-pgod-set"][name]}
     if unset := [name for name in names if name not in values]:
         raise Refused(f"{', '.join(unset)} is not set: a config or secret takes its value from it; "
                       "set it in env or env_file of pgo.toml, or in .env of the repository")
     return values
 
 
-def missing_files(project: Project, model: Model, tree: Tree) -> list[str]:
-    """Files of configs and secrets that are neither in the commit nor on the server."""
-    missing = []
-    for bind in binds_of(model):
-        for root in (project.paths.worktree, project.paths.data):
-            relative = beneath(bind.source, str(root))
-            if not relative or bind.kind == "bind":
-                continue
-            with as_user(project.account):
-                if (relative not in tree or root != project.paths.worktree) and not (
-                        stat_beneath(root, relative)):
-                    missing.append(f"{bind.compose_service}: {bind.kind} {bind.source} is missing")
-    return missing
-
-
-def unfillable(model: Model) -> list[str]:
-    """Compose services whose containers compose can make and not fill."""
+def unfit(project: Project, model: Model, tree: Tree) -> list[str]:
+    """Configs and secrets that compose could not put into their containers, and why."""
     found = []
     for name, service in compose_services(model).items():
         for kind in ("configs", "secrets"):
@@ -3938,6 +3846,14 @@ def unfillable(model: Model) -> list[str]:
             found += [f"{name}: {key} has its text in the compose file or in a variable, and "
                       "read_only: true keeps it from being written; use a file" for key, entry
                       in entries if service.get("read_only") and "file" not in entry]
+    roots = (project.paths.worktree, project.paths.data)
+    for bind, root in ((bind, root) for bind in binds_of(model) for root in roots):
+        relative = beneath(bind.source, str(root))
+        if not relative or bind.kind == "bind" or (root == roots[0] and relative in tree):
+            continue
+        with as_user(project.account):
+            if not stat_beneath(root, relative):
+                found.append(f"{bind.compose_service}: {bind.kind} {bind.source} is missing")
     return found
 
 
@@ -3953,7 +3869,8 @@ def make_release(project: Project, commit: str, model: Model, tree: Tree,
     """The release of a checked model; its images are not known yet."""
     generated = {path: blob_of(text.encode()) for path, text in import_of(project).items()}
     files, key = Files(tree, str(project.paths.worktree), generated), project.store.digest_key()
-    digests = service_digests(model, files, values, key)
+    digests = {name: digest_of(service_facts(model, name, files, values), key)
+               for name in compose_services(model)}
     return Release(commit, project.configuration(), project.name,
                    with_labels(with_value_names(model), digests, adopted), digests,
                    input_digests(model, files, key), values=values,
@@ -3966,7 +3883,7 @@ def prepare(project: Project, commit: str) -> Prepared:
     model = render(project, tree)
     enforce(project, model, tree)
     values = read_values(project, model)
-    wrong = [*unfillable(model), *missing_files(project, model, tree),
+    wrong = [*unfit(project, model, tree),
              *bound_links(project, project.api.containers(project.name), tree)]
     if wrong:
         raise Refused("; ".join(wrong))
@@ -4036,14 +3953,6 @@ def refuse_what_cannot_be(project: Project, prepared: Prepared, snapshot: Snapsh
                     "that, it is tried again")
 
 
-def own_images(project: Project, release: Release) -> dict[str, str]:
-    """The images of a release, but for those that a neighbour builds."""
-    context = project.context({})
-    theirs = tuple(other.name + mark for other in context.others for mark in "-/")
-    return {name: identity for name, identity in release.images.items()
-            if context.owns(name, "-", "/") or not name.startswith(theirs)}
-
-
 def keep_images(project: Project, *releases: Release | None) -> None:
     """Have a tag of pgod's own on each image of these releases, and on no other one."""
     prefix = f"{KEEP_NAME}:{project.name}."
@@ -4057,23 +3966,18 @@ def keep_images(project: Project, *releases: Release | None) -> None:
         project.api.untag(name)
 
 
-def rebuild(project: Project, release: Release, names: Iterable[str]) -> None:
-    """Build the images of compose services again, from the release's commit. Raises Fault."""
-    project.git.export(release.commit)
-    project.compose.write_model("render.json", moved_paths(
-        release.model, str(project.paths.worktree), str(project.paths.export)))
-    project.compose.build(names)
-
-
 def restore_images(project: Project, release: Release) -> Release:
     """Have each name lead to the image that the release ran, also after a push or a prune.
 
     An image that is gone is pulled again by its digest, or built again; the release with what
-    came of that. Raises Fault.
+    came of that. The names of what a neighbour builds are the neighbour's. Raises Fault.
     """
-    images, services = dict(release.images), compose_services(release.model)
-    for name, identity in own_images(project, release).items():
-        if project.api.image(name).get("Id") == identity:
+    images, services, context = dict(release.images), compose_services(release.model), (
+        project.context({}))
+    theirs = tuple(other.name + mark for other in context.others for mark in "-/")
+    for name, identity in release.images.items():
+        if project.api.image(name).get("Id") == identity or (
+                name.startswith(theirs) and not context.owns(name, "-", "/")):
             continue
         try:
             if "@" not in name:
@@ -4084,9 +3988,15 @@ def restore_images(project: Project, release: Release) -> Release:
         builders = [service for service, image in release.image_names.items()
                     if image == name and services[service].get("build")]
         if builders:
-            rebuild(project, release, builders)
+            project.git.export(release.commit)
+            project.compose.write_model("render.json", moved_paths(
+                release.model, str(project.paths.worktree), str(project.paths.export)))
+            project.compose.build(builders)
         elif digest := release.pulled.get(name):
-            project.compose.pull_by_digest(digest)
+            project.compose.login()
+            project.shared.children.run(
+                ["docker", "pull", "--quiet", "--", digest], project.compose.who(),
+                deadline=DEADLINE["pull"], kind=("docker", "pull")).check("pull")
             if "@" not in name:
                 project.api.tag(digest, name)
         images[name] = str(project.api.image(name).get("Id", ""))
@@ -4175,7 +4085,7 @@ class Installation:
                 continue
             match = re.fullmatch(r"[0-9a-f]{12}_(.+)", container.name)
             if match and match[1] not in names:
-                api.rename(container.identity, match[1])
+                api.act("POST", f"/containers/{container.identity}/rename", {"name": match[1]})
             elif match:
                 api.remove([container.identity])
             elif not container.replaces:
@@ -4199,8 +4109,9 @@ class Installation:
         for name in names:
             identity = str(snapshot.networks[name]["Id"])
             for container in api.attached(identity):
-                api.disconnect(identity, container["Id"])
-            api.remove_network(identity)
+                api.act("POST", f"/networks/{identity}/disconnect",
+                        body={"Container": container["Id"], "Force": True})
+            api.act("DELETE", f"/networks/{identity}")
 
     def cure(self, rows: Sequence[Row], snapshot: Snapshot) -> None:
         """Do what removes these rows, and nothing else. Raises Fault."""
@@ -4272,7 +4183,7 @@ class Reconciler:
         current = self.store.current
         self.snapshot = self.project.snapshot(current)
         if current:
-            self.was_held = self.was_held or self.store.hold(time.time()) is not None
+            self.was_held = self.was_held or self.store.hold() is not None
             if not self.was_held:
                 self.store.set_done(note_done(current, self.snapshot, self.store.done))
             self.rows = compare(current, self.snapshot, self.store.done)
@@ -4304,7 +4215,10 @@ class Reconciler:
             try:
                 prepared = prepare(self.project, commit)
                 if waits_for_up(prepared.rendered) and self.store.current and not asked:
-                    self.wait_for_up(commit)
+                    failure = Failure(commit, prepared.release.configuration,
+                                      "x-pgo: reload: false", waits=True)
+                    if self.store.set_failure(failure):
+                        self.project.say(f"{failure}: {failure.reason}")
                     return
                 say(f"deploys {short(commit)}: {'; '.join(decision.reasons)}")
                 prepared = fetch_images(self.project, prepared, say)
@@ -4325,11 +4239,6 @@ class Reconciler:
             self.fail(commit, trouble, say, by, began, changed, [*changes])
         self.record_success(by, began)
         say(f"runs {short(commit)}, healthy after {time.monotonic() - began:.1f} s")
-
-    def wait_for_up(self, commit: str) -> None:
-        failure = Failure(commit, self.project.configuration(), "x-pgo: reload: false", waits=True)
-        if self.store.set_failure(failure):
-            self.project.say(f"{failure}: {failure.reason}")
 
     def begin(self, release: Release) -> tuple[Release, tuple[Row, ...], dict[str, int]]:
         """The release with what was ill before it, its rows, and the restarts until now."""
@@ -4390,7 +4299,10 @@ class Reconciler:
             if verdict == "good":
                 return None
             if verdict == "bad":
-                return trouble or Refused(self.too_late(why) if over else why)
+                wait = format_duration(self.project.service.wait)
+                return trouble or Refused(why if not over else (
+                    f'{why} after {wait}; an administrator allows more with wait = "…" in pgo.toml'
+                ))
             if any(row.how.cure for row in self.rows):
                 waits = any(row.how.waits for row in self.rows)
                 if not waits and (trouble or cures >= TRIES):
@@ -4406,11 +4318,6 @@ class Reconciler:
         release = self.store.current
         assert release
         self.store.set_current(self.cure(release, self.rows, say))
-
-    def too_late(self, why: str) -> str:
-        wait = format_duration(self.project.service.wait)
-        return f'{why} after {wait}; wait = "…" in pgo.toml, which an administrator sets, allows ' \
-            "more"
 
     def record_success(self, by: str, began: float) -> None:
         release, good = self.store.current, self.store.good
@@ -4474,10 +4381,11 @@ class Reconciler:
     def append_history(self, commit: str, by: str, began: float, outcome: str,
                        reason: str) -> None:
         """A line of history, and the metrics of a deploy."""
-        facts, seconds = self.project.git.describe(commit), round(time.monotonic() - began, 1)
+        author, subject = self.project.git.describe(commit)
+        seconds = round(time.monotonic() - began, 1)
         self.store.append_history({
-            "time": round(time.time(), 3), "commit": commit, "author": facts.author,
-            "subject": facts.subject, "by": by, "seconds": seconds, "outcome": outcome,
+            "time": round(time.time(), 3), "commit": commit, "author": author,
+            "subject": subject, "by": by, "seconds": seconds, "outcome": outcome,
             "reason": redact(reason, self.project.service.secrets)})
         metrics, name = self.project.shared.metrics, self.project.name
         metrics.add("pgo_service_deploys_total", service=name, outcome=outcome)
@@ -4618,15 +4526,9 @@ class Worker(threading.Thread):
     def ask(self, job: Job) -> Job:
         """Queue a job."""
         with self._condition:
-            if self.shared.stopping.is_set():
-                self.refuse(job)
-            else:
-                self._jobs.append(job)
-                self._condition.notify()
+            self._jobs.append(job)
+            self._condition.notify()
         return job
-
-    def hold(self) -> Hold | None:
-        return self.store.hold(time.time())
 
     def fresh_view(self) -> View:
         """What is known, with what the engine has at this moment."""
@@ -4666,7 +4568,8 @@ class Worker(threading.Thread):
                     job.done.set_result(1)
         with self._condition:
             for waiting in self._jobs:
-                self.refuse(waiting)
+                waiting.say("pgod is ending; try again in a moment")
+                waiting.done.set_result(1)
 
     def _next(self) -> tuple[Job | None, set[str]]:
         """The next job, or what it was woken by; sleeps until there is something."""
@@ -4697,11 +4600,6 @@ class Worker(threading.Thread):
         self.shared.children.beat()
         if self.shared.stopping.is_set():
             raise Stopping
-
-    @staticmethod
-    def refuse(job: Job) -> None:
-        job.say("pgod is ending; try again in a moment")
-        job.done.set_result(1)
 
     def publish(self) -> None:
         """Show others what is known."""
@@ -4844,8 +4742,8 @@ class Worker(threading.Thread):
 
     def end_hold(self) -> Hold | None:
         """The hold in force; one whose time is over is removed."""
-        hold = self.hold()
-        if not self.store.operators_hold(time.time()) and (
+        hold = self.store.hold()
+        if not self.store.operators_hold() and (
                 self.store.hold_in(self.project.paths.own / "hold.json", "hold")):
             self.store.release_hold()
             self.project.say("hold ended: its time is over")
@@ -4912,7 +4810,7 @@ def show_metrics(shared: Shared) -> None:
     """Set the gauges of every service, from what its thread shows."""
     metrics = shared.metrics
     for name, worker in shared.workers.items():
-        view, hold = worker.view, worker.hold()
+        view, hold = worker.view, worker.store.hold()
         metrics.set("pgo_service_in_sync", view.in_sync, service=name)
         metrics.set("pgo_service_held", hold is not None, service=name)
         metrics.set("pgo_service_consecutive_failures", view.failures, service=name)
@@ -4945,7 +4843,7 @@ class ParsedCommand:
         words: list[str] = []
         for name, value in self.options:
             shown = "***" if hidden and name in ("-e", "--env") else value
-            valued = value != "" or name.lstrip("-") in valued_options(self.command)
+            valued = option_names(self.command)[name]
             if name.startswith("--"):
                 words.append(f"{name}={shown}" if valued else name)
             else:
@@ -4964,13 +4862,6 @@ class ParsedCommand:
 # What a service's thread does:
 
 
-def ended_well(worker: Worker) -> None:
-    """Raises Fault unless the newest commit is what runs, well."""
-    if worker.remote_error:
-        raise Fault(worker.remote_error)
-    worker.reconciler.await_ill(worker.project.say)
-
-
 def saying(worker: Worker, job: Job) -> Progress:
     """Tell the one who asked, and the log."""
     def say(text: str) -> None:
@@ -4980,7 +4871,7 @@ def saying(worker: Worker, job: Job) -> Progress:
 
 
 def refuse_hold(worker: Worker) -> None:
-    if held := worker.store.operators_hold(time.time()):
+    if held := worker.store.operators_hold():
         raise Refused(f"{held}; release it first")
 
 
@@ -4989,7 +4880,9 @@ def job_up(worker: Worker, job: Job) -> None:
     refuse_hold(worker)
     worker.store.release_stop()
     worker.reconcile(frozenset({"start"}), saying(worker, job), job.by, asked=True)
-    ended_well(worker)
+    if worker.remote_error:
+        raise Fault(worker.remote_error)
+    worker.reconciler.await_ill(job.say)
 
 
 def job_pull(worker: Worker, job: Job) -> None:
@@ -5001,9 +4894,8 @@ def job_pull(worker: Worker, job: Job) -> None:
                 f"{'; '.join(decision.reasons)}")
     if failure and failure.commit == worker.wanted and not failure.waits:
         raise Refused(f"{short(worker.wanted)} is not deployed: {failure.reason}")
-    if worker.hold() or (failure and failure.waits):
-        return
-    ended_well(worker)
+    if not worker.store.hold() and not (failure and failure.waits):
+        worker.reconciler.await_ill(job.say)
 
 
 def job_stop(worker: Worker, job: Job) -> None:
@@ -5032,7 +4924,7 @@ def job_start(worker: Worker, job: Job) -> None:
 
 
 def job_restart(worker: Worker, job: Job) -> None:
-    if hold := worker.hold():
+    if hold := worker.store.hold():
         raise Refused(f"{hold}; up or start ends that")
     make_binds(worker.project, require_release(worker).model)
     run_compose(worker, job)
@@ -5052,7 +4944,7 @@ def job_plan(worker: Worker, job: Job) -> None:
     """What would be done now and why; nothing is. Raises Refused with every violation."""
     worker.ask_remote(job.say)
     worker.reconciler.look()
-    decision = decide(worker.situation(worker.hold(), asked=False))
+    decision = decide(worker.situation(worker.store.hold(), asked=False))
     job.say(f"{decision.action}: {'; '.join(decision.reasons)}")
     current, project = worker.store.current, worker.project
     if decision.action != "deploy":
@@ -5092,10 +4984,6 @@ def run_compose(worker: Worker, job: Job) -> None:
 # What is answered at once:
 
 
-def answer_ping(worker: Worker, command: ParsedCommand, by: str) -> str:
-    return "pong"
-
-
 def answer_hash(worker: Worker, command: ParsedCommand, by: str) -> str:
     if not (release := worker.view.release):
         raise Refused("nothing was deployed yet")
@@ -5118,7 +5006,7 @@ def answer_help(worker: Worker, command: ParsedCommand, by: str) -> str:
 
 def status_facts(worker: Worker, now: float) -> dict[str, Any]:
     """All that is known of a service, for programs. Times are seconds since the epoch."""
-    view, hold, release = worker.fresh_view(), worker.hold(), worker.view.release
+    view, hold, release = worker.fresh_view(), worker.store.hold(), worker.view.release
     return {
         "service": worker.name, "commit": release.commit if release else "",
         "since": release.since if release else 0.0, "wanted": view.wanted,
@@ -5186,8 +5074,8 @@ def answer_hold(worker: Worker, command: ParsedCommand, by: str) -> str:
 
 
 def answer_release(worker: Worker, command: ParsedCommand, by: str) -> str:
-    if not worker.store.operators_hold(time.time()):
-        hold = worker.hold()
+    if not worker.store.operators_hold():
+        hold = worker.store.hold()
         raise Refused(f"{hold}; up or start ends that" if hold else "there is no hold")
     worker.store.release_hold()
     log.info("%s: hold released by %s", worker.name, by)
@@ -5235,7 +5123,7 @@ COMMANDS: dict[str, Command] = {
     "load": Command("check the newest commit against the policy, change nothing", job=job_load),
     "git pull": Command("fetch, and deploy what is new", job=job_pull),
     "git hash": Command("print the commit that runs", answer=answer_hash),
-    "ping": Command("answer pong", answer=answer_ping),
+    "ping": Command("answer pong", answer=lambda *_: "pong"),
     "plan": Command("show what would be done now and why, do nothing", job=job_plan),
     "status": Command("show what runs, since when, and why not the newest", "--json",
                       answer=answer_status),
@@ -5257,10 +5145,6 @@ def option_names(command: str) -> dict[str, bool]:
     """The options of a command, and whether they take a value."""
     return {name: "=" in text for text in COMMANDS[command].options.split()
             for name in text.partition("=")[0].split("|")}
-
-
-def valued_options(command: str) -> set[str]:
-    return {name.lstrip("-") for name, valued in option_names(command).items() if valued}
 
 
 def parse_options(command: str, arguments: Sequence[str]
