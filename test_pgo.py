@@ -51,7 +51,7 @@ GIT_IDENTITY = {f"GIT_{who}_{what}": "pgotest@localhost" for who in ("AUTHOR", "
                 for what in ("NAME", "EMAIL")}
 PATIENCE = 60.0  # seconds that a condition is waited for before the test has failed
 
-# ---- Lab ---------------------------------------------------------------------------------------
+# ---- Lab -----------------------------------------------------------------------------------------
 
 
 def run(*words: str | Path, check: bool = True, **options: Any) -> subprocess.CompletedProcess[str]:
@@ -516,135 +516,142 @@ def real(name: str) -> str:
     return found
 
 
-# ---- Configuration -----------------------------------------------------------------------------
+def rendered(folder: Path, compose: str,
+             files: Mapping[str, str] | None = None) -> tuple[pgod.Model, pgod.Tree]:
+    """A compose file as compose itself renders it, and the commit it lies in.
+
+    A file whose content begins with `->` is a symlink in the commit, `@` makes it a submodule.
+    """
+    export = folder / "export"
+    tree: pgod.Tree = {}
+    for name, content in ({"compose.yaml": compose} | dict(files or {})).items():
+        path = export / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        mode = {"->": "120000", "@": "160000"}.get(content[:2], "100644")
+        if mode == "120000":
+            path.symlink_to(content[2:])
+        elif mode == "100644":
+            path.write_text(content)
+        tree[name] = (mode, "0" * 40)
+    done = run("docker", "compose", "--project-name", "app", "--project-directory", export,
+               "--file", export / "compose.yaml", "config", "--format", "json",
+               env=process_environment())
+    model = pgod.moved_paths(json.loads(done.stdout), str(export), "/lib/app")
+    return pgod.moved_paths(model, str(folder), "/lib"), tree
 
 
-ENTRY = '[[services]]\nname = "app"\nuser = "root"\nrepository = "/srv/app.git"\n'
+def sleeper(**keys: Any) -> dict[str, Any]:
+    """A compose service that does nothing."""
+    return {"image": IMAGE, "command": "sleep 100000", "init": True, "stop_grace_period": "1s",
+            "healthcheck": HEALTHY} | keys
 
 
-def configuration_errors(text: str) -> str:
-    try:
-        pgod.parse_configuration(text)
-    except pgod.ConfigurationError as error:
-        return str(error)
-    return ""
+def registry(lab: Lab, logins: Mapping[str, str]) -> int:
+    """Docker's registry with these users and tokens; its port."""
+    port, folder = free_port(), lab.folder / "registry"
+    folder.mkdir()
+    entries = [run(real("htpasswd"), "-Bbn", *login).stdout for login in logins.items()]
+    (folder / "htpasswd").write_text("".join(entries))
+    (folder / "config.yml").write_text(json.dumps({
+        "version": 0.1, "storage": {"filesystem": {"rootdirectory": str(folder)}},
+        "http": {"addr": f"127.0.0.1:{port}"},
+        "auth": {"htpasswd": {"realm": "test", "path": str(folder / "htpasswd")}}}))
+    serve(lab, port, real("docker-registry"), "serve", folder / "config.yml")
+    return port
 
 
-@pytest.mark.parametrize(("text", "told"), [
-    ("", ["no [[services]]"]),
-    ("[[services]\n", ["not TOML", "line 1"]),
-    ("services = 3", ["[[services]]"]),
-    ("[services]\nname = 'a'", ["[[services]]"]),
-    ("debug = true\n" + ENTRY, ["'debug'"]),
-    ("[[service]]\nname = 'a'", ["'service'", '"services"']),
-    ("[[services]]\nname = 'a'", ["'a'", "user is missing", "repository is missing"]),
-    ("[[services]]\nuser = 'root'", ["service 1", "name is missing", "repository is missing"]),
-    (ENTRY + ENTRY, ["'app'", "2 times"]),
-    (ENTRY + "branche = 'x'", ["'app'", "'branche'", '"branch"']),
-    (ENTRY + "color = 1", ["'app'", "unknown key 'color'"]),
-    (ENTRY.replace('"app"', '"My App"'), ["name", "'My App'", "a-z"]),
-    (ENTRY.replace('"app"', '"../x"'), ["name", "'../x'"]),
-    (ENTRY.replace('"app"', "7"), ["name", "string"]),
-    (ENTRY.replace('"root"', '"no-such"'), ["'app'", "user", "'no-such'", "useradd"]),
-    (ENTRY.replace("/srv/app.git", "ftp://x/y"), ["'app'", "repository", "https, ssh or git"]),
-    (ENTRY.replace("/srv/app.git", "http://x/y"), ["repository", "https"]),
-    (ENTRY.replace("/srv/app.git", "srv/app.git"), ["repository", "absolute path"]),
-    (ENTRY.replace("/srv/app.git", "https:///y"), ["repository", "no host"]),
-    (ENTRY.replace("/srv/app.git", "ssh://git:geheim1@x/y"), ["repository", "deploy_key"]),
-    (ENTRY.replace("/srv/app.git", "ext::sh -c x"), ["repository"]),
-    (ENTRY.replace("/srv/app.git", "ssh://-oProxyCommand=x/y"), ["repository", "host"]),
-    (ENTRY + "branch = '-x'", ["branch", "'-x'"]),
-    (ENTRY + "branch = 'a..b'", ["branch", "'a..b'"]),
-    (ENTRY + "registries = ['geheim1']", ["registries", "user:token@registry"]),
-    (ENTRY + "registries = ['u:geheim1@']", ["registries", "user:token@registry"]),
-    (ENTRY + "registries = 'u:geheim1@r'", ["registries", "list"]),
-    (ENTRY + "compose = '/etc/x.yaml'", ["compose", "'/etc/x.yaml'", "inside the repository"]),
-    (ENTRY + "compose = ['a.yaml', '../b']", ["compose", "'../b'"]),
-    (ENTRY + "compose = 1", ["compose", "list"]),
-    (ENTRY + "env = ['geheim1']", ["env", "entry 1", "NAME=VALUE"]),
-    (ENTRY + "env = ['A=1', '2=geheim1']", ["env", "entry 2"]),
-    (ENTRY + "env_file = '/no/such'", ["env_file", "'/no/such'", "No such file"]),
-    (ENTRY + "env_file = 'a'", ["env_file", "absolute"]),
-    (ENTRY + "deploy_key = '/no/such'", ["deploy_key", "'/no/such'", "No such file"]),
-    (ENTRY + "urls = ['a']", ["urls", "table"]),
-    (ENTRY + "urls = {'a b' = 'x:1'}", ["urls", "'a b'", "host name"]),
-    (ENTRY + 'urls = {"a\\n}" = "x:1"}', ["urls", "host name"]),
-    (ENTRY + "urls = {'a' = 'x'}", ["urls", "'x'", "pgo:5006"]),
-    (ENTRY + "urls = {'a' = 'x:1 }'}", ["urls", "'x:1 }'"]),
-    (ENTRY + "urls = {'a' = 'x:1'}\n" + ENTRY.replace("app", "two") + "urls = {'a' = 'y:1'}",
-     ["'two'", "urls", "a belongs to 'app'"]),
-    (ENTRY + "urls = {'a' = 'x:99999'}", ["urls", "'x:99999'"]),
-    (ENTRY + "networks = 'n'", ["networks", "list"]),
-    (ENTRY + "networks = ['a b']", ["networks", "'a b'"]),
-    (ENTRY + "import = '/etc/caddy/x'", ["import", "inside the repository"]),
-    (ENTRY + "import = 'x'\nreload = 'caddy exec'", ["reload", "localhost:SERVICE//exec"]),
-    (ENTRY + "import = 'x'\nreload = 'localhost:app//exec \"a'", ["reload", "quot"]),
-    (ENTRY + "import = 'x'\nreload = 'localhost:ap//exec a'", ["reload", "'ap'", '"app"']),
-    (ENTRY + "reload = 'localhost:app//exec a'", ["reload", "import"]),
-    (ENTRY + "mount = 'server:/x'", ["mount", "nfs://server/path"]),
-    (ENTRY + "mount = 'nfs://s/x,exec'", ["mount", "nfs://server/path"]),
-    (ENTRY + "profiles = 'x'", ["profiles", "list"]),
-    (ENTRY + "allow = ['priviledged']", ["allow", "'priviledged'", '"privileged"']),
-    (ENTRY + "allow = ['ports:http']", ["allow", "'ports:http'", "'ports:80'"]),
-    (ENTRY + "wait = '2 minutes'", ["wait", "'2 minutes'", "90s"]),
-    (ENTRY + "wait = '0s'", ["wait", "1s"]),
-    (ENTRY + "wait = 120", ["wait", "string"]),
-    (ENTRY + "rollback = 'no'", ["rollback", "true or false"]),
-])
-def test_wrong_configuration_says_what_and_where(text: str, told: list[str]) -> None:
-    errors = configuration_errors(text)
-    assert all(word in errors for word in told), errors
-    assert "geheim" not in errors
+def upload(lab: Lab, image: str, user: str, token: str, source: str = IMAGE) -> None:
+    """An image to a registry, and its name away from the engine again."""
+    options = ("--config", str(lab.folder / "uploader"))
+    run("docker", *options, "login", "-u", user, "--password-stdin", image.partition("/")[0],
+        input=token)
+    docker("tag", source, image)
+    docker(*options, "push", "-q", image)
+    docker("rmi", image)
 
 
-def test_all_errors_of_a_configuration_come_at_once() -> None:
-    text = (ENTRY + "brnch = 'x'\nwait = 1\n" + ENTRY.replace("app", "two") + "compose = ''\n"
-            + "[[services]]\nname = 'three'\n")
-    lines = configuration_errors(text).splitlines()
-    assert [line.split(":")[0] for line in lines] == [
-        "service 'app'", "service 'app'", "service 'two'", "service 'three'", "service 'three'"]
+WAIT: dict[str, Any] = {"wait": "20s"}
+TWO = {"db": {"image": IMAGE, "command": "sleep 100000", "init": True, "stop_grace_period": "1s",
+              "healthcheck": HEALTHY}}
 
 
-def entry(**keys: Any) -> pgod.Service:
-    """The Service of an entry with these keys."""
-    lines = "".join(f"{key.rstrip('_')} = {toml_value(value)}\n" for key, value in keys.items())
-    head = "".join(line for line in ENTRY.splitlines(True)
-                   if line.split(" = ")[0] not in keys)
-    (service,) = pgod.parse_configuration(head + lines)
-    return service
+def deployed(lab: Lab, *names: str) -> None:
+    """Start pgod and wait until all run."""
+    lab.start()
+    for name in names:
+        lab.runs(name, lab.repositories[name].git("rev-parse", "HEAD"))
 
 
-BASIC = base64.b64encode(b"me:p@ss/w:rd").decode()
+def polls(lab: Lab, name: str) -> int:
+    match = re.search(rf'pgo_command_count{{service="{name}",cmd="git",subcmd="ls-remote"}} (\d+)',
+                      lab.metrics())
+    return int(match[1]) if match else 0
 
 
-@pytest.mark.parametrize(("key", "value", "attribute", "parsed"), [
-    ("branch", "release/1.0", "branch", "release/1.0"),
-    ("registries", ["u:t@r.example", "t2@r:5000", ":t3@r", "u:a:b@c@r/team"], "registries",
-     (pgod.Registry("r.example", "u", "t"), pgod.Registry("r:5000", "root", "t2"),
-      pgod.Registry("r", "root", "t3"), pgod.Registry("r/team", "u", "a:b@c"))),
-    ("compose", "deploy/my.yaml", "compose", ("deploy/my.yaml",)),
-    ("compose", ["a.yaml", "b.yaml"], "compose", ("a.yaml", "b.yaml")),
-    ("env", ["A=1=2", "B=", "C= x\ny"], "env", (("A", "1=2"), ("B", ""), ("C", " x\ny"))),
-    ("urls", {"b.example": "b:1", "*.a.example": "a_1.x-y:65535"}, "urls",
-     (("*.a.example", "a_1.x-y:65535"), ("b.example", "b:1"))),
-    ("urls", {"http://a.example:8080": "a:1"}, "urls", (("http://a.example:8080", "a:1"),)),
-    ("networks", ["reverse_proxy"], "networks", ("reverse_proxy",)),
-    ("import", "caddy/Caddyfile-import", "import_file", "caddy/Caddyfile-import"),
-    ("mount", "nfs://nas.example/srv/a", "mount", "nfs://nas.example/srv/a"),
-    ("profiles", ["a", "b"], "profiles", ("a", "b")),
-    ("allow", ["ports:80", "bind:/srv/media:ro"], "allow", ("ports:80", "bind:/srv/media:ro")),
-    ("wait", "1h1m1.5s", "wait", 3661.5),
-    ("rollback", False, "rollback", False),
-    ("repository", "https://me:p%40ss%2Fw:rd@h.example:8443/a.git", "repository",
-     pgod.Remote("https://h.example:8443/a.git", f"Authorization: Basic {BASIC}",
-                 tuple(sorted({BASIC, "p%40ss%2Fw:rd", "p@ss/w:rd", "p%40ss%2Fw%3Ard"})))),
-    ("repository", "git@h.example:a/b.git", "repository", pgod.Remote("git@h.example:a/b.git")),
-    ("repository", "ssh://git@h:22/a", "repository", pgod.Remote("ssh://git@h:22/a")),
-    ("repository", "git://h/a", "repository", pgod.Remote("git://h/a")),
-    ("repository", "file:///srv/a", "repository", pgod.Remote("/srv/a")),
-])
-def test_every_key_is_understood(key: str, value: Any, attribute: str, parsed: Any) -> None:
-    assert getattr(entry(**{key: value}), attribute) == parsed
+def more_polls(lab: Lab, name: str, count: int) -> None:
+    """Wait until the remote was asked that many times again."""
+    before = polls(lab, name)
+    until(lambda: polls(lab, name) >= before + count, f"{count} polls")
+
+
+def files_of(folder: Path) -> dict[str, tuple[int, bytes]]:
+    """Inode and content of every file beneath it."""
+    return {str(path): (path.lstat().st_ino, path.read_bytes())
+            for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+class GitServer:
+    """git daemon on a loopback port, which can be ended and started."""
+
+    def __init__(self, lab: Lab) -> None:
+        self.lab, self.port = lab, free_port()
+        self.process: subprocess.Popen[bytes] | None = None
+        lab.exits.callback(self.stop)
+
+    def url(self, name: str) -> str:
+        return f"git://127.0.0.1:{self.port}/{name}/bare.git"
+
+    def start(self) -> None:
+        base = self.lab.folder / "repositories"
+        self.process = subprocess.Popen(
+            ["git", "-c", "safe.directory=*", "daemon", "--export-all", "--reuseaddr",
+             "--listen=127.0.0.1", f"--port={self.port}", f"--base-path={base}", str(base)],
+            stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+            start_new_session=True, env=os.environ | {"GIT_CONFIG_COUNT": "1",
+            "GIT_CONFIG_KEY_0": "safe.directory", "GIT_CONFIG_VALUE_0": "*"})
+
+        def answers() -> bool:
+            with socket.socket() as sock:
+                return sock.connect_ex(("127.0.0.1", self.port)) == 0
+        until(answers, "git daemon listens")
+
+    def stop(self) -> None:
+        if self.process:
+            os.killpg(self.process.pid, signal.SIGKILL)
+            self.process.wait()
+            self.process = None
+
+
+@pytest.fixture(scope="module")
+def quiet(machine: None) -> Iterator[Lab]:
+    """A started pgod without SSH, on every address, with one service."""
+    with make_lab() as lab:
+        name = lab.service("a", env=[f"PGOTEST_SECRET={SECRET}"])
+        lab.start("--ssh", "", "--metric", f":{lab.metric_port}", "--debug")
+        lab.runs(name, lab.repositories[name].git("rev-parse", "HEAD"))
+        yield lab
+
+
+# ---- Values --------------------------------------------------------------------------------------
+
+
+def test_secret_in_a_violation_is_hidden_however_long_it_is() -> None:
+    secret = "s$" * 150
+    found = pgod.Violation("web", "cap_add", secret.replace("$", "$$"), "is wrong")
+    assert "s$" not in str(found.redacted([secret]))
+
+
+# ---- Parsing -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("text", "words"), [
@@ -655,17 +662,6 @@ def test_every_key_is_understood(key: str, value: Any, attribute: str, parsed: A
 ])
 def test_reload_is_split_as_a_shell_would(text: str, words: tuple[str, ...]) -> None:
     assert entry(**{"import": "x", "reload": text}).reload == pgod.Reload("app", words)
-
-
-def test_env_wins_over_env_file(tmp_path: Path) -> None:
-    path = tmp_path / "env"
-    path.write_text("# secrets\n\nA=file\nexport B='x y'\nC=\"=\"\n")
-    assert dict(entry(env=["A=toml"], env_file=str(path)).env) == {
-        "A": "toml", "B": "x y", "C": "="}
-    path.write_text("A=1\ngeheim1\n")
-    errors = configuration_errors(f"{ENTRY}env_file = '{path}'")
-    assert "line 2" in errors
-    assert "geheim1" not in errors
 
 
 @pytest.mark.parametrize(("text", "seconds"), [
@@ -687,39 +683,167 @@ def test_addresses_are_those_of_go(text: str, address: tuple[str, int] | None) -
             pgod.parse_address(wrong)
 
 
-def check(path: Path) -> subprocess.CompletedProcess[str]:
-    return run(sys.executable, HERE / "pgod.py", "--check", "-c", path, check=False)
+def test_keys_of_a_repository_are_bounded(tmp_path: Path) -> None:
+    good = "ssh-ed25519 " + base64.b64encode(
+        b"\0\0\0\x0bssh-ed25519\0\0\0\x20" + b"k" * 32).decode()
+    keys, wrong = pgod.parse_key_file(f"# mine\n\n{good} a\nrubbish\n{good} b\nmore".encode())
+    assert [key.comment for key in keys] == ["a", "b"]
+    assert wrong.startswith("line 4 ")
+    assert pgod.parse_key_file(b"#" * 16385) == ([], "has more than 16 KiB")
 
 
-def test_check_tells_right_from_wrong_by_its_status(tmp_path: Path) -> None:
-    path = tmp_path / "pgo.toml"
-    path.write_text(ENTRY)
-    assert check(path).returncode == 0
-    path.write_text(ENTRY + "wiat = '1s'\n[[services]]\n")
-    wrong = check(path)
-    assert wrong.returncode == 1
-    assert '"wait"' in wrong.stderr
-    assert "name is missing" in wrong.stderr
-    assert "Traceback" not in check(tmp_path / "none").stderr
-    assert check(tmp_path / "none").returncode == 1
+def test_interval_of_nothing_is_refused() -> None:
+    done = run(sys.executable, HERE / "pgod.py", "--check", "-t", "0s", check=False)
+    assert done.returncode == 2
+    assert "more than 0s" in done.stderr
 
 
-def test_example_shows_every_key_and_is_valid(tmp_path: Path) -> None:
-    example = HERE / "pgo.toml.example"
-    done = check(example)
-    assert done.returncode == 0, done.stderr
-    text = example.read_text()
-    for key in pgod.SERVICE_KEYS:
-        assert re.search(rf"^(# )?{key} = ", text, re.M), f"the example lacks {key}"
-    (tmp_path / "secret").touch()
-    whole = re.sub(r"^# (\w+ = )", r"\1", text, flags=re.M)
-    whole = re.sub(r"^(env_file|deploy_key) = .*", rf'\1 = "{tmp_path}/secret"', whole, flags=re.M)
-    services = pgod.parse_configuration(whole)
-    assert {user.user for user in services} <= {"root", "nobody", "www-data"}
+# ---- Files ---------------------------------------------------------------------------------------
 
 
-# ---- Git ---------------------------------------------------------------------------------------
+def test_link_that_a_container_made_is_not_followed(lab: Lab) -> None:
+    outside = lab.folder / "outside"
+    outside.mkdir(mode=0o777)
+    outside.chmod(0o777)
+    name = lab.service("a", {"compose.yaml": compose_file(volumes=["./d:/d"]), "d/sub/x": "x"},
+                       **{"import": "d/conf/caddy"})
+    lab.duration = "1h"
+    lab.start()
+    lab.runs(name, lab.repositories[name].git("rev-parse", "HEAD"))
+    docker("exec", f"{name}-web-1", "sh", "-c",
+           f"rm -rf /d/sub /d/conf; ln -s {outside} /d/sub; ln -s {outside} /d/conf")
+    lab.push(name, {"d/sub/x": "y", "d/sub/y": "z"})
+    answer = lab.ssh(f"{name}//up")
+    assert answer.returncode == 1
+    assert "link" in answer.stderr
+    assert not list(outside.iterdir())
 
+
+def test_path_that_leaves_the_work_tree_is_not_written(lab: Lab) -> None:
+    """git itself makes no such commit; one made by hand is pushed."""
+    name = lab.service("a")
+    lab.duration = "1h"
+    lab.start()
+    repository = lab.repositories[name]
+    lab.runs(name, repository.git("rev-parse", "HEAD"))
+    good, blob = (repository.git("rev-parse", f"HEAD{what}") for what in ("", ":compose.yaml"))
+
+    def tree(*entries: tuple[str, str, str]) -> str:
+        data = b"".join(f"{mode} {name}\0".encode() + bytes.fromhex(what)
+                        for mode, name, what in entries)
+        done: Any = run("git", "-C", repository.work, "hash-object", "-t", "tree", "-w",
+                        "--literally", "--stdin", input=data, text=False)
+        return str(done.stdout.decode()).strip()
+
+    for part in ("..", ".git"):
+        top = tree(("40000", part, tree(("100644", "pwned", blob))),
+                   ("100644", "compose.yaml", blob))
+        commit = repository.git("commit-tree", "-m", "x", top)
+        repository.git("push", "-q", "-f", "origin", f"{commit}:main")
+        lab.ssh(f"{name}//up")
+        assert lab.commit(name) == good
+    assert not [path for path in lab.folder.rglob("pwned") if "repositories" not in path.parts]
+
+
+def test_full_disk_leaves_the_old_state_or_the_new(lab: Lab) -> None:
+    lab.directory.mkdir()
+    run("mount", "-t", "tmpfs", "-o", "size=8m,mode=755", "tmpfs", lab.directory)
+    lab.exits.callback(run, "umount", "-l", lab.directory)
+    name = lab.service("a", {"file": "old"})
+    lab.duration = "300ms"
+    deployed(lab, name)
+    before = lab.containers(name)
+    (lab.directory / "ballast").write_bytes(b"x")
+    with contextlib.suppress(OSError), (lab.directory / "ballast").open("wb", 0) as file:
+        while True:
+            file.write(bytes(1 << 12))
+    commit = lab.push(name, {"file": "new", "big": "x" * 3_000_000})
+    until(lambda: "No space" in lab.daemon.log(), "noticed")
+    assert (lab.directory / name / "file").read_text() == "old"
+    assert lab.containers(name) == before
+    (lab.directory / "ballast").unlink()
+    lab.runs(name, commit)
+    assert (lab.directory / name / "file").read_text() == "new"
+    assert lab.containers(name) == before
+
+
+# ---- Metrics -------------------------------------------------------------------------------------
+
+
+def test_promtool_finds_no_fault(quiet: Lab) -> None:
+    done = run("promtool", "check", "metrics", input=quiet.metrics(), check=False)
+    lint = [line for line in (done.stdout + done.stderr).splitlines()
+            if not line.startswith("pgo_command_")]  # their names are the Go program's
+    assert not lint
+
+
+# ---- Children ------------------------------------------------------------------------------------
+
+
+def test_compose_runs_as_the_user_and_alone_has_the_docker_group(lab: Lab) -> None:
+    record, tools = lab.folder / "record", lab.folder / "tools"
+    record.touch()
+    record.chmod(0o666)
+    for tool in ("git", "docker", "prlimit"):
+        program(tools, tool, f'echo "$(id -u) $(id -G) {tool} $*" >> {record}\n'
+                             f'exec {real(tool)} "$@"')
+    run("groupadd", lab.name)
+    lab.exits.callback(run, "groupdel", lab.name)
+    run("usermod", "-aG", lab.name, USERS[0])
+    name = lab.service("")
+    lab.start(env={"PATH": f"{tools}:{os.environ['PATH']}"})
+    lab.runs(name, lab.repositories[name].git("rev-parse", "HEAD"))
+    user, docker_gid = pwd.getpwnam(USERS[0]), grp.getgrnam("docker").gr_gid
+    groups = set(os.getgrouplist(USERS[0], user.pw_gid))
+    assert grp.getgrnam(lab.name).gr_gid in groups
+    lines = re.findall(r"^(\d+) ([\d ]+) (git|docker|prlimit) (.*)", record.read_text(), re.M)
+    seen = set()
+    for uid, ids, tool, words in lines:
+        if name not in words:  # of pgod itself, as root: the version, the events
+            continue
+        rendering = tool == "docker" and " config --format json" in words
+        expected = groups | {docker_gid} if tool == "docker" and not rendering else groups
+        assert (int(uid), set(map(int, ids.split()))) == (user.pw_uid, expected), f"{tool} {words}"
+        seen.add("rendering" if rendering else tool)
+    assert seen == {"git", "docker", "prlimit", "rendering"}
+
+
+def test_hung_remote_delays_nobody_else(lab: Lab) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        hung, other = lab.service("hung"), lab.service("other")
+        lab.services[hung]["repository"] = f"git://127.0.0.1:{silent.getsockname()[1]}/x"
+        lab.write_config()
+        deployed(lab, other)
+        assert lab.ssh(f"{other}//ping").stdout == "pong\n"
+        assert lab.daemon.stop() == 0
+
+
+def hung(mark: str) -> list[str]:
+    """The processes with that in their command line."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):
+            found += [path.parent.name] if mark.encode() in path.read_bytes() else []
+    return found
+
+
+def test_child_that_hangs_is_ended_with_all_it_started() -> None:
+    children = pgod.Children(pgod.Metrics(), "PGOD_RUN=test")
+    words = ["sh", "-c", "trap '' TERM; sleep 98765 & setsid --fork true; sleep 98765"]
+    result = children.run(words, pgod.RunAs(), deadline=0.5, kind=("", ""))
+    assert "longer than" in result.complaint
+    assert not hung("98765")
+
+
+def test_secrets_are_not_logged(quiet: Lab) -> None:
+    """Also where each child is one line of the log."""
+    log, name = quiet.daemon.log(), f"{quiet.name}-a"
+    assert re.search(rf"DEBUG {name}: runs: git .*ls-remote ", log)
+    assert re.search(rf"DEBUG {name}: runs: docker compose .* up ", log)
+    assert SECRET not in log
+
+
+# ---- Git -----------------------------------------------------------------------------------------
 
 TOKEN = "t@k:n/%41+z"
 
@@ -862,6 +986,81 @@ def test_rewritten_history_is_followed(lab: Lab) -> None:
     assert lab.containers(name) == before
 
 
+def test_damaged_git_folder_heals_itself(lab: Lab) -> None:
+    lab.duration = "1h"
+    name = lab.service("")
+    lab.start()
+    lab.runs(name, lab.repositories[name].git("rev-parse", "HEAD"))
+    folder = lab.directory / ".pgod" / name / "git"
+
+    def truncate_objects() -> None:
+        for path in (folder / "objects").rglob("*"):
+            if path.is_file():
+                os.truncate(path, 0)
+
+    def leave_locks() -> None:
+        for lock in ("index.lock", "export.index.lock", "shallow.lock", "config.lock",
+                     "refs/pgod/wanted.lock", "packed-refs.lock"):
+            (folder / lock).touch()
+
+    def lose_it() -> None:
+        shutil.rmtree(folder / "refs")
+        (folder / "HEAD").write_bytes(b"")
+
+    for number, damage in enumerate((truncate_objects, leave_locks, lose_it)):
+        damage()
+        assert deploys(lab, name, {"new": str(number)}) == set(), damage
+        assert differences(lab, name) == ""
+
+
+def test_a_clone_that_failed_half_way_is_begun_anew(lab: Lab) -> None:
+    name = lab.service("a")
+    worktree = lab.directory / name
+    worktree.mkdir(parents=True)
+    run("git", "init", "-q", worktree)
+    (worktree / "untracked").write_text("data")
+    lab.start()
+    lab.runs(name, lab.repositories[name].git("rev-parse", "HEAD"))
+    assert (worktree / "untracked").read_text() == "data"
+
+
+def test_filter_planted_in_the_work_tree_is_not_run(lab: Lab) -> None:
+    pwned = lab.folder / "pwned"
+    name = lab.service("a", {".gitattributes": "* filter=evil\n", "file": "1",
+                             "compose.yaml": compose_file(volumes=[".:/w:ro", "./d:/d"])})
+    lab.duration = "1h"
+    lab.start()
+    lab.runs(name, lab.repositories[name].git("rev-parse", "HEAD"))
+    planted = lab.directory / name / ".git"
+    planted.mkdir()
+    (planted / "config").write_text(f'[filter "evil"]\n\tsmudge = touch {pwned}\n'
+                                    f"[core]\n\tfsmonitor = touch {pwned}\n")
+    commit = lab.push(name, {"file": "2"})
+    lab.ssh(f"{name}//up", check=True)
+    lab.runs(name, commit)
+    assert (lab.directory / name / "file").read_text() == "2"
+    assert not pwned.exists()
+
+
+def test_commit_that_git_refuses_fails_the_command_and_touches_nothing(lab: Lab) -> None:
+    """As one with a file called .git, which would be a way out of the work tree."""
+    name = lab.service("a")
+    deployed(lab, name)
+    before, repository = lab.containers(name), lab.repositories[name]
+    blob = run("git", "-C", repository.bare, "hash-object", "-w", "--stdin", input="x").stdout
+    tree = run("git", "-C", repository.bare, "mktree", input=f"100644 blob {blob.strip()}\t.GIT\n")
+    commit = run("git", "-C", repository.bare, "commit-tree", "-m", "x", tree.stdout.strip(),
+                 env=os.environ | GIT_IDENTITY).stdout.strip()
+    run("git", "-C", repository.bare, "update-ref", "refs/heads/main", commit)
+    for command in ("up", "git pull"):
+        done = lab.ssh(f"{name}//{command}")
+        assert done.returncode == 1, command
+        assert f"{commit[:10]} cannot be fetched" in done.stderr
+    assert lab.containers(name) == before
+
+
+# ---- Work tree -----------------------------------------------------------------------------------
+
 ODD = {"a b/c d": "1", "ünï/cødé ☃": "1", "new\nline\t\"q'": "1", "-rf": "1", "a*?[x]\\": "1"}
 
 
@@ -965,47 +1164,6 @@ def test_folder_with_untracked_files_does_not_become_a_file(tmp_path: Path) -> N
     assert sorted(found) == ["folder/deep/own", "folder/own"]
 
 
-def test_damaged_git_folder_heals_itself(lab: Lab) -> None:
-    lab.duration = "1h"
-    name = lab.service("")
-    lab.start()
-    lab.runs(name, lab.repositories[name].git("rev-parse", "HEAD"))
-    folder = lab.directory / ".pgod" / name / "git"
-
-    def truncate_objects() -> None:
-        for path in (folder / "objects").rglob("*"):
-            if path.is_file():
-                os.truncate(path, 0)
-
-    def leave_locks() -> None:
-        for lock in ("index.lock", "export.index.lock", "shallow.lock", "config.lock",
-                     "refs/pgod/wanted.lock", "packed-refs.lock"):
-            (folder / lock).touch()
-
-    def lose_it() -> None:
-        shutil.rmtree(folder / "refs")
-        (folder / "HEAD").write_bytes(b"")
-
-    for number, damage in enumerate((truncate_objects, leave_locks, lose_it)):
-        damage()
-        assert deploys(lab, name, {"new": str(number)}) == set(), damage
-        assert differences(lab, name) == ""
-
-
-def test_a_clone_that_failed_half_way_is_begun_anew(lab: Lab) -> None:
-    name = lab.service("a")
-    worktree = lab.directory / name
-    worktree.mkdir(parents=True)
-    run("git", "init", "-q", worktree)
-    (worktree / "untracked").write_text("data")
-    lab.start()
-    lab.runs(name, lab.repositories[name].git("rev-parse", "HEAD"))
-    assert (worktree / "untracked").read_text() == "data"
-
-
-# ---- Work tree ---------------------------------------------------------------------------------
-
-
 def test_large_files_of_a_commit_are_never_in_memory(lab: Lab) -> None:
     name = lab.service("a")
     work = lab.repositories[name].work
@@ -1022,8 +1180,271 @@ def test_large_files_of_a_commit_are_never_in_memory(lab: Lab) -> None:
     assert int(status.split("VmHWM:")[1].split()[0]) < 200 << 10
 
 
-# ---- Policy ------------------------------------------------------------------------------------
+# ---- Engine --------------------------------------------------------------------------------------
 
+
+def test_deeply_nested_compose_file_is_refused_and_remembered(lab: Lab) -> None:
+    name = lab.service("a")
+    lab.start()
+    lab.runs(name, lab.repositories[name].git("rev-parse", "HEAD"))
+    nested = "x-a: " + "[" * 700 + "]" * 700 + "\n" + compose_file()
+    commit = lab.push(name, {"compose.yaml": nested})
+    assert lab.failed(name, commit)
+    assert "Traceback" not in lab.daemon.log()
+
+
+def test_compose_service_named_like_an_option_is_no_option(lab: Lab) -> None:
+    service = {"image": IMAGE, "command": "sleep 100000", "init": True}
+    name = lab.service("a", {"compose.yaml": compose_file(services={"--help": service})})
+    lab.start()
+    lab.runs(name, lab.repositories[name].git("rev-parse", "HEAD"))
+    before = lab.containers(name)
+    docker("rm", "-f", f"{name}---help-1")
+    until(lambda: lab.containers(name).keys() == before.keys(), "it was brought back")
+
+
+@pytest.mark.parametrize(("compose", "there", "files"), [
+    ((), "compose.yaml compose.yml docker-compose.yml", "compose.yaml"),
+    ((), "docker-compose.yaml docker-compose.yml compose.yml", "compose.yml"),
+    ((), "docker-compose.yaml docker-compose.yml", "docker-compose.yml"),
+    ((), "docker-compose.yaml", "docker-compose.yaml"),
+    (("a/b.yaml",), "compose.yaml a/b.yaml", "a/b.yaml"),
+    (("b.yaml", "a.yaml"), "a.yaml b.yaml compose.yaml", "b.yaml a.yaml"),
+])
+def test_compose_file_is_the_one_that_compose_would_take(
+        compose: tuple[str, ...], there: str, files: str) -> None:
+    service = pgod.Service("app", "root", pgod.Remote("/x"), compose=compose)
+    paths = pgod.ServicePaths("app", Path("/lib"), Path("/data"))
+    engine = pgod.Compose(service, paths, pgod.Children(pgod.Metrics()), ("docker", "compose"))
+    found = engine.files(dict.fromkeys(there.split(), ("100644", "")))
+    assert found == [str(paths.export / name) for name in files.split()]
+    with pytest.raises(pgod.Refused, match=re.escape((compose or pgod.COMPOSE_FILES)[0])):
+        engine.files({"other.yaml": ("100644", "")})
+
+
+class Engine:
+    """A Docker engine of the test's own, which it may stop and kill."""
+
+    def __init__(self, lab: Lab) -> None:
+        self.folder, self.name = lab.folder / "engine", lab.name
+        self.folder.mkdir()
+        self.host = f"unix://{self.folder}/docker.sock"
+        lab.exits.callback(self.unmount)
+        self.start()
+        lab.exits.callback(self.stop, signal.SIGTERM)
+        tar = busybox_tar(lab.folder)
+        self.docker("import", str(tar), IMAGE)
+        lab.exits.callback(self.clean)
+
+    def docker(self, *words: str, check: bool = True) -> str:
+        return run("docker", "--host", self.host, *words, check=check).stdout.strip()
+
+    def start(self) -> None:
+        """In a network of its own: without a bridge it would remove that of the other engine."""
+        with (self.folder / "log").open("ab") as log:
+            self.process = subprocess.Popen(
+                ["unshare", "--net", "dockerd", "--data-root", str(self.folder / "data"),
+                 "--exec-root", str(self.folder / "exec"), "--host", self.host, "--pidfile",
+                 str(self.folder / "pid"), "--iptables=false", "--ip6tables=false",
+                 "--bridge=none", "--containerd-namespace", self.name,
+                 "--containerd-plugins-namespace", f"{self.name}-plugins"],
+                stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True)
+        until(lambda: run("docker", "--host", self.host, "info", check=False).returncode == 0,
+              "the engine answers")
+
+    def stop(self, number: int) -> None:
+        self.process.send_signal(number)
+        self.process.wait(60)
+        with contextlib.suppress(FileNotFoundError):
+            (self.folder / "pid").unlink()
+
+    def unmount(self) -> None:
+        """What an engine leaves mounted that was killed."""
+        mounts = [line.split()[1] for line in Path("/proc/mounts").read_text().splitlines()]
+        for mount in sorted((m for m in mounts if m.startswith(str(self.folder))), reverse=True):
+            run("umount", "-l", mount)
+
+    def clean(self) -> None:
+        if names := self.docker("ps", "-aq"):
+            self.docker("rm", "-f", *names.split())
+        self.docker("network", "prune", "-f")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_engine_that_ends_in_the_middle_of_a_deploy_leaves_no_duplicates(lab: Lab,
+                                                                         number: int) -> None:
+    engine = Engine(lab)
+    name = lab.service("a", {"compose.yaml": compose_file(services=TWO)}, **WAIT)
+    lab.duration = "1s"
+    lab.start(env={"DOCKER_HOST": engine.host})
+    lab.runs(name, lab.repositories[name].git("rev-parse", "HEAD"))
+    commit = lab.push(name, {"compose.yaml": compose_file("sleep 4321", services=TWO)})
+    until(lambda: "Recreate" in lab.daemon.log(), "in the middle of up")
+    engine.stop(number)
+    engine.start()
+    lab.runs(name, commit)
+    until(lambda: sorted(engine.docker("ps", "--format", "{{.Names}}").split())
+          == [f"{name}-db-1", f"{name}-web-1"], "both run")
+    project = f"label=com.docker.compose.project={name}"
+    assert len(engine.docker("ps", "-aq", "--filter", project).split()) == 2
+
+
+# ---- Model ---------------------------------------------------------------------------------------
+
+
+def test_memory_disk_without_a_limit_gets_one(tmp_path: Path) -> None:
+    model, _ = rendered(tmp_path, web("tmpfs: ['/a', '/b:mode=1777', '/c:size=5m'], volumes: ["
+                                      "{type: tmpfs, target: /d}, {type: tmpfs, target: /e, "
+                                      "tmpfs: {size: 5m}}]"))
+    limited = pgod.with_tmpfs_sizes(model)["services"]["web"]
+    assert limited["tmpfs"] == ["/a:size=1073741824", "/b:mode=1777,size=1073741824", "/c:size=5m"]
+    assert [v["tmpfs"]["size"] for v in limited["volumes"]] == ["1073741824", "5242880"]
+    assert judged({"services": {"web": limited}}, {}) == []
+
+
+def test_exactly_the_containers_whose_inputs_changed_are_recreated(lab: Lab) -> None:
+    lab.duration = "1h"
+    name = lab.service("", env=["FROM_PGO=1", "TAG=1"])
+    services = {
+        "extending": {"extends": {"file": "base.yaml", "service": "base"}},
+        "filed": sleeper(env_file="filed.env"),
+        "passed": sleeper(environment=["FROM_PGO"]),
+        "interpolated": sleeper(environment={"X": "tag-${TAG}-$$HOME"}),
+        "bound": sleeper(volumes=["./conf/bound.conf:/bound.conf:ro"]),
+        "configured": sleeper(configs=["app"]),
+        "secretive": sleeper(secrets=["key"]),
+        "folder": sleeper(volumes=["./folder:/folder:ro"])}
+    top = {"include": ["included.yaml"], "configs": {"app": {"file": "./app.conf"}},
+           "secrets": {"key": {"file": "./key.secret"}}}
+    base = json.dumps({"services": {"base": sleeper()}})
+    commit = lab.push(name, {
+        "compose.yaml": compose_file(services=services, top=top), "base.yaml": base,
+        "included.yaml": json.dumps({"services": {"included": sleeper()}}), "filed.env": "A=1\n",
+        "conf/bound.conf": "1", "app.conf": "1", "key.secret": "1", "folder/file": "1"})
+    lab.start()
+    lab.runs(name, commit)
+    assert docker("exec", f"{name}-interpolated-1", "sh", "-c", "echo $X") == "tag-1-$HOME"
+    later = {"environment": ["LATER=1"]}
+    assert deploys(lab, name, {
+        "included.yaml": json.dumps({"services": {"included": sleeper(**later)}}),
+        "filed.env": "A=2\n", "app.conf": "2"}) == {"included", "filed", "configured"}
+    assert docker("exec", f"{name}-configured-1", "cat", "/app") == "2"
+    assert deploys(lab, name, {
+        "base.yaml": json.dumps({"services": {"base": sleeper(**later)}}),
+        "conf/bound.conf": "2", "key.secret": "2"}) == {"extending", "bound", "secretive"}
+    assert docker("exec", f"{name}-bound-1", "cat", "/bound.conf") == "2"
+    assert deploys(lab, name, {"folder/file": "2", "README": "2"}) == set()
+    assert docker("exec", f"{name}-folder-1", "cat", "/folder/file") == "2"
+    before, release = lab.containers(name), lab.stored(name)
+    lab.services[name]["env"] = ["FROM_PGO=2", "TAG=1"]
+    lab.write_config()
+    new_start(lab)
+    until(lambda: lab.commit(name) and lab.stored(name)["configuration"] != (
+        release["configuration"]), "the new env is deployed")
+    assert changed(name, before, lab.containers(name)) == {"passed"}
+    assert docker("exec", f"{name}-passed-1", "sh", "-c", "echo $FROM_PGO") == "2"
+    before = lab.containers(name)
+    assert lab.daemon.stop() == 0
+    lab.start()
+    assert lab.ssh(f"{name}//git pull").returncode == 0
+    assert lab.containers(name) == before
+    assert not {sub for _, sub in counts(lab, name)} & {"pull", "up", "build"}, "it did something"
+
+
+def test_everything_that_shapes_a_container_makes_it_anew_and_nothing_else(lab: Lab) -> None:
+    """Also what compose itself does not see: texts, values, modes."""
+    lab.duration = "1h"
+    name = lab.service("a", env=["TOKEN=one"])
+    services = {
+        "text": sleeper(configs=["text"]), "token": sleeper(secrets=["token"]),
+        "dotenv": sleeper(secrets=["dotenv"]),
+        "script": sleeper(volumes=["./run.sh:/run.sh:ro"]), "other": sleeper()}
+
+    def files(text: str, **more: Any) -> dict[str, str]:
+        top = {"configs": {"text": {"content": text}},
+               "secrets": {"token": {"environment": "TOKEN"}, "dotenv": {"environment": "DOT"}}}
+        return {"compose.yaml": compose_file(services=services | more, top=top)}
+
+    commit = lab.push(name, files("one") | {"run.sh": "true\n", ".env": "DOT=a$$b\n"})
+    lab.start()
+    lab.runs(name, commit)
+
+    def shown(service: str, path: str) -> str:
+        return docker("exec", f"{name}-{service}-1", "cat", path, check=False)
+
+    assert (shown("text", "/text"), shown("token", "/run/secrets/token")) == ("one", "one")
+    assert shown("dotenv", "/run/secrets/dotenv") == "a$b"
+    assert deploys(lab, name, files("two")) == {"text"}
+    assert shown("text", "/text") == "two"
+    (lab.repositories[name].work / "run.sh").chmod(0o755)
+    assert deploys(lab, name, {}) == {"script"}
+    assert docker("exec", f"{name}-script-1", "/bin/sh", "-c", "/run.sh && echo ran") == "ran"
+    assert deploys(lab, name, {".env": "DOT=c\n"}) == {"dotenv"}
+    before = lab.containers(name)
+    lab.services[name]["env"] = ["TOKEN=two"]
+    lab.write_config()
+    new_start(lab)
+    until(lambda: shown("token", "/run/secrets/token") == "two", "the new value is there")
+    lab.runs(name, lab.repositories[name].git("rev-parse", "HEAD"))
+    assert changed(name, before, lab.containers(name)) == {"token"}
+    assert '"in_sync": true' in lab.ssh(f"{name}//status --json").stdout
+
+
+def test_changed_network_is_made_anew_with_what_is_on_it(lab: Lab) -> None:
+    lab.duration = "1h"
+    name = lab.service("a", allow=["network:back_driver_opts"])
+    services = {"db": sleeper(networks={"back": {"aliases": ["store"]}}), "other": sleeper()}
+
+    def files(**network: Any) -> dict[str, str]:
+        return {"compose.yaml": compose_file(services=services, top={"networks": {
+            "back": network}})}
+
+    commit = lab.push(name, files())
+    lab.start()
+    lab.runs(name, commit)
+    lab.push(name, files(internal=True))
+    plan = lab.ssh(f"{name}//plan", check=True).stdout
+    assert "db: recreated: network back changed" in plan
+    assert "other: unchanged" in plan
+    assert deploys(lab, name, {}) == {"db"}
+    assert docker("network", "inspect", "--format", "{{.Internal}}", f"{name}_back") == "true"
+    aliases = inspected(f"{name}-db-1", "{{json .NetworkSettings.Networks}}")
+    assert '"store"' in aliases
+    mtu = {"com.docker.network.driver.mtu": "1400"}
+    assert deploys(lab, name, files(driver_opts=mtu)) == {"db"}
+    assert deploys(lab, name, files()) == {"db"}
+    docker("run", "-d", "--name", f"{lab.name}-foreign", "--network", f"{name}_back", IMAGE,
+           "sleep", "1000")
+    before = lab.containers(name)
+    lab.push(name, files(internal=True))
+    refused = lab.ssh(f"{name}//up")
+    assert refused.returncode == 1
+    assert f"containers of others are on it: {lab.name}-foreign" in refused.stderr
+    assert lab.containers(name, "--filter", "status=running") == before
+
+
+def test_changed_volume_is_refused_for_it_holds_data(lab: Lab) -> None:
+    lab.duration = "1h"
+    name = lab.service("a", user="root")
+
+    def files(**volume: Any) -> dict[str, str]:
+        return {"compose.yaml": compose_file(volumes=["data:/data"], top={"volumes": {
+            "data": volume}})}
+
+    commit = lab.push(name, files())
+    lab.start()
+    lab.runs(name, commit)
+    docker("exec", f"{name}-web-1", "sh", "-c", "echo mine > /data/file")
+    before = lab.containers(name)
+    lab.push(name, files(driver_opts={"type": "tmpfs", "device": "tmpfs"}))
+    refused = lab.ssh(f"{name}//up")
+    assert refused.returncode == 1
+    assert f"volume {name}_data has another driver or other options" in refused.stderr
+    assert lab.containers(name) == before
+    assert docker("exec", f"{name}-web-1", "cat", "/data/file") == "mine"
+
+
+# ---- Policy --------------------------------------------------------------------------------------
 
 NEIGHBOURS = (
     pgod.Service("app-b", "root", pgod.Remote("/r"), urls=(("b.example.org", "shop:80"),)),
@@ -1031,30 +1452,6 @@ NEIGHBOURS = (
     pgod.Service("other", "root", pgod.Remote("/r"), urls=(("o.example.org", "other:80"),),
                  networks=("app_shared",)),
 )
-
-
-def rendered(folder: Path, compose: str,
-             files: Mapping[str, str] | None = None) -> tuple[pgod.Model, pgod.Tree]:
-    """A compose file as compose itself renders it, and the commit it lies in.
-
-    A file whose content begins with `->` is a symlink in the commit, `@` makes it a submodule.
-    """
-    export = folder / "export"
-    tree: pgod.Tree = {}
-    for name, content in ({"compose.yaml": compose} | dict(files or {})).items():
-        path = export / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        mode = {"->": "120000", "@": "160000"}.get(content[:2], "100644")
-        if mode == "120000":
-            path.symlink_to(content[2:])
-        elif mode == "100644":
-            path.write_text(content)
-        tree[name] = (mode, "0" * 40)
-    done = run("docker", "compose", "--project-name", "app", "--project-directory", export,
-               "--file", export / "compose.yaml", "config", "--format", "json",
-               env=process_environment())
-    model = pgod.moved_paths(json.loads(done.stdout), str(export), "/lib/app")
-    return pgod.moved_paths(model, str(folder), "/lib"), tree
 
 
 def judged(model: pgod.Model, tree: pgod.Tree, **keys: Any) -> list[pgod.Violation]:
@@ -1070,7 +1467,6 @@ def web(text: str) -> str:
 
 
 NETWORKED = "services: {{web: {{image: x, networks: {uses}}}}}\nnetworks: {{n: {network}}}"
-
 # compose file, words that the message has, the entry of `allow` that permits it ("": none).
 ATTACKS: tuple[tuple[str, str, str], ...] = (
     (web("privileged: true"), "web: privileged", "privileged"),
@@ -1437,35 +1833,10 @@ def test_project_of_a_thousand_containers_is_refused(tmp_path: Path) -> None:
     assert judged(model, tree, allow=("replicas:120",)) == []
 
 
-def test_memory_disk_without_a_limit_gets_one(tmp_path: Path) -> None:
-    model, _ = rendered(tmp_path, web("tmpfs: ['/a', '/b:mode=1777', '/c:size=5m'], volumes: ["
-                                      "{type: tmpfs, target: /d}, {type: tmpfs, target: /e, "
-                                      "tmpfs: {size: 5m}}]"))
-    limited = pgod.with_tmpfs_sizes(model)["services"]["web"]
-    assert limited["tmpfs"] == ["/a:size=1073741824", "/b:mode=1777,size=1073741824", "/c:size=5m"]
-    assert [v["tmpfs"]["size"] for v in limited["volumes"]] == ["1073741824", "5242880"]
-    assert judged({"services": {"web": limited}}, {}) == []
-
-
 def test_many_binds_are_refused_before_they_are_compared(tmp_path: Path) -> None:
     volumes = ", ".join(f"./d{n}:/d{n}" for n in range(600))
     model, tree = rendered(tmp_path, web(f"volumes: [{volumes}]"))
     assert [v.why for v in judged(model, tree)] == ["is more than 500 in all"]
-
-
-def test_keys_of_a_repository_are_bounded(tmp_path: Path) -> None:
-    good = "ssh-ed25519 " + base64.b64encode(
-        b"\0\0\0\x0bssh-ed25519\0\0\0\x20" + b"k" * 32).decode()
-    keys, wrong = pgod.parse_key_file(f"# mine\n\n{good} a\nrubbish\n{good} b\nmore".encode())
-    assert [key.comment for key in keys] == ["a", "b"]
-    assert wrong.startswith("line 4 ")
-    assert pgod.parse_key_file(b"#" * 16385) == ([], "has more than 16 KiB")
-
-
-def test_secret_in_a_violation_is_hidden_however_long_it_is() -> None:
-    secret = "s$" * 150
-    found = pgod.Violation("web", "cap_add", secret.replace("$", "$$"), "is wrong")
-    assert "s$" not in str(found.redacted([secret]))
 
 
 def test_unknown_key_is_refused_by_its_name() -> None:
@@ -1485,7 +1856,6 @@ def test_unknown_key_is_refused_by_its_name() -> None:
 FILES = {"html/index.html": "x", "nginx.conf": "x", "password.txt": "x", "web.env": "A=1",
          "Dockerfile": "FROM x", "app/Dockerfile": "FROM x", "common.yaml": web("init: true"),
          ".env": "TAG=1", "ssh/id.pub": "x"}
-
 # What people write; none of it may be refused.
 ORDINARY: dict[str, str] = {
     "usual capabilities": """
@@ -1743,27 +2113,6 @@ def test_harm_is_not_done_by_a_malicious_push(lab: Lab) -> None:
     assert_nowhere(lab, seen, f"{SECRET}-{lab.name}")
 
 
-def test_no_bind_outlives_its_commit_in_an_anonymous_volume(lab: Lab) -> None:
-    """compose would hand it on, and above ./a/sub it would be a way out of the work tree."""
-    name = lab.service("a", {"compose.yaml": compose_file(volumes=["./a:/x"]), "a/sub/f": "x"})
-    lab.start()
-    lab.runs(name, lab.repositories[name].git("rev-parse", "HEAD"))
-    commit = lab.push(name, {"compose.yaml": compose_file(volumes=["/x", "./a/sub:/sub"])})
-    lab.runs(name, commit)
-    mounts = json.loads(docker("inspect", "--format", "{{json .Mounts}}", f"{name}-web-1"))
-    assert {(m["Destination"], m["Type"]) for m in mounts} == {("/x", "volume"), ("/sub", "bind")}
-
-
-def test_deeply_nested_compose_file_is_refused_and_remembered(lab: Lab) -> None:
-    name = lab.service("a")
-    lab.start()
-    lab.runs(name, lab.repositories[name].git("rev-parse", "HEAD"))
-    nested = "x-a: " + "[" * 700 + "]" * 700 + "\n" + compose_file()
-    commit = lab.push(name, {"compose.yaml": nested})
-    assert lab.failed(name, commit)
-    assert "Traceback" not in lab.daemon.log()
-
-
 def test_bound_path_that_becomes_a_link_is_refused_before_it_is_there(lab: Lab) -> None:
     name = lab.service("a", {"compose.yaml": compose_file(volumes=["./d:/d"]), "d/x": "x"})
     lab.duration = "1h"
@@ -1780,66 +2129,6 @@ def test_bound_path_that_becomes_a_link_is_refused_before_it_is_there(lab: Lab) 
     assert not (lab.directory / name / "d").is_symlink()
 
 
-def test_rollback_puts_no_link_beneath_what_still_runs(lab: Lab) -> None:
-    """A bad commit has a folder, and binds it, where the good one has a link to the host."""
-    outside = lab.folder / "outside"
-    outside.mkdir(mode=0o777)
-    outside.chmod(0o777)
-    name = lab.service("a", wait="20s")
-    lab.duration = "1h"
-    repository = lab.repositories[name]
-    (repository.work / "d").symlink_to(outside)
-    repository.push({})
-    lab.start()
-    lab.runs(name, repository.git("rev-parse", "HEAD"))
-    (repository.work / "d").unlink()
-    command = "sh -c 'echo $$(date) >> /d/harm; sleep 0.1; exit 1'"
-    commit = lab.push(name, {"d/x": "x", "compose.yaml": compose_file(services={
-        "bad": sleeper(command=command, volumes=["./d:/d"], restart="always")})})
-    assert lab.ssh(f"{name}//up").returncode == 1
-    lab.failed(name, commit)
-    logged(lab, "left as it is:")
-    assert (lab.directory / name / "d/harm").read_text(), "a file that git does not track"
-    assert not list(outside.iterdir())
-    assert set(lab.containers(name)) == {f"{name}-web-1"}
-
-
-def test_link_that_a_container_made_is_not_followed(lab: Lab) -> None:
-    outside = lab.folder / "outside"
-    outside.mkdir(mode=0o777)
-    outside.chmod(0o777)
-    name = lab.service("a", {"compose.yaml": compose_file(volumes=["./d:/d"]), "d/sub/x": "x"},
-                       **{"import": "d/conf/caddy"})
-    lab.duration = "1h"
-    lab.start()
-    lab.runs(name, lab.repositories[name].git("rev-parse", "HEAD"))
-    docker("exec", f"{name}-web-1", "sh", "-c",
-           f"rm -rf /d/sub /d/conf; ln -s {outside} /d/sub; ln -s {outside} /d/conf")
-    lab.push(name, {"d/sub/x": "y", "d/sub/y": "z"})
-    answer = lab.ssh(f"{name}//up")
-    assert answer.returncode == 1
-    assert "link" in answer.stderr
-    assert not list(outside.iterdir())
-
-
-def test_filter_planted_in_the_work_tree_is_not_run(lab: Lab) -> None:
-    pwned = lab.folder / "pwned"
-    name = lab.service("a", {".gitattributes": "* filter=evil\n", "file": "1",
-                             "compose.yaml": compose_file(volumes=[".:/w:ro", "./d:/d"])})
-    lab.duration = "1h"
-    lab.start()
-    lab.runs(name, lab.repositories[name].git("rev-parse", "HEAD"))
-    planted = lab.directory / name / ".git"
-    planted.mkdir()
-    (planted / "config").write_text(f'[filter "evil"]\n\tsmudge = touch {pwned}\n'
-                                    f"[core]\n\tfsmonitor = touch {pwned}\n")
-    commit = lab.push(name, {"file": "2"})
-    lab.ssh(f"{name}//up", check=True)
-    lab.runs(name, commit)
-    assert (lab.directory / name / "file").read_text() == "2"
-    assert not pwned.exists()
-
-
 def test_policy_of_a_trusted_repository_is_reported_not_enforced(lab: Lab) -> None:
     name = lab.service("a", {"compose.yaml": compose_file(cap_add=["SYS_TIME"])}, user="root")
     lab.start()
@@ -1848,101 +2137,193 @@ def test_policy_of_a_trusted_repository_is_reported_not_enforced(lab: Lab) -> No
     assert f'pgo_service_policy_violations{{service="{name}"}} 1' in lab.metrics()
 
 
-def test_container_cannot_swap_a_folder_while_the_next_commit_binds_beneath(lab: Lab) -> None:
-    """Its last act, when it is stopped, is to put a link where the new container's bind begins."""
-    outside = lab.folder / "outside"
-    outside.mkdir()
-    (outside / "precious").write_text("x")
-    swap = f"trap 'rm -rf /d/sub; ln -s {outside} /d/sub; exit' TERM; while :; do sleep 0.1; done"
-    name = lab.service("a", {"compose.yaml": compose_file(
-        "", entrypoint=["sh", "-c", swap], init=False, stop_grace_period="9s",
-        volumes=["./d:/d"]), "d/sub/x": "x"})
-    lab.duration = "1h"
-    lab.start()
-    lab.runs(name, lab.repositories[name].git("rev-parse", "HEAD"))
-    lab.push(name, {"compose.yaml": compose_file("sh -c 'rm -f /s/precious; sleep 100000'",
-                                                 volumes=["./d/sub:/s"])})
-    answer = lab.ssh(f"{name}//up")
-    assert (outside / "precious").exists()
-    assert answer.returncode == 1
-    assert "is a link" in answer.stderr
+# ---- Configuration -------------------------------------------------------------------------------
+
+ENTRY = '[[services]]\nname = "app"\nuser = "root"\nrepository = "/srv/app.git"\n'
 
 
-def test_build_reads_the_commit_and_not_what_a_container_put_there(lab: Lab) -> None:
-    """The docker group, whose rights the build has, can read the logins of every service."""
-    name = lab.service("a", {"compose.yaml": compose_file(volumes=["./d:/d"]), "d/x": "x"})
-    lab.duration = "1h"
-    lab.start()
-    lab.runs(name, lab.repositories[name].git("rev-parse", "HEAD"))
-    logins = lab.directory / ".pgod" / name / "docker"
-    docker("exec", f"{name}-web-1", "sh", "-c",
-           f"mkdir /d/c; echo 'FROM {IMAGE}' > /d/c/Dockerfile; echo 'COPY . /x' >> "
-           f"/d/c/Dockerfile; ln -s {logins} /d/l")
-    for context in ("d/c", "d/l"):
-        lab.push(name, {"compose.yaml": compose_file(image=f"{name}-web", build={
-            "context": f"{lab.directory}/{name}/{context}",
-            "dockerfile_inline": f"FROM {IMAGE}\nCOPY . /x"})})
-        assert lab.ssh(f"{name}//up").returncode == 1
-        assert not docker("image", "ls", "--quiet", f"{name}-web")
+def configuration_errors(text: str) -> str:
+    try:
+        pgod.parse_configuration(text)
+    except pgod.ConfigurationError as error:
+        return str(error)
+    return ""
 
 
-def test_compose_service_named_like_an_option_is_no_option(lab: Lab) -> None:
-    service = {"image": IMAGE, "command": "sleep 100000", "init": True}
-    name = lab.service("a", {"compose.yaml": compose_file(services={"--help": service})})
-    lab.start()
-    lab.runs(name, lab.repositories[name].git("rev-parse", "HEAD"))
-    before = lab.containers(name)
-    docker("rm", "-f", f"{name}---help-1")
-    until(lambda: lab.containers(name).keys() == before.keys(), "it was brought back")
+@pytest.mark.parametrize(("text", "told"), [
+    ("", ["no [[services]]"]),
+    ("[[services]\n", ["not TOML", "line 1"]),
+    ("services = 3", ["[[services]]"]),
+    ("[services]\nname = 'a'", ["[[services]]"]),
+    ("debug = true\n" + ENTRY, ["'debug'"]),
+    ("[[service]]\nname = 'a'", ["'service'", '"services"']),
+    ("[[services]]\nname = 'a'", ["'a'", "user is missing", "repository is missing"]),
+    ("[[services]]\nuser = 'root'", ["service 1", "name is missing", "repository is missing"]),
+    (ENTRY + ENTRY, ["'app'", "2 times"]),
+    (ENTRY + "branche = 'x'", ["'app'", "'branche'", '"branch"']),
+    (ENTRY + "color = 1", ["'app'", "unknown key 'color'"]),
+    (ENTRY.replace('"app"', '"My App"'), ["name", "'My App'", "a-z"]),
+    (ENTRY.replace('"app"', '"../x"'), ["name", "'../x'"]),
+    (ENTRY.replace('"app"', "7"), ["name", "string"]),
+    (ENTRY.replace('"root"', '"no-such"'), ["'app'", "user", "'no-such'", "useradd"]),
+    (ENTRY.replace("/srv/app.git", "ftp://x/y"), ["'app'", "repository", "https, ssh or git"]),
+    (ENTRY.replace("/srv/app.git", "http://x/y"), ["repository", "https"]),
+    (ENTRY.replace("/srv/app.git", "srv/app.git"), ["repository", "absolute path"]),
+    (ENTRY.replace("/srv/app.git", "https:///y"), ["repository", "no host"]),
+    (ENTRY.replace("/srv/app.git", "ssh://git:geheim1@x/y"), ["repository", "deploy_key"]),
+    (ENTRY.replace("/srv/app.git", "ext::sh -c x"), ["repository"]),
+    (ENTRY.replace("/srv/app.git", "ssh://-oProxyCommand=x/y"), ["repository", "host"]),
+    (ENTRY + "branch = '-x'", ["branch", "'-x'"]),
+    (ENTRY + "branch = 'a..b'", ["branch", "'a..b'"]),
+    (ENTRY + "registries = ['geheim1']", ["registries", "user:token@registry"]),
+    (ENTRY + "registries = ['u:geheim1@']", ["registries", "user:token@registry"]),
+    (ENTRY + "registries = 'u:geheim1@r'", ["registries", "list"]),
+    (ENTRY + "compose = '/etc/x.yaml'", ["compose", "'/etc/x.yaml'", "inside the repository"]),
+    (ENTRY + "compose = ['a.yaml', '../b']", ["compose", "'../b'"]),
+    (ENTRY + "compose = 1", ["compose", "list"]),
+    (ENTRY + "env = ['geheim1']", ["env", "entry 1", "NAME=VALUE"]),
+    (ENTRY + "env = ['A=1', '2=geheim1']", ["env", "entry 2"]),
+    (ENTRY + "env_file = '/no/such'", ["env_file", "'/no/such'", "No such file"]),
+    (ENTRY + "env_file = 'a'", ["env_file", "absolute"]),
+    (ENTRY + "deploy_key = '/no/such'", ["deploy_key", "'/no/such'", "No such file"]),
+    (ENTRY + "urls = ['a']", ["urls", "table"]),
+    (ENTRY + "urls = {'a b' = 'x:1'}", ["urls", "'a b'", "host name"]),
+    (ENTRY + 'urls = {"a\\n}" = "x:1"}', ["urls", "host name"]),
+    (ENTRY + "urls = {'a' = 'x'}", ["urls", "'x'", "pgo:5006"]),
+    (ENTRY + "urls = {'a' = 'x:1 }'}", ["urls", "'x:1 }'"]),
+    (ENTRY + "urls = {'a' = 'x:1'}\n" + ENTRY.replace("app", "two") + "urls = {'a' = 'y:1'}",
+     ["'two'", "urls", "a belongs to 'app'"]),
+    (ENTRY + "urls = {'a' = 'x:99999'}", ["urls", "'x:99999'"]),
+    (ENTRY + "networks = 'n'", ["networks", "list"]),
+    (ENTRY + "networks = ['a b']", ["networks", "'a b'"]),
+    (ENTRY + "import = '/etc/caddy/x'", ["import", "inside the repository"]),
+    (ENTRY + "import = 'x'\nreload = 'caddy exec'", ["reload", "localhost:SERVICE//exec"]),
+    (ENTRY + "import = 'x'\nreload = 'localhost:app//exec \"a'", ["reload", "quot"]),
+    (ENTRY + "import = 'x'\nreload = 'localhost:ap//exec a'", ["reload", "'ap'", '"app"']),
+    (ENTRY + "reload = 'localhost:app//exec a'", ["reload", "import"]),
+    (ENTRY + "mount = 'server:/x'", ["mount", "nfs://server/path"]),
+    (ENTRY + "mount = 'nfs://s/x,exec'", ["mount", "nfs://server/path"]),
+    (ENTRY + "profiles = 'x'", ["profiles", "list"]),
+    (ENTRY + "allow = ['priviledged']", ["allow", "'priviledged'", '"privileged"']),
+    (ENTRY + "allow = ['ports:http']", ["allow", "'ports:http'", "'ports:80'"]),
+    (ENTRY + "wait = '2 minutes'", ["wait", "'2 minutes'", "90s"]),
+    (ENTRY + "wait = '0s'", ["wait", "1s"]),
+    (ENTRY + "wait = 120", ["wait", "string"]),
+    (ENTRY + "rollback = 'no'", ["rollback", "true or false"]),
+])
+def test_wrong_configuration_says_what_and_where(text: str, told: list[str]) -> None:
+    errors = configuration_errors(text)
+    assert all(word in errors for word in told), errors
+    assert "geheim" not in errors
 
 
-def test_path_that_leaves_the_work_tree_is_not_written(lab: Lab) -> None:
-    """git itself makes no such commit; one made by hand is pushed."""
-    name = lab.service("a")
-    lab.duration = "1h"
-    lab.start()
-    repository = lab.repositories[name]
-    lab.runs(name, repository.git("rev-parse", "HEAD"))
-    good, blob = (repository.git("rev-parse", f"HEAD{what}") for what in ("", ":compose.yaml"))
-
-    def tree(*entries: tuple[str, str, str]) -> str:
-        data = b"".join(f"{mode} {name}\0".encode() + bytes.fromhex(what)
-                        for mode, name, what in entries)
-        done: Any = run("git", "-C", repository.work, "hash-object", "-t", "tree", "-w",
-                        "--literally", "--stdin", input=data, text=False)
-        return str(done.stdout.decode()).strip()
-
-    for part in ("..", ".git"):
-        top = tree(("40000", part, tree(("100644", "pwned", blob))),
-                   ("100644", "compose.yaml", blob))
-        commit = repository.git("commit-tree", "-m", "x", top)
-        repository.git("push", "-q", "-f", "origin", f"{commit}:main")
-        lab.ssh(f"{name}//up")
-        assert lab.commit(name) == good
-    assert not [path for path in lab.folder.rglob("pwned") if "repositories" not in path.parts]
+def test_all_errors_of_a_configuration_come_at_once() -> None:
+    text = (ENTRY + "brnch = 'x'\nwait = 1\n" + ENTRY.replace("app", "two") + "compose = ''\n"
+            + "[[services]]\nname = 'three'\n")
+    lines = configuration_errors(text).splitlines()
+    assert [line.split(":")[0] for line in lines] == [
+        "service 'app'", "service 'app'", "service 'two'", "service 'three'", "service 'three'"]
 
 
-def test_checkout_that_the_policy_refuses_is_not_started_again(lab: Lab) -> None:
-    """A container of the Go program could write the .git folder that is taken over."""
-    name = lab.service("", {"compose.yaml": compose_file(cap_add=["SYS_TIME"])})
-    tree = lab.directory / name
-    lab.directory.mkdir()
-    run("git", "clone", "-q", lab.repositories[name].bare, tree)
-    run("chown", "-R", USERS[0], tree)
-    run("docker", "compose", "-p", name, "up", "-d", cwd=tree)
-    before = lab.containers(name)
-    lab.start()
-    logged(lab, "cannot be taken over, begins anew: the policy refuses it")
-    logged(lab, "the policy refuses it")
-    assert lab.containers(name) == before
-    docker("rm", "-f", *before.values())
-    commit = lab.push(name, {"compose.yaml": compose_file()})
-    lab.runs(name, commit)
-    caps = docker("inspect", "--format", "{{.HostConfig.CapAdd}}", f"{name}-web-1")
-    assert caps == "[]"
+def entry(**keys: Any) -> pgod.Service:
+    """The Service of an entry with these keys."""
+    lines = "".join(f"{key.rstrip('_')} = {toml_value(value)}\n" for key, value in keys.items())
+    head = "".join(line for line in ENTRY.splitlines(True)
+                   if line.split(" = ")[0] not in keys)
+    (service,) = pgod.parse_configuration(head + lines)
+    return service
 
 
-# ---- Release -----------------------------------------------------------------------------------
+BASIC = base64.b64encode(b"me:p@ss/w:rd").decode()
+
+
+@pytest.mark.parametrize(("key", "value", "attribute", "parsed"), [
+    ("branch", "release/1.0", "branch", "release/1.0"),
+    ("registries", ["u:t@r.example", "t2@r:5000", ":t3@r", "u:a:b@c@r/team"], "registries",
+     (pgod.Registry("r.example", "u", "t"), pgod.Registry("r:5000", "root", "t2"),
+      pgod.Registry("r", "root", "t3"), pgod.Registry("r/team", "u", "a:b@c"))),
+    ("compose", "deploy/my.yaml", "compose", ("deploy/my.yaml",)),
+    ("compose", ["a.yaml", "b.yaml"], "compose", ("a.yaml", "b.yaml")),
+    ("env", ["A=1=2", "B=", "C= x\ny"], "env", (("A", "1=2"), ("B", ""), ("C", " x\ny"))),
+    ("urls", {"b.example": "b:1", "*.a.example": "a_1.x-y:65535"}, "urls",
+     (("*.a.example", "a_1.x-y:65535"), ("b.example", "b:1"))),
+    ("urls", {"http://a.example:8080": "a:1"}, "urls", (("http://a.example:8080", "a:1"),)),
+    ("networks", ["reverse_proxy"], "networks", ("reverse_proxy",)),
+    ("import", "caddy/Caddyfile-import", "import_file", "caddy/Caddyfile-import"),
+    ("mount", "nfs://nas.example/srv/a", "mount", "nfs://nas.example/srv/a"),
+    ("profiles", ["a", "b"], "profiles", ("a", "b")),
+    ("allow", ["ports:80", "bind:/srv/media:ro"], "allow", ("ports:80", "bind:/srv/media:ro")),
+    ("wait", "1h1m1.5s", "wait", 3661.5),
+    ("rollback", False, "rollback", False),
+    ("repository", "https://me:p%40ss%2Fw:rd@h.example:8443/a.git", "repository",
+     pgod.Remote("https://h.example:8443/a.git", f"Authorization: Basic {BASIC}",
+                 tuple(sorted({BASIC, "p%40ss%2Fw:rd", "p@ss/w:rd", "p%40ss%2Fw%3Ard"})))),
+    ("repository", "git@h.example:a/b.git", "repository", pgod.Remote("git@h.example:a/b.git")),
+    ("repository", "ssh://git@h:22/a", "repository", pgod.Remote("ssh://git@h:22/a")),
+    ("repository", "git://h/a", "repository", pgod.Remote("git://h/a")),
+    ("repository", "file:///srv/a", "repository", pgod.Remote("/srv/a")),
+])
+def test_every_key_is_understood(key: str, value: Any, attribute: str, parsed: Any) -> None:
+    assert getattr(entry(**{key: value}), attribute) == parsed
+
+
+def test_env_wins_over_env_file(tmp_path: Path) -> None:
+    path = tmp_path / "env"
+    path.write_text("# secrets\n\nA=file\nexport B='x y'\nC=\"=\"\n")
+    assert dict(entry(env=["A=toml"], env_file=str(path)).env) == {
+        "A": "toml", "B": "x y", "C": "="}
+    path.write_text("A=1\ngeheim1\n")
+    errors = configuration_errors(f"{ENTRY}env_file = '{path}'")
+    assert "line 2" in errors
+    assert "geheim1" not in errors
+
+
+def check(path: Path) -> subprocess.CompletedProcess[str]:
+    return run(sys.executable, HERE / "pgod.py", "--check", "-c", path, check=False)
+
+
+def test_check_tells_right_from_wrong_by_its_status(tmp_path: Path) -> None:
+    path = tmp_path / "pgo.toml"
+    path.write_text(ENTRY)
+    assert check(path).returncode == 0
+    path.write_text(ENTRY + "wiat = '1s'\n[[services]]\n")
+    wrong = check(path)
+    assert wrong.returncode == 1
+    assert '"wait"' in wrong.stderr
+    assert "name is missing" in wrong.stderr
+    assert "Traceback" not in check(tmp_path / "none").stderr
+    assert check(tmp_path / "none").returncode == 1
+
+
+def test_example_shows_every_key_and_is_valid(tmp_path: Path) -> None:
+    example = HERE / "pgo.toml.example"
+    done = check(example)
+    assert done.returncode == 0, done.stderr
+    text = example.read_text()
+    for key in pgod.SERVICE_KEYS:
+        assert re.search(rf"^(# )?{key} = ", text, re.M), f"the example lacks {key}"
+    (tmp_path / "secret").touch()
+    whole = re.sub(r"^# (\w+ = )", r"\1", text, flags=re.M)
+    whole = re.sub(r"^(env_file|deploy_key) = .*", rf'\1 = "{tmp_path}/secret"', whole, flags=re.M)
+    services = pgod.parse_configuration(whole)
+    assert {user.user for user in services} <= {"root", "nobody", "www-data"}
+
+
+def test_configuration_cut_at_any_byte_never_goes_on_silently(lab: Lab) -> None:
+    """A prefix either is an error or has every service that it began."""
+    lab.service("a")
+    lab.service("b")
+    text, valid = lab.config.read_bytes(), 0
+    for end in range(len(text) + 1):
+        lab.config.write_bytes(text[:end])
+        with contextlib.suppress(pgod.ConfigurationError):
+            names = pgod.read_configuration(lab.config).names
+            assert len(names) == text[:end].count(b"[[services]]"), text[:end]
+            valid += 1
+    assert 2 <= valid < len(text) / 4, "the whole text and the first service are valid"
+
+
+# ---- Release -------------------------------------------------------------------------------------
 
 NOW = 1_000_000.0
 
@@ -2136,271 +2517,135 @@ def test_pauses_grow_to_an_hour_at_most() -> None:
     assert max(delays) == pgod.retry_delay(300, 10 ** 6, 1.0) == pgod.BACKOFF_CEILING
 
 
-# ---- Engine ------------------------------------------------------------------------------------
+# ---- Store ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("compose", "there", "files"), [
-    ((), "compose.yaml compose.yml docker-compose.yml", "compose.yaml"),
-    ((), "docker-compose.yaml docker-compose.yml compose.yml", "compose.yml"),
-    ((), "docker-compose.yaml docker-compose.yml", "docker-compose.yml"),
-    ((), "docker-compose.yaml", "docker-compose.yaml"),
-    (("a/b.yaml",), "compose.yaml a/b.yaml", "a/b.yaml"),
-    (("b.yaml", "a.yaml"), "a.yaml b.yaml compose.yaml", "b.yaml a.yaml"),
-])
-def test_compose_file_is_the_one_that_compose_would_take(
-        compose: tuple[str, ...], there: str, files: str) -> None:
-    service = pgod.Service("app", "root", pgod.Remote("/x"), compose=compose)
-    paths = pgod.ServicePaths("app", Path("/lib"), Path("/data"))
-    engine = pgod.Compose(service, paths, pgod.Children(pgod.Metrics()), ("docker", "compose"))
-    found = engine.files(dict.fromkeys(there.split(), ("100644", "")))
-    assert found == [str(paths.export / name) for name in files.split()]
-    with pytest.raises(pgod.Refused, match=re.escape((compose or pgod.COMPOSE_FILES)[0])):
-        engine.files({"other.yaml": ("100644", "")})
+def taken_slots(clock: Callable[[], float] = time.monotonic) -> pgod.DeploySlots:
+    """Slots that are all taken."""
+    slots = pgod.DeploySlots(clock)
+    assert all(slots.take(str(number)) for number in range(pgod.SAME_TIME_DEPLOYS))
+    return slots
 
 
-def sleeper(**keys: Any) -> dict[str, Any]:
-    """A compose service that does nothing."""
-    return {"image": IMAGE, "command": "sleep 100000", "init": True, "stop_grace_period": "1s",
-            "healthcheck": HEALTHY} | keys
+def test_deploy_that_takes_long_makes_room_for_others() -> None:
+    now = [1000.0]
+    slots = taken_slots(lambda: now[0])
+    assert not slots.take("late")
+    now[0] += pgod.SLOW_DEPLOY
+    assert slots.take("late")
 
 
-def test_exactly_the_containers_whose_inputs_changed_are_recreated(lab: Lab) -> None:
+def test_waiting_for_a_slot_is_a_sign_of_life() -> None:
+    children, stopping, slots = pgod.Children(pgod.Metrics()), threading.Event(), taken_slots()
+
+    def wait() -> None:
+        with contextlib.suppress(pgod.Stopping), slots.slot("late", children, stopping):
+            pass
+
+    thread = threading.Thread(target=wait)
+    thread.start()
+    until(lambda: children.beats.get(thread.ident or 0), "it beats")
+    stopping.set()
+    thread.join(5)
+    assert not thread.is_alive()
+
+
+def test_history_tells_who_deployed_what(lab: Lab) -> None:
+    name = lab.service("a", **WAIT)
     lab.duration = "1h"
-    name = lab.service("", env=["FROM_PGO=1", "TAG=1"])
-    services = {
-        "extending": {"extends": {"file": "base.yaml", "service": "base"}},
-        "filed": sleeper(env_file="filed.env"),
-        "passed": sleeper(environment=["FROM_PGO"]),
-        "interpolated": sleeper(environment={"X": "tag-${TAG}-$$HOME"}),
-        "bound": sleeper(volumes=["./conf/bound.conf:/bound.conf:ro"]),
-        "configured": sleeper(configs=["app"]),
-        "secretive": sleeper(secrets=["key"]),
-        "folder": sleeper(volumes=["./folder:/folder:ro"])}
-    top = {"include": ["included.yaml"], "configs": {"app": {"file": "./app.conf"}},
-           "secrets": {"key": {"file": "./key.secret"}}}
-    base = json.dumps({"services": {"base": sleeper()}})
-    commit = lab.push(name, {
-        "compose.yaml": compose_file(services=services, top=top), "base.yaml": base,
-        "included.yaml": json.dumps({"services": {"included": sleeper()}}), "filed.env": "A=1\n",
-        "conf/bound.conf": "1", "app.conf": "1", "key.secret": "1", "folder/file": "1"})
+    deployed(lab, name)
+    lab.push(name, {"compose.yaml": compose_file("false")})
+    lab.ssh(f"{name}//up")
+    lines = json.loads(lab.ssh(f"{name}//history --json", check=True).stdout)
+    assert [(line["outcome"], line["by"]) for line in lines] == [
+        ("failed", "id@test from 127.0.0.1"), ("deployed", "timer")]
+    assert all(line["subject"] == "change" and line["author"] for line in lines)
+    assert "failed" in lab.ssh(f"{name}//history -n 1", check=True).stdout
+
+
+@pytest.mark.parametrize("damage", ["", "{", "[]", '{"commit": 3, "from the future": true}', None,
+                                    ("state", "tracked", "current"),
+                                    ("state", "tracked", "current", "good")])
+def test_damaged_state_recreates_nothing(lab: Lab, damage: str | tuple[str, ...] | None) -> None:
+    name = lab.service("a", {"compose.yaml": compose_file(volumes=["./conf:/conf:ro"]),
+                             "conf": "x"})
+    deployed(lab, name)
+    commit, before = lab.commit(name), lab.containers(name)
+    lab.daemon.stop(signal.SIGKILL)
+    state = lab.directory / ".pgod" / name / "state.json"
+    if isinstance(damage, str):
+        state.write_text(damage)
+    for lost in ("state",) if damage is None else damage if isinstance(damage, tuple) else ():
+        state.with_name(f"{lost}.json").unlink(missing_ok=True)
     lab.start()
     lab.runs(name, commit)
-    assert docker("exec", f"{name}-interpolated-1", "sh", "-c", "echo $X") == "tag-1-$HOME"
-    later = {"environment": ["LATER=1"]}
-    assert deploys(lab, name, {
-        "included.yaml": json.dumps({"services": {"included": sleeper(**later)}}),
-        "filed.env": "A=2\n", "app.conf": "2"}) == {"included", "filed", "configured"}
-    assert docker("exec", f"{name}-configured-1", "cat", "/app") == "2"
-    assert deploys(lab, name, {
-        "base.yaml": json.dumps({"services": {"base": sleeper(**later)}}),
-        "conf/bound.conf": "2", "key.secret": "2"}) == {"extending", "bound", "secretive"}
-    assert docker("exec", f"{name}-bound-1", "cat", "/bound.conf") == "2"
-    assert deploys(lab, name, {"folder/file": "2", "README": "2"}) == set()
-    assert docker("exec", f"{name}-folder-1", "cat", "/folder/file") == "2"
-    before, release = lab.containers(name), lab.stored(name)
-    lab.services[name]["env"] = ["FROM_PGO=2", "TAG=1"]
-    lab.write_config()
-    new_start(lab)
-    until(lambda: lab.commit(name) and lab.stored(name)["configuration"] != (
-        release["configuration"]), "the new env is deployed")
-    assert changed(name, before, lab.containers(name)) == {"passed"}
-    assert docker("exec", f"{name}-passed-1", "sh", "-c", "echo $FROM_PGO") == "2"
-    before = lab.containers(name)
+    assert lab.containers(name) == before
+
+
+def test_lost_state_beside_a_bad_commit_still_rolls_back(lab: Lab) -> None:
+    name = lab.service("a", {"compose.yaml": compose_file(services=TWO)}, **WAIT)
+    deployed(lab, name)
+    good, before = lab.commit(name), lab.containers(name)
+    bad = lab.push(name, {"compose.yaml": compose_file("false", services=TWO)})
+    lab.failed(name, bad)
+    lab.daemon.stop()
+    (lab.directory / ".pgod" / name / "state.json").unlink(missing_ok=True)
+    lab.start()
+    lab.failed(name, bad)
+    assert lab.commit(name) == good
+    assert changed(name, before, lab.containers(name)) == {"web"}
+    assert docker("inspect", "--format", "{{.State.Status}}", f"{name}-web-1") == "running"
+
+
+def test_job_that_is_done_and_pruned_is_not_run_again(lab: Lab) -> None:
+    name = lab.service("a", {"compose.yaml": compose_file(services={"job": sleeper(
+        command="true")})})
+    deployed(lab, name)
+    until(lambda: lab.stored(name, "state.json")["done"].keys() == {"job"}, "the job is done")
+    before = docker("inspect", "--format", "{{.State.StartedAt}}", f"{name}-job-1")
+    lab.runs(name, lab.push(name, {"compose.yaml": compose_file(
+        "sleep 99999", services={"job": sleeper(command="true")})}))
+    assert docker("inspect", "--format", "{{.State.StartedAt}}", f"{name}-job-1") == before
+    docker("rm", f"{name}-job-1")
+    docker("rm", "-f", f"{name}-web-1")
+    until(lambda: lab.containers(name), "the server is brought back")
+    more_polls(lab, name, 2)
+    assert set(lab.containers(name)) == {f"{name}-web-1"}
+
+
+def test_moved_folder_is_used_where_it_is_now(lab: Lab) -> None:
+    name = lab.service("a", {"compose.yaml": compose_file(volumes=["./d:/d"]), "d/x": "x"})
+    deployed(lab, name)
     assert lab.daemon.stop() == 0
+    old, lab.directory = lab.directory, lab.directory.with_name("moved")
+    old.rename(lab.directory)
     lab.start()
-    assert lab.ssh(f"{name}//git pull").returncode == 0
-    assert lab.containers(name) == before
-    assert not {sub for _, sub in counts(lab, name)} & {"pull", "up", "build"}, "it did something"
+    until(lambda: str(lab.directory) in docker("inspect", "--format", "{{json .Mounts}}",
+                                               f"{name}-web-1", check=False), "moved")
+    assert not old.exists()
 
 
-def test_compose_runs_as_the_user_and_alone_has_the_docker_group(lab: Lab) -> None:
-    record, tools = lab.folder / "record", lab.folder / "tools"
-    record.touch()
-    record.chmod(0o666)
-    for tool in ("git", "docker", "prlimit"):
-        program(tools, tool, f'echo "$(id -u) $(id -G) {tool} $*" >> {record}\n'
-                             f'exec {real(tool)} "$@"')
-    run("groupadd", lab.name)
-    lab.exits.callback(run, "groupdel", lab.name)
-    run("usermod", "-aG", lab.name, USERS[0])
-    name = lab.service("")
-    lab.start(env={"PATH": f"{tools}:{os.environ['PATH']}"})
-    lab.runs(name, lab.repositories[name].git("rev-parse", "HEAD"))
-    user, docker_gid = pwd.getpwnam(USERS[0]), grp.getgrnam("docker").gr_gid
-    groups = set(os.getgrouplist(USERS[0], user.pw_gid))
-    assert grp.getgrnam(lab.name).gr_gid in groups
-    lines = re.findall(r"^(\d+) ([\d ]+) (git|docker|prlimit) (.*)", record.read_text(), re.M)
-    seen = set()
-    for uid, ids, tool, words in lines:
-        if name not in words:  # of pgod itself, as root: the version, the events
-            continue
-        rendering = tool == "docker" and " config --format json" in words
-        expected = groups | {docker_gid} if tool == "docker" and not rendering else groups
-        assert (int(uid), set(map(int, ids.split()))) == (user.pw_uid, expected), f"{tool} {words}"
-        seen.add("rendering" if rendering else tool)
-    assert seen == {"git", "docker", "prlimit", "rendering"}
-
-
-def test_profiles_builds_jobs_orphans_and_lists_of_files_work(lab: Lab) -> None:
-    lab.duration = "1h"
-    rich = lab.service("rich", profiles=["extra"])
-    services = {"extra": sleeper(profiles=["extra"]), "never": sleeper(profiles=["never"]),
-                "job": {"image": IMAGE, "command": "true"},
-                "built": sleeper(image=f"{rich}-built", build="./build")}
-    dockerfile = f"FROM {IMAGE}\nCOPY content /content\n"
-    first = lab.push(rich, {"compose.yaml": None,
-                            "compose.yml": compose_file(services=services),
-                            "docker-compose.yml": "not: valid", "build/Dockerfile": dockerfile,
-                            "build/content": "1"})
-    listed = lab.service("list", compose=["deploy/a.yaml", "deploy/b.yaml"])
-    waiting = {"services": {"web": {"environment": ["X=1"]}}, "x-pgo": {"reload": False}}
-    second = lab.push(listed, {"compose.yaml": None, "deploy/a.yaml": compose_file(),
-                               "deploy/b.yaml": json.dumps(waiting)})
+@pytest.mark.parametrize("lost", [["model.json", "current.json"], ["current.json", "good.json"],
+                                  ["history.jsonl"]])
+def test_damaged_files_of_a_service_are_made_again(lab: Lab, lost: list[str]) -> None:
+    name = lab.service("a", wait="20s")
     lab.start()
-    lab.runs(rich, first)
-    lab.runs(listed, second)
-    assert set(lab.containers(rich)) == {f"{rich}-{key}-1" for key in
-                                         ("web", "extra", "job", "built")}
-    assert docker("exec", f"{rich}-built-1", "cat", "/content") == "1"
-    assert docker("exec", f"{listed}-web-1", "sh", "-c", "echo $X") == "1"
-    assert deploys(lab, rich, {"build/content": "2"}) == {"built"}
-    assert docker("exec", f"{rich}-built-1", "cat", "/content") == "2"
-    del services["extra"]
-    assert deploys(lab, rich, {"compose.yml": compose_file(services=services)}) == {"extra"}
-    before = lab.containers(listed)
-    later = lab.push(listed, {"deploy/a.yaml": compose_file("sleep 200000")})
-    assert lab.ssh(f"{listed}//git pull").returncode == 0
-    assert (lab.failure(listed)["commit"], lab.failure(listed)["waits"]) == (later, True)
-    assert lab.containers(listed) == before
-    assert lab.ssh(f"{listed}//up").returncode == 0
-    assert lab.commit(listed) == later
-    assert lab.containers(listed) != before
-
-
-def test_standalone_compose_serves_where_the_plugin_is_missing(lab: Lab) -> None:
-    tools = lab.folder / "tools"
-    program(tools, "docker", f'[ "$1" != compose ] || {{ echo "unknown command" >&2; exit 1; }}\n'
-                             f'exec {real("docker")} "$@"')
-    program(tools, "docker-compose", "echo 1.29.2")
-    name = lab.service("")
-    path = f"{tools}:{os.environ['PATH']}"
-    old = lab.start(ready=False, env={"PATH": path})
-    assert old.process.wait(PATIENCE) == 1
-    assert "docker-compose 1.29.2 is too old; docker compose 2 is needed" in old.log()
-    (tools / "docker-compose").unlink()
-    (tools / "docker-compose").symlink_to(real("docker-compose"))
-    lab.start(env={"PATH": path})
-    lab.runs(name, lab.repositories[name].git("rev-parse", "HEAD"))
-
-
-def test_checkout_of_the_go_program_is_taken_over_as_it_runs(lab: Lab) -> None:
-    name = lab.service("")
-    repository, tree = lab.repositories[name], lab.directory / name
-    files = {"bound.conf": "1", "data/tracked": "1", "compose.yaml": compose_file(
-        volumes=["./bound.conf:/bound.conf:ro", "./data:/data"],
-        services={"other": sleeper(environment=["FROM_PGO"])})}
-    repository.push(files)
-    lab.services[name]["env"] = ["FROM_PGO=1"]
-    lab.write_config()
-    lab.directory.mkdir()
-    run("git", "clone", "-q", repository.bare, tree)
-    run("chown", "-R", USERS[0], tree)
-    run("docker", "compose", "-p", name, "up", "-d", cwd=tree,
-        env=os.environ | {"FROM_PGO": "1"})
-    (tree / "data" / "untracked").write_text("mine")
+    lab.runs(name, commit := lab.repositories[name].git("rev-parse", "HEAD"))
     before = lab.containers(name)
+    lab.daemon.stop()
+    for file in lost:
+        (lab.directory / ".pgod" / name / file).write_bytes(b"\xff{")
     lab.start()
-    lab.runs(name, repository.git("rev-parse", "HEAD"))
-    opens(lab, name)
-    assert deploys(lab, name, {"README": "new"}) == set()
+    assert until(lambda: "web" in lab.ssh(f"{name}//ps").stdout)
+    lab.runs(name, commit)
     assert lab.containers(name) == before
-    assert deploys(lab, name, {"bound.conf": "2", "data/tracked": "2"}) == {"web"}
-    assert (tree / "data" / "untracked").read_text() == "mine"
-    assert (tree / "data" / "tracked").read_text() == "2"
-    assert not (tree / ".git").exists()
+    docker("rm", "-f", *before)
+    until(lambda: lab.containers(name), "healed")
+    assert lab.ssh(f"{name}//up").returncode == 0
+    assert "deployed" in lab.ssh(f"{name}//history", check=True).stdout
 
 
-def registry(lab: Lab, logins: Mapping[str, str]) -> int:
-    """Docker's registry with these users and tokens; its port."""
-    port, folder = free_port(), lab.folder / "registry"
-    folder.mkdir()
-    entries = [run(real("htpasswd"), "-Bbn", *login).stdout for login in logins.items()]
-    (folder / "htpasswd").write_text("".join(entries))
-    (folder / "config.yml").write_text(json.dumps({
-        "version": 0.1, "storage": {"filesystem": {"rootdirectory": str(folder)}},
-        "http": {"addr": f"127.0.0.1:{port}"},
-        "auth": {"htpasswd": {"realm": "test", "path": str(folder / "htpasswd")}}}))
-    serve(lab, port, real("docker-registry"), "serve", folder / "config.yml")
-    return port
-
-
-def upload(lab: Lab, image: str, user: str, token: str, source: str = IMAGE) -> None:
-    """An image to a registry, and its name away from the engine again."""
-    options = ("--config", str(lab.folder / "uploader"))
-    run("docker", *options, "login", "-u", user, "--password-stdin", image.partition("/")[0],
-        input=token)
-    docker("tag", source, image)
-    docker(*options, "push", "-q", image)
-    docker("rmi", image)
-
-
-def test_two_logins_for_one_registry_do_not_race_and_no_token_leaks(lab: Lab) -> None:
-    logins = {"ann": "geheim-ann-$1 é", "ben": "geheim:ben@2"}
-    port, lab.duration = registry(lab, logins), "1s"
-    images, names = {}, {}
-    for user, token in logins.items():
-        images[user] = f"127.0.0.1:{port}/{lab.name}-{user}:1"
-        upload(lab, images[user], user, token)
-        names[user] = lab.service(user, registries=[f"{user}:{token}@127.0.0.1:{port}"])
-        lab.push(names[user], {"compose.yaml": compose_file(image=images[user])})
-    wrong = lab.service("wrong", registries=[f"ann:geheim-wrong@127.0.0.1:{port}"])
-    with seen_command_lines() as seen:
-        lab.start("--debug")
-        for name in (*names.values(), wrong):
-            lab.runs(name, lab.repositories[name].git("rev-parse", "HEAD"))
-        before = lab.containers(wrong)
-        late, absent = (f"127.0.0.1:{port}/{lab.name}-{key}:1" for key in ("late", "absent"))
-        commits = {name: lab.push(name, {"compose.yaml": compose_file(image=image)})
-                   for name, image in ((wrong, absent), (names["ann"], late))}
-        reason = lab.failed(wrong, commits[wrong])
-        assert absent in reason
-        assert f"login to 127.0.0.1:{port} failed" in reason
-        reason = lab.failed(names["ann"], commits[names["ann"]])
-        assert late in reason
-        assert "manifest unknown" in reason
-        assert lab.containers(wrong) == before
-        upload(lab, late, "ben", logins["ben"])
-        lab.runs(names["ann"], commits[names["ann"]])
-        assert lab.commit(wrong) != commits[wrong]
-    for user, token in logins.items():
-        stored = (lab.directory / ".pgod" / names[user] / "docker" / "config.json").read_text()
-        (login,) = json.loads(stored)["auths"].values()
-        assert base64.b64decode(login["auth"]).decode() == f"{user}:{token}"
-    assert_nowhere(lab, seen, *logins.values(), "geheim-wrong")
-    account = pwd.getpwnam(USERS[0])
-    for path in (lab.directory / ".pgod" / wrong / "docker").rglob("*"):
-        assert path.stat().st_uid != account.pw_uid
-        assert not path.stat().st_mode & 0o022
-
-
-# ---- Service -----------------------------------------------------------------------------------
-
-
-def test_pushed_commit_runs_and_is_steered_over_ssh(lab: Lab) -> None:
-    name = lab.service("a")
-    lab.start()
-    first = lab.repositories[name].git("rev-parse", "HEAD")
-    lab.runs(name, first)
-    before = lab.containers(name)
-    assert list(before) == [f"{name}-web-1"]
-    ping = lab.ssh(f"{name}//ping")
-    assert (ping.returncode, ping.stdout) == (0, "pong\n"), ping.stderr
-    assert lab.ssh(f"{name}//git hash").stdout.strip() == first
-    second = lab.push(name, {"compose.yaml": compose_file("sleep 200000")})
-    lab.runs(name, second)
-    after = lab.containers(name)
-    assert list(after) == list(before)
-    assert after != before
+# ---- Reverse proxy -------------------------------------------------------------------------------
 
 
 def fetch(port: int, host: str) -> str:
@@ -2473,129 +2718,199 @@ def test_urls_are_reached_through_caddy_and_reload_is_retried(lab: Lab) -> None:
     assert fetch(port, "one.example") == "hello"
 
 
-def taken_slots(clock: Callable[[], float] = time.monotonic) -> pgod.DeploySlots:
-    """Slots that are all taken."""
-    slots = pgod.DeploySlots(clock)
-    assert all(slots.take(str(number)) for number in range(pgod.SAME_TIME_DEPLOYS))
-    return slots
-
-
-def test_deploy_that_takes_long_makes_room_for_others() -> None:
-    now = [1000.0]
-    slots = taken_slots(lambda: now[0])
-    assert not slots.take("late")
-    now[0] += pgod.SLOW_DEPLOY
-    assert slots.take("late")
-
-
-def test_waiting_for_a_slot_is_a_sign_of_life() -> None:
-    children, stopping, slots = pgod.Children(pgod.Metrics()), threading.Event(), taken_slots()
-
-    def wait() -> None:
-        with contextlib.suppress(pgod.Stopping), slots.slot("late", children, stopping):
-            pass
-
-    thread = threading.Thread(target=wait)
-    thread.start()
-    until(lambda: children.beats.get(thread.ident or 0), "it beats")
-    stopping.set()
-    thread.join(5)
-    assert not thread.is_alive()
-
-
-# ---- Faults ------------------------------------------------------------------------------------
-
-
-WAIT: dict[str, Any] = {"wait": "20s"}
-TWO = {"db": {"image": IMAGE, "command": "sleep 100000", "init": True, "stop_grace_period": "1s",
-              "healthcheck": HEALTHY}}
-
-
-def deployed(lab: Lab, *names: str) -> None:
-    """Start pgod and wait until all run."""
-    lab.start()
-    for name in names:
-        lab.runs(name, lab.repositories[name].git("rev-parse", "HEAD"))
-
-
-def polls(lab: Lab, name: str) -> int:
-    match = re.search(rf'pgo_command_count{{service="{name}",cmd="git",subcmd="ls-remote"}} (\d+)',
-                      lab.metrics())
-    return int(match[1]) if match else 0
-
-
-def more_polls(lab: Lab, name: str, count: int) -> None:
-    """Wait until the remote was asked that many times again."""
-    before = polls(lab, name)
-    until(lambda: polls(lab, name) >= before + count, f"{count} polls")
-
-
-def files_of(folder: Path) -> dict[str, tuple[int, bytes]]:
-    """Inode and content of every file beneath it."""
-    return {str(path): (path.lstat().st_ino, path.read_bytes())
-            for path in sorted(folder.rglob("*")) if path.is_file()}
-
-
-class GitServer:
-    """git daemon on a loopback port, which can be ended and started."""
-
-    def __init__(self, lab: Lab) -> None:
-        self.lab, self.port = lab, free_port()
-        self.process: subprocess.Popen[bytes] | None = None
-        lab.exits.callback(self.stop)
-
-    def url(self, name: str) -> str:
-        return f"git://127.0.0.1:{self.port}/{name}/bare.git"
-
-    def start(self) -> None:
-        base = self.lab.folder / "repositories"
-        self.process = subprocess.Popen(
-            ["git", "-c", "safe.directory=*", "daemon", "--export-all", "--reuseaddr",
-             "--listen=127.0.0.1", f"--port={self.port}", f"--base-path={base}", str(base)],
-            stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-            start_new_session=True, env=os.environ | {"GIT_CONFIG_COUNT": "1",
-            "GIT_CONFIG_KEY_0": "safe.directory", "GIT_CONFIG_VALUE_0": "*"})
-
-        def answers() -> bool:
-            with socket.socket() as sock:
-                return sock.connect_ex(("127.0.0.1", self.port)) == 0
-        until(answers, "git daemon listens")
-
-    def stop(self) -> None:
-        if self.process:
-            os.killpg(self.process.pid, signal.SIGKILL)
-            self.process.wait()
-            self.process = None
-
-
-def test_remote_down_for_long_touches_nothing_and_is_followed_again(lab: Lab) -> None:
-    name, server = lab.service("a"), GitServer(lab)
-    lab.services[name]["repository"] = server.url(name)
+def test_hung_docker_and_hung_reload_delay_nobody_and_are_ended(lab: Lab) -> None:
+    """Also where pgod was killed meanwhile: the next one ends what it left behind."""
+    stuck, caddy, other = lab.service("stuck"), lab.service("caddy"), lab.service("other")
+    mark = f"98766{int(lab.name[1:], 16)}"
+    lab.services[caddy] |= {"import": "import", "reload": f"localhost:{caddy}//exec web sleep 999"}
     lab.write_config()
-    lab.duration = "300ms"
-    server.start()
-    deployed(lab, name)
-    before, files = lab.containers(name), files_of(lab.directory / name)
-    server.stop()
-    commit = lab.push(name, {"compose.yaml": compose_file("sleep 5555")})
-    count = polls(lab, name)
-    until(lambda: polls(lab, name) >= count + 4, "polled in vain")
-    assert (lab.containers(name), files_of(lab.directory / name)) == (before, files)
-    status = json.loads(lab.ssh(f"{name}//status --json").stdout)
-    assert "git ls-remote" in status["why"] + status["last_error"]
-    server.start()
-    lab.runs(name, commit)
+    program(lab.folder / "bin", "docker", f'case "$*" in *"--project-name {stuck}"*" up "*) '
+            f'exec sleep {mark};; esac\nexec {real("docker")} "$@"')
+    stubbed = {"PATH": f"{lab.folder}/bin:{os.environ['PATH']}"}
+    lab.start(env=stubbed)
+    lab.runs(other, lab.repositories[other].git("rev-parse", "HEAD"))
+    until(lambda: hung(mark), "docker hangs")
+    logged(lab, "reload failed, will be tried again: web sleep 999: took longer than 30 s",
+           30 + PATIENCE)
+    docker("rm", "-f", f"{other}-web-1")
+    until(lambda: lab.containers(other), "brought back")
+    lab.runs(other, lab.push(other, {"new": "1"}))
+    assert lab.daemon.stop() == 0
+    assert not hung(mark)
+    lab.start(env=stubbed)
+    until(lambda: hung(mark), "docker hangs")
+    lab.daemon.stop(signal.SIGKILL)
+    assert hung(mark)
+    deployed(lab, stuck)
+    assert not hung(mark)
 
 
-def test_remote_down_at_the_first_start_is_waited_for(lab: Lab) -> None:
-    name, server = lab.service("a"), GitServer(lab)
-    lab.services[name]["repository"] = server.url(name)
-    lab.write_config()
-    lab.duration = "300ms"
+# ---- Deploy --------------------------------------------------------------------------------------
+
+
+def test_no_bind_outlives_its_commit_in_an_anonymous_volume(lab: Lab) -> None:
+    """compose would hand it on, and above ./a/sub it would be a way out of the work tree."""
+    name = lab.service("a", {"compose.yaml": compose_file(volumes=["./a:/x"]), "a/sub/f": "x"})
     lab.start()
-    until(lambda: polls(lab, name) >= 2, "polled in vain")
-    server.start()
     lab.runs(name, lab.repositories[name].git("rev-parse", "HEAD"))
+    commit = lab.push(name, {"compose.yaml": compose_file(volumes=["/x", "./a/sub:/sub"])})
+    lab.runs(name, commit)
+    mounts = json.loads(docker("inspect", "--format", "{{json .Mounts}}", f"{name}-web-1"))
+    assert {(m["Destination"], m["Type"]) for m in mounts} == {("/x", "volume"), ("/sub", "bind")}
+
+
+def test_rollback_puts_no_link_beneath_what_still_runs(lab: Lab) -> None:
+    """A bad commit has a folder, and binds it, where the good one has a link to the host."""
+    outside = lab.folder / "outside"
+    outside.mkdir(mode=0o777)
+    outside.chmod(0o777)
+    name = lab.service("a", wait="20s")
+    lab.duration = "1h"
+    repository = lab.repositories[name]
+    (repository.work / "d").symlink_to(outside)
+    repository.push({})
+    lab.start()
+    lab.runs(name, repository.git("rev-parse", "HEAD"))
+    (repository.work / "d").unlink()
+    command = "sh -c 'echo $$(date) >> /d/harm; sleep 0.1; exit 1'"
+    commit = lab.push(name, {"d/x": "x", "compose.yaml": compose_file(services={
+        "bad": sleeper(command=command, volumes=["./d:/d"], restart="always")})})
+    assert lab.ssh(f"{name}//up").returncode == 1
+    lab.failed(name, commit)
+    logged(lab, "left as it is:")
+    assert (lab.directory / name / "d/harm").read_text(), "a file that git does not track"
+    assert not list(outside.iterdir())
+    assert set(lab.containers(name)) == {f"{name}-web-1"}
+
+
+def test_container_cannot_swap_a_folder_while_the_next_commit_binds_beneath(lab: Lab) -> None:
+    """Its last act, when it is stopped, is to put a link where the new container's bind begins."""
+    outside = lab.folder / "outside"
+    outside.mkdir()
+    (outside / "precious").write_text("x")
+    swap = f"trap 'rm -rf /d/sub; ln -s {outside} /d/sub; exit' TERM; while :; do sleep 0.1; done"
+    name = lab.service("a", {"compose.yaml": compose_file(
+        "", entrypoint=["sh", "-c", swap], init=False, stop_grace_period="9s",
+        volumes=["./d:/d"]), "d/sub/x": "x"})
+    lab.duration = "1h"
+    lab.start()
+    lab.runs(name, lab.repositories[name].git("rev-parse", "HEAD"))
+    lab.push(name, {"compose.yaml": compose_file("sh -c 'rm -f /s/precious; sleep 100000'",
+                                                 volumes=["./d/sub:/s"])})
+    answer = lab.ssh(f"{name}//up")
+    assert (outside / "precious").exists()
+    assert answer.returncode == 1
+    assert "is a link" in answer.stderr
+
+
+def test_build_reads_the_commit_and_not_what_a_container_put_there(lab: Lab) -> None:
+    """The docker group, whose rights the build has, can read the logins of every service."""
+    name = lab.service("a", {"compose.yaml": compose_file(volumes=["./d:/d"]), "d/x": "x"})
+    lab.duration = "1h"
+    lab.start()
+    lab.runs(name, lab.repositories[name].git("rev-parse", "HEAD"))
+    logins = lab.directory / ".pgod" / name / "docker"
+    docker("exec", f"{name}-web-1", "sh", "-c",
+           f"mkdir /d/c; echo 'FROM {IMAGE}' > /d/c/Dockerfile; echo 'COPY . /x' >> "
+           f"/d/c/Dockerfile; ln -s {logins} /d/l")
+    for context in ("d/c", "d/l"):
+        lab.push(name, {"compose.yaml": compose_file(image=f"{name}-web", build={
+            "context": f"{lab.directory}/{name}/{context}",
+            "dockerfile_inline": f"FROM {IMAGE}\nCOPY . /x"})})
+        assert lab.ssh(f"{name}//up").returncode == 1
+        assert not docker("image", "ls", "--quiet", f"{name}-web")
+
+
+def test_profiles_builds_jobs_orphans_and_lists_of_files_work(lab: Lab) -> None:
+    lab.duration = "1h"
+    rich = lab.service("rich", profiles=["extra"])
+    services = {"extra": sleeper(profiles=["extra"]), "never": sleeper(profiles=["never"]),
+                "job": {"image": IMAGE, "command": "true"},
+                "built": sleeper(image=f"{rich}-built", build="./build")}
+    dockerfile = f"FROM {IMAGE}\nCOPY content /content\n"
+    first = lab.push(rich, {"compose.yaml": None,
+                            "compose.yml": compose_file(services=services),
+                            "docker-compose.yml": "not: valid", "build/Dockerfile": dockerfile,
+                            "build/content": "1"})
+    listed = lab.service("list", compose=["deploy/a.yaml", "deploy/b.yaml"])
+    waiting = {"services": {"web": {"environment": ["X=1"]}}, "x-pgo": {"reload": False}}
+    second = lab.push(listed, {"compose.yaml": None, "deploy/a.yaml": compose_file(),
+                               "deploy/b.yaml": json.dumps(waiting)})
+    lab.start()
+    lab.runs(rich, first)
+    lab.runs(listed, second)
+    assert set(lab.containers(rich)) == {f"{rich}-{key}-1" for key in
+                                         ("web", "extra", "job", "built")}
+    assert docker("exec", f"{rich}-built-1", "cat", "/content") == "1"
+    assert docker("exec", f"{listed}-web-1", "sh", "-c", "echo $X") == "1"
+    assert deploys(lab, rich, {"build/content": "2"}) == {"built"}
+    assert docker("exec", f"{rich}-built-1", "cat", "/content") == "2"
+    del services["extra"]
+    assert deploys(lab, rich, {"compose.yml": compose_file(services=services)}) == {"extra"}
+    before = lab.containers(listed)
+    later = lab.push(listed, {"deploy/a.yaml": compose_file("sleep 200000")})
+    assert lab.ssh(f"{listed}//git pull").returncode == 0
+    assert (lab.failure(listed)["commit"], lab.failure(listed)["waits"]) == (later, True)
+    assert lab.containers(listed) == before
+    assert lab.ssh(f"{listed}//up").returncode == 0
+    assert lab.commit(listed) == later
+    assert lab.containers(listed) != before
+
+
+def test_two_logins_for_one_registry_do_not_race_and_no_token_leaks(lab: Lab) -> None:
+    logins = {"ann": "geheim-ann-$1 é", "ben": "geheim:ben@2"}
+    port, lab.duration = registry(lab, logins), "1s"
+    images, names = {}, {}
+    for user, token in logins.items():
+        images[user] = f"127.0.0.1:{port}/{lab.name}-{user}:1"
+        upload(lab, images[user], user, token)
+        names[user] = lab.service(user, registries=[f"{user}:{token}@127.0.0.1:{port}"])
+        lab.push(names[user], {"compose.yaml": compose_file(image=images[user])})
+    wrong = lab.service("wrong", registries=[f"ann:geheim-wrong@127.0.0.1:{port}"])
+    with seen_command_lines() as seen:
+        lab.start("--debug")
+        for name in (*names.values(), wrong):
+            lab.runs(name, lab.repositories[name].git("rev-parse", "HEAD"))
+        before = lab.containers(wrong)
+        late, absent = (f"127.0.0.1:{port}/{lab.name}-{key}:1" for key in ("late", "absent"))
+        commits = {name: lab.push(name, {"compose.yaml": compose_file(image=image)})
+                   for name, image in ((wrong, absent), (names["ann"], late))}
+        reason = lab.failed(wrong, commits[wrong])
+        assert absent in reason
+        assert f"login to 127.0.0.1:{port} failed" in reason
+        reason = lab.failed(names["ann"], commits[names["ann"]])
+        assert late in reason
+        assert "manifest unknown" in reason
+        assert lab.containers(wrong) == before
+        upload(lab, late, "ben", logins["ben"])
+        lab.runs(names["ann"], commits[names["ann"]])
+        assert lab.commit(wrong) != commits[wrong]
+    for user, token in logins.items():
+        stored = (lab.directory / ".pgod" / names[user] / "docker" / "config.json").read_text()
+        (login,) = json.loads(stored)["auths"].values()
+        assert base64.b64decode(login["auth"]).decode() == f"{user}:{token}"
+    assert_nowhere(lab, seen, *logins.values(), "geheim-wrong")
+    account = pwd.getpwnam(USERS[0])
+    for path in (lab.directory / ".pgod" / wrong / "docker").rglob("*"):
+        assert path.stat().st_uid != account.pw_uid
+        assert not path.stat().st_mode & 0o022
+
+
+def test_pushed_commit_runs_and_is_steered_over_ssh(lab: Lab) -> None:
+    name = lab.service("a")
+    lab.start()
+    first = lab.repositories[name].git("rev-parse", "HEAD")
+    lab.runs(name, first)
+    before = lab.containers(name)
+    assert list(before) == [f"{name}-web-1"]
+    ping = lab.ssh(f"{name}//ping")
+    assert (ping.returncode, ping.stdout) == (0, "pong\n"), ping.stderr
+    assert lab.ssh(f"{name}//git hash").stdout.strip() == first
+    second = lab.push(name, {"compose.yaml": compose_file("sleep 200000")})
+    lab.runs(name, second)
+    after = lab.containers(name)
+    assert list(after) == list(before)
+    assert after != before
 
 
 @pytest.mark.parametrize("bad", [
@@ -2693,6 +3008,307 @@ def test_failed_rollback_is_said_loudly_and_tried_again(lab: Lab) -> None:
     until(lambda: lab.containers(name, "--filter", "status=running"), "rolled back at last")
 
 
+class Registry(http.server.BaseHTTPRequestHandler):
+    """Answers every pull as the image's name says."""
+
+    def do_GET(self) -> None:
+        status = next((int(part) for part in self.path.split("/") if part in ("401", "429", "500")),
+                      404 if "manifests" in self.path else 200)
+        self.send_response(status)
+        self.send_header("Content-Length", "0")
+        self.end_headers()
+
+    do_HEAD = do_GET
+
+    def log_message(self, format: str, *args: Any) -> None:
+        pass
+
+
+@pytest.mark.parametrize("image", ["app/401", "app/429", "app/500", "app/unknown"])
+def test_image_that_cannot_be_pulled_takes_nothing_down(lab: Lab, image: str) -> None:
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Registry)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    lab.exits.callback(server.server_close)
+    lab.exits.callback(server.shutdown)
+    name = lab.service("a")
+    lab.duration = "300ms"
+    deployed(lab, name)
+    before, files = lab.containers(name), files_of(lab.directory / name)
+    reference = f"127.0.0.1:{server.server_port}/{image}:1"
+    commit = lab.push(name, {"compose.yaml": compose_file(image=reference)})
+    reason = lab.failed(name, commit)
+    assert reference in reason
+    assert (lab.containers(name), files_of(lab.directory / name)) == (before, files)
+    docker("tag", IMAGE, reference)
+    lab.exits.callback(docker, "rmi", "-f", reference)
+    lab.runs(name, commit)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM] * 2 + [signal.SIGKILL] * 4)
+def test_end_at_any_moment_of_a_deploy_converges(lab: Lab, number: int) -> None:
+    name = lab.service("a", {"compose.yaml": compose_file(services=TWO)}, **WAIT)
+    deployed(lab, name)
+    seed = os.environ.get("PGO_SEED", lab.name)
+    chance, db = random.Random(seed), lab.containers(name)[f"{name}-db-1"]
+    print(f"the same moments again: PGO_SEED={seed}")
+    for turn in range(5):
+        commit = lab.push(name, {"compose.yaml": compose_file(f"sleep 1000{turn}", services=TWO)})
+        time.sleep(chance.uniform(0, 4))  # the moment is what is tried
+        began = time.monotonic()
+        lab.daemon.stop(number)
+        assert time.monotonic() - began < 30
+        assert lab.containers(name, "--filter", "status=running")
+        lab.start()
+        lab.runs(name, commit)
+        running = lab.containers(name)
+        assert sorted(running) == [f"{name}-db-1", f"{name}-web-1"]
+        assert running[f"{name}-db-1"] == db, "recreated in vain"
+    lab.daemon.stop()
+    lab.start()
+    until(lambda: polls(lab, name) >= 2)
+    assert lab.containers(name) == running
+
+
+def test_end_while_health_is_awaited_makes_no_bad_commit_a_good_one(lab: Lab) -> None:
+    name = lab.service("a", **WAIT)
+    deployed(lab, name)
+    good = lab.commit(name)
+    check = {"test": ["CMD", "false"], "interval": "1s", "retries": 4}
+    bad = lab.push(name, {"compose.yaml": compose_file("sleep 77777", healthcheck=check)})
+    logged(lab, "Recreated")
+    lab.daemon.stop(signal.SIGKILL)
+    until(lambda: docker("inspect", "--format", "{{.State.Health.Status}}", f"{name}-web-1")
+          == "unhealthy", "unhealthy")
+    lab.start()
+    lab.failed(name, bad)
+    assert lab.commit(name) == good
+    assert "sleep 100000" in docker("inspect", "--format", "{{.Config.Cmd}}", f"{name}-web-1")
+
+
+def test_branch_that_goes_back_to_the_good_commit_ends_the_bad_one(lab: Lab) -> None:
+    name = lab.service("a", rollback=False, **WAIT)
+    deployed(lab, name)
+    good, repository = lab.commit(name), lab.repositories[name]
+    bad = lab.push(name, {"compose.yaml": compose_file("sh -c 'sleep 1; exit 7'",
+                                                         healthcheck=None)})
+    lab.failed(name, bad)
+    assert lab.ssh(f"{name}//git hash").stdout.strip() == bad
+    assert "in sync    no" in lab.ssh(f"{name}//status").stdout
+    repository.git("reset", "-q", "--hard", good)
+    repository.send()
+    lab.runs(name, good)
+    assert "sleep 100000" in docker("inspect", "--format", "{{.Config.Cmd}}", f"{name}-web-1")
+
+
+def test_neighbour_that_is_ill_already_spoils_no_deploy(lab: Lab) -> None:
+    check = {"test": ["CMD", "test", "!", "-e", "/tmp/ill"], "interval": "1s", "retries": 1}
+    name = lab.service("a", {"compose.yaml": compose_file(services={"b": sleeper(
+        healthcheck=check)})}, **WAIT)
+    deployed(lab, name)
+    docker("exec", f"{name}-b-1", "touch", "/tmp/ill")
+    until(lambda: docker("inspect", "--format", "{{.State.Health.Status}}", f"{name}-b-1")
+          == "unhealthy", "unhealthy")
+    before = lab.containers(name)
+    commit = lab.push(name, {"compose.yaml": compose_file("sleep 55555", services={"b": sleeper(
+        healthcheck=check)})})
+    lab.runs(name, commit)
+    assert changed(name, before, lab.containers(name)) == {"web"}
+    done = lab.ssh(f"{name}//up")
+    assert done.returncode == 1
+    assert f"{name}-b-1 is unhealthy" in done.stderr
+    docker("pause", f"{name}-web-1")
+    commit = lab.push(name, {"compose.yaml": compose_file("sleep 44444")})
+    assert "is paused by hand" in lab.failed(name, commit)
+    docker("unpause", f"{name}-web-1")
+    lab.runs(name, commit)
+
+
+@pytest.mark.parametrize(("keys", "top", "why"), [
+    ({"secrets": ["key"]}, {"secrets": {"key": {"environment": "NOWHERE"}}}, "NOWHERE is not set"),
+    ({"configs": ["text"], "read_only": True}, {"configs": {"text": {"content": "x"}}},
+     "read_only"),
+    ({"secrets": ["key"]}, {"secrets": {"key": {"file": "./lost"}}}, "lost is missing"),
+], ids=["unset", "read only", "lost"])
+def test_container_that_cannot_be_filled_is_never_started(lab: Lab, keys: dict[str, Any],
+                                                          top: dict[str, Any], why: str) -> None:
+    name = lab.service("a", {"compose.yaml": compose_file(top=top, **keys)}, **WAIT)
+    lab.duration = "300ms"
+    lab.start()
+    until(lambda: why in lab.failure(name).get("reason", ""), "it failed")
+    more_polls(lab, name, 3)
+    assert not lab.containers(name)
+    assert "healthy after" not in lab.daemon.log()
+    lab.runs(name, lab.push(name, {"compose.yaml": compose_file()}))
+
+
+ILL = {"test": ["CMD", "false"], "interval": "1s", "retries": 1}
+
+
+def test_first_deploy_that_fails_stays_failed(lab: Lab) -> None:
+    name = lab.service("a", {"compose.yaml": compose_file(healthcheck=ILL)}, **WAIT)
+    lab.duration = "1h"
+    commit = lab.repositories[name].git("rev-parse", "HEAD")
+    lab.start()
+    for _ in range(2):
+        assert "is unhealthy" in lab.failed(name, commit)
+        assert lab.ssh(f"{name}//up").returncode == 1
+        status = json.loads(lab.ssh(f"{name}//status --json").stdout)
+        assert (status["in_sync"], commit[:10] in status["why"]) == (False, True)
+        assert not lab.commit(name)
+        assert "healthy after" not in lab.daemon.log()
+        lab.daemon.stop()
+        lab.start()
+
+
+def test_commit_that_repairs_what_was_ill_is_waited_for(lab: Lab) -> None:
+    """A bound folder lacks a file: nothing is recreated when it comes, and all is well then."""
+    check = {"test": ["CMD", "test", "-e", "/site/ready"], "interval": "1s", "retries": 2}
+    name = lab.service("a", {"site/ready": "1", "compose.yaml": compose_file(
+        volumes=["./site:/site:ro"], healthcheck=check)}, **WAIT)
+    lab.duration = "1h"
+    deployed(lab, name)
+    before = lab.containers(name)
+    lab.push(name, {"site/ready": None, "site/other": "1"})
+    lab.ssh(f"{name}//git pull")
+    until(lambda: inspected(f"{name}-web-1", "{{.State.Health.Status}}") == "unhealthy", "ill")
+    lab.push(name, {"site/ready": "2"})
+    lab.ssh(f"{name}//up", check=True)
+    assert lab.containers(name) == before
+
+
+def test_application_that_ends_once_is_no_failed_deploy(lab: Lab) -> None:
+    once = "sh -c 'test -e /tmp/x || { touch /tmp/x; sleep 1; exit 1; }; sleep 100000'"
+    ever = "sh -c 'sleep 5; exit 4'"
+    name = lab.service("a", {"compose.yaml": compose_file(once, restart="always",
+                                                          healthcheck=None)})
+    lab.duration = "1h"
+    deployed(lab, name)
+    assert inspected(f"{name}-web-1", "{{.RestartCount}}") == "1"
+    good = lab.commit(name)
+    bad = lab.push(name, {"compose.yaml": compose_file(ever, restart="always", healthcheck=None)})
+    failed = lab.ssh(f"{name}//up")
+    assert failed.returncode == 1
+    assert "exited with status 4" in lab.failed(name, bad) or "runs for" in lab.failed(name, bad)
+    assert lab.commit(name) == good
+
+
+def test_deploy_that_takes_too_long_names_what_allows_more(lab: Lab) -> None:
+    check = {"test": ["CMD", "false"], "interval": "1s", "start_period": "60s"}
+    name = lab.service("a", {"compose.yaml": compose_file(healthcheck=check)}, wait="3s")
+    lab.start()
+    assert 'wait = "…" in pgo.toml' in lab.failed(
+        name, lab.repositories[name].git("rev-parse", "HEAD"))
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_end_in_the_middle_of_a_deploy_is_made_good(lab: Lab, number: int) -> None:
+    name = lab.service("a")
+    lab.start("--ssh", "")
+    until(lambda: lab.containers(name) or "Creating" in lab.daemon.log(), "it is at it")
+    began = time.monotonic()
+    assert lab.daemon.stop(number) == (0 if number == signal.SIGTERM else -number)
+    assert time.monotonic() < began + 30
+    lab.start("--ssh", "")
+    lab.runs(name, lab.repositories[name].git("rev-parse", "HEAD"))
+    assert list(lab.containers(name)) == [f"{name}-web-1"]
+
+
+# ---- Worker --------------------------------------------------------------------------------------
+
+
+def test_checkout_that_the_policy_refuses_is_not_started_again(lab: Lab) -> None:
+    """A container of the Go program could write the .git folder that is taken over."""
+    name = lab.service("", {"compose.yaml": compose_file(cap_add=["SYS_TIME"])})
+    tree = lab.directory / name
+    lab.directory.mkdir()
+    run("git", "clone", "-q", lab.repositories[name].bare, tree)
+    run("chown", "-R", USERS[0], tree)
+    run("docker", "compose", "-p", name, "up", "-d", cwd=tree)
+    before = lab.containers(name)
+    lab.start()
+    logged(lab, "cannot be taken over, begins anew: the policy refuses it")
+    logged(lab, "the policy refuses it")
+    assert lab.containers(name) == before
+    docker("rm", "-f", *before.values())
+    commit = lab.push(name, {"compose.yaml": compose_file()})
+    lab.runs(name, commit)
+    caps = docker("inspect", "--format", "{{.HostConfig.CapAdd}}", f"{name}-web-1")
+    assert caps == "[]"
+
+
+def test_standalone_compose_serves_where_the_plugin_is_missing(lab: Lab) -> None:
+    tools = lab.folder / "tools"
+    program(tools, "docker", f'[ "$1" != compose ] || {{ echo "unknown command" >&2; exit 1; }}\n'
+                             f'exec {real("docker")} "$@"')
+    program(tools, "docker-compose", "echo 1.29.2")
+    name = lab.service("")
+    path = f"{tools}:{os.environ['PATH']}"
+    old = lab.start(ready=False, env={"PATH": path})
+    assert old.process.wait(PATIENCE) == 1
+    assert "docker-compose 1.29.2 is too old; docker compose 2 is needed" in old.log()
+    (tools / "docker-compose").unlink()
+    (tools / "docker-compose").symlink_to(real("docker-compose"))
+    lab.start(env={"PATH": path})
+    lab.runs(name, lab.repositories[name].git("rev-parse", "HEAD"))
+
+
+def test_checkout_of_the_go_program_is_taken_over_as_it_runs(lab: Lab) -> None:
+    name = lab.service("")
+    repository, tree = lab.repositories[name], lab.directory / name
+    files = {"bound.conf": "1", "data/tracked": "1", "compose.yaml": compose_file(
+        volumes=["./bound.conf:/bound.conf:ro", "./data:/data"],
+        services={"other": sleeper(environment=["FROM_PGO"])})}
+    repository.push(files)
+    lab.services[name]["env"] = ["FROM_PGO=1"]
+    lab.write_config()
+    lab.directory.mkdir()
+    run("git", "clone", "-q", repository.bare, tree)
+    run("chown", "-R", USERS[0], tree)
+    run("docker", "compose", "-p", name, "up", "-d", cwd=tree,
+        env=os.environ | {"FROM_PGO": "1"})
+    (tree / "data" / "untracked").write_text("mine")
+    before = lab.containers(name)
+    lab.start()
+    lab.runs(name, repository.git("rev-parse", "HEAD"))
+    opens(lab, name)
+    assert deploys(lab, name, {"README": "new"}) == set()
+    assert lab.containers(name) == before
+    assert deploys(lab, name, {"bound.conf": "2", "data/tracked": "2"}) == {"web"}
+    assert (tree / "data" / "untracked").read_text() == "mine"
+    assert (tree / "data" / "tracked").read_text() == "2"
+    assert not (tree / ".git").exists()
+
+
+def test_remote_down_for_long_touches_nothing_and_is_followed_again(lab: Lab) -> None:
+    name, server = lab.service("a"), GitServer(lab)
+    lab.services[name]["repository"] = server.url(name)
+    lab.write_config()
+    lab.duration = "300ms"
+    server.start()
+    deployed(lab, name)
+    before, files = lab.containers(name), files_of(lab.directory / name)
+    server.stop()
+    commit = lab.push(name, {"compose.yaml": compose_file("sleep 5555")})
+    count = polls(lab, name)
+    until(lambda: polls(lab, name) >= count + 4, "polled in vain")
+    assert (lab.containers(name), files_of(lab.directory / name)) == (before, files)
+    status = json.loads(lab.ssh(f"{name}//status --json").stdout)
+    assert "git ls-remote" in status["why"] + status["last_error"]
+    server.start()
+    lab.runs(name, commit)
+
+
+def test_remote_down_at_the_first_start_is_waited_for(lab: Lab) -> None:
+    name, server = lab.service("a"), GitServer(lab)
+    lab.services[name]["repository"] = server.url(name)
+    lab.write_config()
+    lab.duration = "300ms"
+    lab.start()
+    until(lambda: polls(lab, name) >= 2, "polled in vain")
+    server.start()
+    lab.runs(name, lab.repositories[name].git("rev-parse", "HEAD"))
+
+
 @pytest.mark.parametrize("fault", [["rm", "-f"], ["stop", "-t", "0"], ["kill"]], ids=lambda w: w[0])
 def test_fallen_container_is_brought_back_at_once(lab: Lab, fault: list[str]) -> None:
     name = lab.service("a", {"compose.yaml": compose_file(services=TWO)})
@@ -2733,6 +3349,127 @@ def test_one_shot_container_is_never_started_again_by_itself(lab: Lab) -> None:
     lab.start()
     until(lambda: polls(lab, name) >= 2)
     assert docker("inspect", "--format", "{{.State.StartedAt}}", f"{name}-job-1") == started
+
+
+def test_container_that_dies_ever_again_does_not_stop_the_polls(lab: Lab) -> None:
+    lab.duration = "3s"
+    name = lab.service("a", {"compose.yaml": compose_file()})
+    deployed(lab, name)
+    lab.runs(name, lab.push(name, {"compose.yaml": compose_file(services={"dies": sleeper(
+        command="sh -c 'sleep 6; exit 1'", restart="always")})}))
+    until(lambda: "1" in docker("inspect", "--format", "{{.RestartCount}}", f"{name}-dies-1"))
+    more_polls(lab, name, 3)
+    lab.runs(name, lab.push(name, {"compose.yaml": compose_file()}))
+
+
+def test_heal_that_was_put_off_is_made_good(lab: Lab) -> None:
+    """Nothing but a timer tells of the end of a hold, or of a file that is gone again."""
+    name = lab.service("a")
+    deployed(lab, name)
+    stop = lab.directory / f"{name}.stop"
+    stop.touch()
+    docker("rm", "-f", f"{name}-web-1")
+    more_polls(lab, name, 2)
+    assert not lab.containers(name)
+    stop.unlink()
+    until(lambda: lab.containers(name), "brought back")
+
+
+def test_container_that_is_killed_twice_in_an_interval_comes_back(lab: Lab) -> None:
+    name = lab.service("a")
+    deployed(lab, name)
+
+    def pid() -> int:
+        return int(docker("inspect", "--format", "{{.State.Pid}}", f"{name}-web-1"))
+
+    for _ in range(2):
+        before = pid()
+        os.kill(before, signal.SIGKILL)
+        until(lambda before=before: pid() not in (0, before), "brought back")  # type: ignore[misc]
+
+
+def test_stopped_service_that_the_engine_started_is_stopped_again(lab: Lab) -> None:
+    """As the engine does at its own start with what has `restart: always`."""
+    name = lab.service("a", {"compose.yaml": compose_file(restart="always", services=TWO)})
+    deployed(lab, name)
+
+    def status(service: str) -> str:
+        return docker("inspect", "--format", "{{.State.Status}}", f"{name}-{service}-1")
+
+    lab.ssh(f"{name}//stop web", check=True)
+    docker("start", f"{name}-web-1")
+    until(lambda: status("web") == "exited", "stopped again")
+    more_polls(lab, name, 2)
+    assert status("db") == "running"
+    assert "stopped by" in lab.ssh(f"{name}//status").stdout
+
+
+def test_network_that_was_removed_meanwhile_is_made_again(lab: Lab) -> None:
+    name = lab.service("a")
+    deployed(lab, name)
+    lab.ssh(f"{name}//stop", check=True)
+    docker("network", "rm", f"{name}_default")
+    lab.ssh(f"{name}//start", check=True)
+    assert docker("inspect", "--format", "{{.State.Status}}", f"{name}-web-1") == "running"
+
+
+def test_configuration_change_waits_for_up_and_says_so(lab: Lab) -> None:
+    name = lab.service("a", {"compose.yaml": compose_file(
+        environment=["X"], top={"x-pgo": {"reload": False}})}, env=["X=1"])
+    deployed(lab, name)
+    lab.services[name]["env"] = ["X=2"]
+    lab.write_config()
+    new_start(lab)
+    logged(lab, "waits for up")
+    assert "in sync    no" in lab.ssh(f"{name}//status").stdout
+    lab.services[name]["env"] = ["X=1"]
+    lab.write_config()
+    new_start(lab)
+    until(lambda: "in sync    yes" in lab.ssh(f"{name}//status").stdout, "taken back")
+    lab.services[name]["env"] = ["X=2"]
+    lab.write_config()
+    new_start(lab)
+    lab.ssh(f"{name}//up", check=True)
+    assert docker("exec", f"{name}-web-1", "sh", "-c", "echo $X") == "2"
+
+
+def test_jump_of_the_wall_clock_neither_hurries_nor_delays_a_poll(lab: Lab) -> None:
+    name, offset = lab.service("a"), lab.folder / "offset"
+    offset.write_text("0")
+    (lab.folder / "sitecustomize.py").write_text(
+        "import time\nreal = time.time\n"
+        f"time.time = lambda: real() + float(open({str(offset)!r}).read() or 0)\n")
+    lab.duration = "1s"
+    lab.start(env={"PYTHONPATH": str(lab.folder)})
+    lab.runs(name, lab.repositories[name].git("rev-parse", "HEAD"))
+    for number, days in enumerate((-400, 400)):
+        offset.write_text(str(days * 86400))
+        lab.runs(name, lab.push(name, {"compose.yaml": compose_file(f"sleep 999{number}")}))
+    status = json.loads(lab.ssh(f"{name}//status --json").stdout)
+    assert status["since"] > time.time() + 300 * 86400, "the clock did not jump"
+
+
+@pytest.mark.parametrize("fault", ["rm -f", "restart -t 0"])
+def test_what_shares_a_namespace_comes_back_with_it(lab: Lab, fault: str) -> None:
+    name = lab.service("a", {"compose.yaml": compose_file(services={
+        "app": sleeper(network_mode="service:web"), "other": sleeper()})})
+    lab.duration = "1h"
+    deployed(lab, name)
+    other = lab.containers(name)[f"{name}-other-1"]
+    docker(*fault.split(), f"{name}-web-1")
+
+    def together() -> bool:
+        links = docker("exec", f"{name}-app-1", "ls", "/sys/class/net", check=False).split()
+        mode = docker("inspect", "--format", "{{.HostConfig.NetworkMode}}", f"{name}-app-1",
+                      check=False)
+        return "eth0" in links and mode == f"container:{lab.containers(name)[f'{name}-web-1']}"
+
+    until(lambda: f"{name}-web-1" in lab.containers(name) and together(), "both are back")
+    until(lambda: '"in_sync": true' in lab.ssh(f"{name}//status --json").stdout, "in sync")
+    assert lab.containers(name)[f"{name}-other-1"] == other
+
+
+# ---- Commands ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("command", "end", "running"), [
@@ -2802,474 +3539,6 @@ def test_plan_says_what_would_be_done_and_does_nothing(lab: Lab) -> None:
     assert (lab.containers(name), files_of(lab.directory / name)) == (before, files)
 
 
-def test_history_tells_who_deployed_what(lab: Lab) -> None:
-    name = lab.service("a", **WAIT)
-    lab.duration = "1h"
-    deployed(lab, name)
-    lab.push(name, {"compose.yaml": compose_file("false")})
-    lab.ssh(f"{name}//up")
-    lines = json.loads(lab.ssh(f"{name}//history --json", check=True).stdout)
-    assert [(line["outcome"], line["by"]) for line in lines] == [
-        ("failed", "id@test from 127.0.0.1"), ("deployed", "timer")]
-    assert all(line["subject"] == "change" and line["author"] for line in lines)
-    assert "failed" in lab.ssh(f"{name}//history -n 1", check=True).stdout
-
-
-@pytest.mark.parametrize("damage", ["", "{", "[]", '{"commit": 3, "from the future": true}', None,
-                                    ("state", "tracked", "current"),
-                                    ("state", "tracked", "current", "good")])
-def test_damaged_state_recreates_nothing(lab: Lab, damage: str | tuple[str, ...] | None) -> None:
-    name = lab.service("a", {"compose.yaml": compose_file(volumes=["./conf:/conf:ro"]),
-                             "conf": "x"})
-    deployed(lab, name)
-    commit, before = lab.commit(name), lab.containers(name)
-    lab.daemon.stop(signal.SIGKILL)
-    state = lab.directory / ".pgod" / name / "state.json"
-    if isinstance(damage, str):
-        state.write_text(damage)
-    for lost in ("state",) if damage is None else damage if isinstance(damage, tuple) else ():
-        state.with_name(f"{lost}.json").unlink(missing_ok=True)
-    lab.start()
-    lab.runs(name, commit)
-    assert lab.containers(name) == before
-
-
-def test_lost_state_beside_a_bad_commit_still_rolls_back(lab: Lab) -> None:
-    name = lab.service("a", {"compose.yaml": compose_file(services=TWO)}, **WAIT)
-    deployed(lab, name)
-    good, before = lab.commit(name), lab.containers(name)
-    bad = lab.push(name, {"compose.yaml": compose_file("false", services=TWO)})
-    lab.failed(name, bad)
-    lab.daemon.stop()
-    (lab.directory / ".pgod" / name / "state.json").unlink(missing_ok=True)
-    lab.start()
-    lab.failed(name, bad)
-    assert lab.commit(name) == good
-    assert changed(name, before, lab.containers(name)) == {"web"}
-    assert docker("inspect", "--format", "{{.State.Status}}", f"{name}-web-1") == "running"
-
-
-def test_commit_that_git_refuses_fails_the_command_and_touches_nothing(lab: Lab) -> None:
-    """As one with a file called .git, which would be a way out of the work tree."""
-    name = lab.service("a")
-    deployed(lab, name)
-    before, repository = lab.containers(name), lab.repositories[name]
-    blob = run("git", "-C", repository.bare, "hash-object", "-w", "--stdin", input="x").stdout
-    tree = run("git", "-C", repository.bare, "mktree", input=f"100644 blob {blob.strip()}\t.GIT\n")
-    commit = run("git", "-C", repository.bare, "commit-tree", "-m", "x", tree.stdout.strip(),
-                 env=os.environ | GIT_IDENTITY).stdout.strip()
-    run("git", "-C", repository.bare, "update-ref", "refs/heads/main", commit)
-    for command in ("up", "git pull"):
-        done = lab.ssh(f"{name}//{command}")
-        assert done.returncode == 1, command
-        assert f"{commit[:10]} cannot be fetched" in done.stderr
-    assert lab.containers(name) == before
-
-
-class Registry(http.server.BaseHTTPRequestHandler):
-    """Answers every pull as the image's name says."""
-
-    def do_GET(self) -> None:
-        status = next((int(part) for part in self.path.split("/") if part in ("401", "429", "500")),
-                      404 if "manifests" in self.path else 200)
-        self.send_response(status)
-        self.send_header("Content-Length", "0")
-        self.end_headers()
-
-    do_HEAD = do_GET
-
-    def log_message(self, format: str, *args: Any) -> None:
-        pass
-
-
-@pytest.mark.parametrize("image", ["app/401", "app/429", "app/500", "app/unknown"])
-def test_image_that_cannot_be_pulled_takes_nothing_down(lab: Lab, image: str) -> None:
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Registry)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    lab.exits.callback(server.server_close)
-    lab.exits.callback(server.shutdown)
-    name = lab.service("a")
-    lab.duration = "300ms"
-    deployed(lab, name)
-    before, files = lab.containers(name), files_of(lab.directory / name)
-    reference = f"127.0.0.1:{server.server_port}/{image}:1"
-    commit = lab.push(name, {"compose.yaml": compose_file(image=reference)})
-    reason = lab.failed(name, commit)
-    assert reference in reason
-    assert (lab.containers(name), files_of(lab.directory / name)) == (before, files)
-    docker("tag", IMAGE, reference)
-    lab.exits.callback(docker, "rmi", "-f", reference)
-    lab.runs(name, commit)
-
-
-@pytest.mark.parametrize("number", [signal.SIGTERM] * 2 + [signal.SIGKILL] * 4)
-def test_end_at_any_moment_of_a_deploy_converges(lab: Lab, number: int) -> None:
-    name = lab.service("a", {"compose.yaml": compose_file(services=TWO)}, **WAIT)
-    deployed(lab, name)
-    seed = os.environ.get("PGO_SEED", lab.name)
-    chance, db = random.Random(seed), lab.containers(name)[f"{name}-db-1"]
-    print(f"the same moments again: PGO_SEED={seed}")
-    for turn in range(5):
-        commit = lab.push(name, {"compose.yaml": compose_file(f"sleep 1000{turn}", services=TWO)})
-        time.sleep(chance.uniform(0, 4))  # the moment is what is tried
-        began = time.monotonic()
-        lab.daemon.stop(number)
-        assert time.monotonic() - began < 30
-        assert lab.containers(name, "--filter", "status=running")
-        lab.start()
-        lab.runs(name, commit)
-        running = lab.containers(name)
-        assert sorted(running) == [f"{name}-db-1", f"{name}-web-1"]
-        assert running[f"{name}-db-1"] == db, "recreated in vain"
-    lab.daemon.stop()
-    lab.start()
-    until(lambda: polls(lab, name) >= 2)
-    assert lab.containers(name) == running
-
-
-def test_full_disk_leaves_the_old_state_or_the_new(lab: Lab) -> None:
-    lab.directory.mkdir()
-    run("mount", "-t", "tmpfs", "-o", "size=8m,mode=755", "tmpfs", lab.directory)
-    lab.exits.callback(run, "umount", "-l", lab.directory)
-    name = lab.service("a", {"file": "old"})
-    lab.duration = "300ms"
-    deployed(lab, name)
-    before = lab.containers(name)
-    (lab.directory / "ballast").write_bytes(b"x")
-    with contextlib.suppress(OSError), (lab.directory / "ballast").open("wb", 0) as file:
-        while True:
-            file.write(bytes(1 << 12))
-    commit = lab.push(name, {"file": "new", "big": "x" * 3_000_000})
-    until(lambda: "No space" in lab.daemon.log(), "noticed")
-    assert (lab.directory / name / "file").read_text() == "old"
-    assert lab.containers(name) == before
-    (lab.directory / "ballast").unlink()
-    lab.runs(name, commit)
-    assert (lab.directory / name / "file").read_text() == "new"
-    assert lab.containers(name) == before
-
-
-def test_hung_remote_delays_nobody_else(lab: Lab) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as silent:
-        hung, other = lab.service("hung"), lab.service("other")
-        lab.services[hung]["repository"] = f"git://127.0.0.1:{silent.getsockname()[1]}/x"
-        lab.write_config()
-        deployed(lab, other)
-        assert lab.ssh(f"{other}//ping").stdout == "pong\n"
-        assert lab.daemon.stop() == 0
-
-
-def hung(mark: str) -> list[str]:
-    """The processes with that in their command line."""
-    found = []
-    for path in Path("/proc").glob("[0-9]*/cmdline"):
-        with contextlib.suppress(OSError):
-            found += [path.parent.name] if mark.encode() in path.read_bytes() else []
-    return found
-
-
-def test_hung_docker_and_hung_reload_delay_nobody_and_are_ended(lab: Lab) -> None:
-    """Also where pgod was killed meanwhile: the next one ends what it left behind."""
-    stuck, caddy, other = lab.service("stuck"), lab.service("caddy"), lab.service("other")
-    mark = f"98766{int(lab.name[1:], 16)}"
-    lab.services[caddy] |= {"import": "import", "reload": f"localhost:{caddy}//exec web sleep 999"}
-    lab.write_config()
-    program(lab.folder / "bin", "docker", f'case "$*" in *"--project-name {stuck}"*" up "*) '
-            f'exec sleep {mark};; esac\nexec {real("docker")} "$@"')
-    stubbed = {"PATH": f"{lab.folder}/bin:{os.environ['PATH']}"}
-    lab.start(env=stubbed)
-    lab.runs(other, lab.repositories[other].git("rev-parse", "HEAD"))
-    until(lambda: hung(mark), "docker hangs")
-    logged(lab, "reload failed, will be tried again: web sleep 999: took longer than 30 s",
-           30 + PATIENCE)
-    docker("rm", "-f", f"{other}-web-1")
-    until(lambda: lab.containers(other), "brought back")
-    lab.runs(other, lab.push(other, {"new": "1"}))
-    assert lab.daemon.stop() == 0
-    assert not hung(mark)
-    lab.start(env=stubbed)
-    until(lambda: hung(mark), "docker hangs")
-    lab.daemon.stop(signal.SIGKILL)
-    assert hung(mark)
-    deployed(lab, stuck)
-    assert not hung(mark)
-
-
-def test_child_that_hangs_is_ended_with_all_it_started() -> None:
-    children = pgod.Children(pgod.Metrics(), "PGOD_RUN=test")
-    words = ["sh", "-c", "trap '' TERM; sleep 98765 & setsid --fork true; sleep 98765"]
-    result = children.run(words, pgod.RunAs(), deadline=0.5, kind=("", ""))
-    assert "longer than" in result.complaint
-    assert not hung("98765")
-
-
-class Engine:
-    """A Docker engine of the test's own, which it may stop and kill."""
-
-    def __init__(self, lab: Lab) -> None:
-        self.folder, self.name = lab.folder / "engine", lab.name
-        self.folder.mkdir()
-        self.host = f"unix://{self.folder}/docker.sock"
-        lab.exits.callback(self.unmount)
-        self.start()
-        lab.exits.callback(self.stop, signal.SIGTERM)
-        tar = busybox_tar(lab.folder)
-        self.docker("import", str(tar), IMAGE)
-        lab.exits.callback(self.clean)
-
-    def docker(self, *words: str, check: bool = True) -> str:
-        return run("docker", "--host", self.host, *words, check=check).stdout.strip()
-
-    def start(self) -> None:
-        """In a network of its own: without a bridge it would remove that of the other engine."""
-        with (self.folder / "log").open("ab") as log:
-            self.process = subprocess.Popen(
-                ["unshare", "--net", "dockerd", "--data-root", str(self.folder / "data"),
-                 "--exec-root", str(self.folder / "exec"), "--host", self.host, "--pidfile",
-                 str(self.folder / "pid"), "--iptables=false", "--ip6tables=false",
-                 "--bridge=none", "--containerd-namespace", self.name,
-                 "--containerd-plugins-namespace", f"{self.name}-plugins"],
-                stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True)
-        until(lambda: run("docker", "--host", self.host, "info", check=False).returncode == 0,
-              "the engine answers")
-
-    def stop(self, number: int) -> None:
-        self.process.send_signal(number)
-        self.process.wait(60)
-        with contextlib.suppress(FileNotFoundError):
-            (self.folder / "pid").unlink()
-
-    def unmount(self) -> None:
-        """What an engine leaves mounted that was killed."""
-        mounts = [line.split()[1] for line in Path("/proc/mounts").read_text().splitlines()]
-        for mount in sorted((m for m in mounts if m.startswith(str(self.folder))), reverse=True):
-            run("umount", "-l", mount)
-
-    def clean(self) -> None:
-        if names := self.docker("ps", "-aq"):
-            self.docker("rm", "-f", *names.split())
-        self.docker("network", "prune", "-f")
-
-
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
-def test_engine_that_ends_in_the_middle_of_a_deploy_leaves_no_duplicates(lab: Lab,
-                                                                         number: int) -> None:
-    engine = Engine(lab)
-    name = lab.service("a", {"compose.yaml": compose_file(services=TWO)}, **WAIT)
-    lab.duration = "1s"
-    lab.start(env={"DOCKER_HOST": engine.host})
-    lab.runs(name, lab.repositories[name].git("rev-parse", "HEAD"))
-    commit = lab.push(name, {"compose.yaml": compose_file("sleep 4321", services=TWO)})
-    until(lambda: "Recreate" in lab.daemon.log(), "in the middle of up")
-    engine.stop(number)
-    engine.start()
-    lab.runs(name, commit)
-    until(lambda: sorted(engine.docker("ps", "--format", "{{.Names}}").split())
-          == [f"{name}-db-1", f"{name}-web-1"], "both run")
-    project = f"label=com.docker.compose.project={name}"
-    assert len(engine.docker("ps", "-aq", "--filter", project).split()) == 2
-
-
-def test_container_that_dies_ever_again_does_not_stop_the_polls(lab: Lab) -> None:
-    lab.duration = "3s"
-    name = lab.service("a", {"compose.yaml": compose_file()})
-    deployed(lab, name)
-    lab.runs(name, lab.push(name, {"compose.yaml": compose_file(services={"dies": sleeper(
-        command="sh -c 'sleep 6; exit 1'", restart="always")})}))
-    until(lambda: "1" in docker("inspect", "--format", "{{.RestartCount}}", f"{name}-dies-1"))
-    more_polls(lab, name, 3)
-    lab.runs(name, lab.push(name, {"compose.yaml": compose_file()}))
-
-
-def test_heal_that_was_put_off_is_made_good(lab: Lab) -> None:
-    """Nothing but a timer tells of the end of a hold, or of a file that is gone again."""
-    name = lab.service("a")
-    deployed(lab, name)
-    stop = lab.directory / f"{name}.stop"
-    stop.touch()
-    docker("rm", "-f", f"{name}-web-1")
-    more_polls(lab, name, 2)
-    assert not lab.containers(name)
-    stop.unlink()
-    until(lambda: lab.containers(name), "brought back")
-
-
-def test_container_that_is_killed_twice_in_an_interval_comes_back(lab: Lab) -> None:
-    name = lab.service("a")
-    deployed(lab, name)
-
-    def pid() -> int:
-        return int(docker("inspect", "--format", "{{.State.Pid}}", f"{name}-web-1"))
-
-    for _ in range(2):
-        before = pid()
-        os.kill(before, signal.SIGKILL)
-        until(lambda before=before: pid() not in (0, before), "brought back")  # type: ignore[misc]
-
-
-def test_end_while_health_is_awaited_makes_no_bad_commit_a_good_one(lab: Lab) -> None:
-    name = lab.service("a", **WAIT)
-    deployed(lab, name)
-    good = lab.commit(name)
-    check = {"test": ["CMD", "false"], "interval": "1s", "retries": 4}
-    bad = lab.push(name, {"compose.yaml": compose_file("sleep 77777", healthcheck=check)})
-    logged(lab, "Recreated")
-    lab.daemon.stop(signal.SIGKILL)
-    until(lambda: docker("inspect", "--format", "{{.State.Health.Status}}", f"{name}-web-1")
-          == "unhealthy", "unhealthy")
-    lab.start()
-    lab.failed(name, bad)
-    assert lab.commit(name) == good
-    assert "sleep 100000" in docker("inspect", "--format", "{{.Config.Cmd}}", f"{name}-web-1")
-
-
-def test_branch_that_goes_back_to_the_good_commit_ends_the_bad_one(lab: Lab) -> None:
-    name = lab.service("a", rollback=False, **WAIT)
-    deployed(lab, name)
-    good, repository = lab.commit(name), lab.repositories[name]
-    bad = lab.push(name, {"compose.yaml": compose_file("sh -c 'sleep 1; exit 7'",
-                                                         healthcheck=None)})
-    lab.failed(name, bad)
-    assert lab.ssh(f"{name}//git hash").stdout.strip() == bad
-    assert "in sync    no" in lab.ssh(f"{name}//status").stdout
-    repository.git("reset", "-q", "--hard", good)
-    repository.send()
-    lab.runs(name, good)
-    assert "sleep 100000" in docker("inspect", "--format", "{{.Config.Cmd}}", f"{name}-web-1")
-
-
-def test_neighbour_that_is_ill_already_spoils_no_deploy(lab: Lab) -> None:
-    check = {"test": ["CMD", "test", "!", "-e", "/tmp/ill"], "interval": "1s", "retries": 1}
-    name = lab.service("a", {"compose.yaml": compose_file(services={"b": sleeper(
-        healthcheck=check)})}, **WAIT)
-    deployed(lab, name)
-    docker("exec", f"{name}-b-1", "touch", "/tmp/ill")
-    until(lambda: docker("inspect", "--format", "{{.State.Health.Status}}", f"{name}-b-1")
-          == "unhealthy", "unhealthy")
-    before = lab.containers(name)
-    commit = lab.push(name, {"compose.yaml": compose_file("sleep 55555", services={"b": sleeper(
-        healthcheck=check)})})
-    lab.runs(name, commit)
-    assert changed(name, before, lab.containers(name)) == {"web"}
-    done = lab.ssh(f"{name}//up")
-    assert done.returncode == 1
-    assert f"{name}-b-1 is unhealthy" in done.stderr
-    docker("pause", f"{name}-web-1")
-    commit = lab.push(name, {"compose.yaml": compose_file("sleep 44444")})
-    assert "is paused by hand" in lab.failed(name, commit)
-    docker("unpause", f"{name}-web-1")
-    lab.runs(name, commit)
-
-
-def test_job_that_is_done_and_pruned_is_not_run_again(lab: Lab) -> None:
-    name = lab.service("a", {"compose.yaml": compose_file(services={"job": sleeper(
-        command="true")})})
-    deployed(lab, name)
-    until(lambda: lab.stored(name, "state.json")["done"].keys() == {"job"}, "the job is done")
-    before = docker("inspect", "--format", "{{.State.StartedAt}}", f"{name}-job-1")
-    lab.runs(name, lab.push(name, {"compose.yaml": compose_file(
-        "sleep 99999", services={"job": sleeper(command="true")})}))
-    assert docker("inspect", "--format", "{{.State.StartedAt}}", f"{name}-job-1") == before
-    docker("rm", f"{name}-job-1")
-    docker("rm", "-f", f"{name}-web-1")
-    until(lambda: lab.containers(name), "the server is brought back")
-    more_polls(lab, name, 2)
-    assert set(lab.containers(name)) == {f"{name}-web-1"}
-
-
-def test_stopped_service_that_the_engine_started_is_stopped_again(lab: Lab) -> None:
-    """As the engine does at its own start with what has `restart: always`."""
-    name = lab.service("a", {"compose.yaml": compose_file(restart="always", services=TWO)})
-    deployed(lab, name)
-
-    def status(service: str) -> str:
-        return docker("inspect", "--format", "{{.State.Status}}", f"{name}-{service}-1")
-
-    lab.ssh(f"{name}//stop web", check=True)
-    docker("start", f"{name}-web-1")
-    until(lambda: status("web") == "exited", "stopped again")
-    more_polls(lab, name, 2)
-    assert status("db") == "running"
-    assert "stopped by" in lab.ssh(f"{name}//status").stdout
-
-
-def test_network_that_was_removed_meanwhile_is_made_again(lab: Lab) -> None:
-    name = lab.service("a")
-    deployed(lab, name)
-    lab.ssh(f"{name}//stop", check=True)
-    docker("network", "rm", f"{name}_default")
-    lab.ssh(f"{name}//start", check=True)
-    assert docker("inspect", "--format", "{{.State.Status}}", f"{name}-web-1") == "running"
-
-
-def test_moved_folder_is_used_where_it_is_now(lab: Lab) -> None:
-    name = lab.service("a", {"compose.yaml": compose_file(volumes=["./d:/d"]), "d/x": "x"})
-    deployed(lab, name)
-    assert lab.daemon.stop() == 0
-    old, lab.directory = lab.directory, lab.directory.with_name("moved")
-    old.rename(lab.directory)
-    lab.start()
-    until(lambda: str(lab.directory) in docker("inspect", "--format", "{{json .Mounts}}",
-                                               f"{name}-web-1", check=False), "moved")
-    assert not old.exists()
-
-
-def test_configuration_change_waits_for_up_and_says_so(lab: Lab) -> None:
-    name = lab.service("a", {"compose.yaml": compose_file(
-        environment=["X"], top={"x-pgo": {"reload": False}})}, env=["X=1"])
-    deployed(lab, name)
-    lab.services[name]["env"] = ["X=2"]
-    lab.write_config()
-    new_start(lab)
-    logged(lab, "waits for up")
-    assert "in sync    no" in lab.ssh(f"{name}//status").stdout
-    lab.services[name]["env"] = ["X=1"]
-    lab.write_config()
-    new_start(lab)
-    until(lambda: "in sync    yes" in lab.ssh(f"{name}//status").stdout, "taken back")
-    lab.services[name]["env"] = ["X=2"]
-    lab.write_config()
-    new_start(lab)
-    lab.ssh(f"{name}//up", check=True)
-    assert docker("exec", f"{name}-web-1", "sh", "-c", "echo $X") == "2"
-
-
-def test_jump_of_the_wall_clock_neither_hurries_nor_delays_a_poll(lab: Lab) -> None:
-    name, offset = lab.service("a"), lab.folder / "offset"
-    offset.write_text("0")
-    (lab.folder / "sitecustomize.py").write_text(
-        "import time\nreal = time.time\n"
-        f"time.time = lambda: real() + float(open({str(offset)!r}).read() or 0)\n")
-    lab.duration = "1s"
-    lab.start(env={"PYTHONPATH": str(lab.folder)})
-    lab.runs(name, lab.repositories[name].git("rev-parse", "HEAD"))
-    for number, days in enumerate((-400, 400)):
-        offset.write_text(str(days * 86400))
-        lab.runs(name, lab.push(name, {"compose.yaml": compose_file(f"sleep 999{number}")}))
-    status = json.loads(lab.ssh(f"{name}//status --json").stdout)
-    assert status["since"] > time.time() + 300 * 86400, "the clock did not jump"
-
-
-@pytest.mark.parametrize("lost", [["model.json", "current.json"], ["current.json", "good.json"],
-                                  ["history.jsonl"]])
-def test_damaged_files_of_a_service_are_made_again(lab: Lab, lost: list[str]) -> None:
-    name = lab.service("a", wait="20s")
-    lab.start()
-    lab.runs(name, commit := lab.repositories[name].git("rev-parse", "HEAD"))
-    before = lab.containers(name)
-    lab.daemon.stop()
-    for file in lost:
-        (lab.directory / ".pgod" / name / file).write_bytes(b"\xff{")
-    lab.start()
-    assert until(lambda: "web" in lab.ssh(f"{name}//ps").stdout)
-    lab.runs(name, commit)
-    assert lab.containers(name) == before
-    docker("rm", "-f", *before)
-    until(lambda: lab.containers(name), "healed")
-    assert lab.ssh(f"{name}//up").returncode == 0
-    assert "deployed" in lab.ssh(f"{name}//history", check=True).stdout
-
-
 def test_down_before_the_first_deploy_holds_the_service(lab: Lab) -> None:
     name = lab.service("a", {"compose.yaml": "services: ["})
     lab.duration = "300ms"
@@ -3282,196 +3551,6 @@ def test_down_before_the_first_deploy_holds_the_service(lab: Lab) -> None:
     assert not lab.containers(name)
     lab.ssh(f"{name}//up", check=True)
     assert lab.containers(name)
-
-
-def test_everything_that_shapes_a_container_makes_it_anew_and_nothing_else(lab: Lab) -> None:
-    """Also what compose itself does not see: texts, values, modes."""
-    lab.duration = "1h"
-    name = lab.service("a", env=["TOKEN=one"])
-    services = {
-        "text": sleeper(configs=["text"]), "token": sleeper(secrets=["token"]),
-        "dotenv": sleeper(secrets=["dotenv"]),
-        "script": sleeper(volumes=["./run.sh:/run.sh:ro"]), "other": sleeper()}
-
-    def files(text: str, **more: Any) -> dict[str, str]:
-        top = {"configs": {"text": {"content": text}},
-               "secrets": {"token": {"environment": "TOKEN"}, "dotenv": {"environment": "DOT"}}}
-        return {"compose.yaml": compose_file(services=services | more, top=top)}
-
-    commit = lab.push(name, files("one") | {"run.sh": "true\n", ".env": "DOT=a$$b\n"})
-    lab.start()
-    lab.runs(name, commit)
-
-    def shown(service: str, path: str) -> str:
-        return docker("exec", f"{name}-{service}-1", "cat", path, check=False)
-
-    assert (shown("text", "/text"), shown("token", "/run/secrets/token")) == ("one", "one")
-    assert shown("dotenv", "/run/secrets/dotenv") == "a$b"
-    assert deploys(lab, name, files("two")) == {"text"}
-    assert shown("text", "/text") == "two"
-    (lab.repositories[name].work / "run.sh").chmod(0o755)
-    assert deploys(lab, name, {}) == {"script"}
-    assert docker("exec", f"{name}-script-1", "/bin/sh", "-c", "/run.sh && echo ran") == "ran"
-    assert deploys(lab, name, {".env": "DOT=c\n"}) == {"dotenv"}
-    before = lab.containers(name)
-    lab.services[name]["env"] = ["TOKEN=two"]
-    lab.write_config()
-    new_start(lab)
-    until(lambda: shown("token", "/run/secrets/token") == "two", "the new value is there")
-    lab.runs(name, lab.repositories[name].git("rev-parse", "HEAD"))
-    assert changed(name, before, lab.containers(name)) == {"token"}
-    assert '"in_sync": true' in lab.ssh(f"{name}//status --json").stdout
-
-
-def test_changed_network_is_made_anew_with_what_is_on_it(lab: Lab) -> None:
-    lab.duration = "1h"
-    name = lab.service("a", allow=["network:back_driver_opts"])
-    services = {"db": sleeper(networks={"back": {"aliases": ["store"]}}), "other": sleeper()}
-
-    def files(**network: Any) -> dict[str, str]:
-        return {"compose.yaml": compose_file(services=services, top={"networks": {
-            "back": network}})}
-
-    commit = lab.push(name, files())
-    lab.start()
-    lab.runs(name, commit)
-    lab.push(name, files(internal=True))
-    plan = lab.ssh(f"{name}//plan", check=True).stdout
-    assert "db: recreated: network back changed" in plan
-    assert "other: unchanged" in plan
-    assert deploys(lab, name, {}) == {"db"}
-    assert docker("network", "inspect", "--format", "{{.Internal}}", f"{name}_back") == "true"
-    aliases = inspected(f"{name}-db-1", "{{json .NetworkSettings.Networks}}")
-    assert '"store"' in aliases
-    mtu = {"com.docker.network.driver.mtu": "1400"}
-    assert deploys(lab, name, files(driver_opts=mtu)) == {"db"}
-    assert deploys(lab, name, files()) == {"db"}
-    docker("run", "-d", "--name", f"{lab.name}-foreign", "--network", f"{name}_back", IMAGE,
-           "sleep", "1000")
-    before = lab.containers(name)
-    lab.push(name, files(internal=True))
-    refused = lab.ssh(f"{name}//up")
-    assert refused.returncode == 1
-    assert f"containers of others are on it: {lab.name}-foreign" in refused.stderr
-    assert lab.containers(name, "--filter", "status=running") == before
-
-
-def test_changed_volume_is_refused_for_it_holds_data(lab: Lab) -> None:
-    lab.duration = "1h"
-    name = lab.service("a", user="root")
-
-    def files(**volume: Any) -> dict[str, str]:
-        return {"compose.yaml": compose_file(volumes=["data:/data"], top={"volumes": {
-            "data": volume}})}
-
-    commit = lab.push(name, files())
-    lab.start()
-    lab.runs(name, commit)
-    docker("exec", f"{name}-web-1", "sh", "-c", "echo mine > /data/file")
-    before = lab.containers(name)
-    lab.push(name, files(driver_opts={"type": "tmpfs", "device": "tmpfs"}))
-    refused = lab.ssh(f"{name}//up")
-    assert refused.returncode == 1
-    assert f"volume {name}_data has another driver or other options" in refused.stderr
-    assert lab.containers(name) == before
-    assert docker("exec", f"{name}-web-1", "cat", "/data/file") == "mine"
-
-
-@pytest.mark.parametrize(("keys", "top", "why"), [
-    ({"secrets": ["key"]}, {"secrets": {"key": {"environment": "NOWHERE"}}}, "NOWHERE is not set"),
-    ({"configs": ["text"], "read_only": True}, {"configs": {"text": {"content": "x"}}},
-     "read_only"),
-    ({"secrets": ["key"]}, {"secrets": {"key": {"file": "./lost"}}}, "lost is missing"),
-], ids=["unset", "read only", "lost"])
-def test_container_that_cannot_be_filled_is_never_started(lab: Lab, keys: dict[str, Any],
-                                                          top: dict[str, Any], why: str) -> None:
-    name = lab.service("a", {"compose.yaml": compose_file(top=top, **keys)}, **WAIT)
-    lab.duration = "300ms"
-    lab.start()
-    until(lambda: why in lab.failure(name).get("reason", ""), "it failed")
-    more_polls(lab, name, 3)
-    assert not lab.containers(name)
-    assert "healthy after" not in lab.daemon.log()
-    lab.runs(name, lab.push(name, {"compose.yaml": compose_file()}))
-
-
-@pytest.mark.parametrize("fault", ["rm -f", "restart -t 0"])
-def test_what_shares_a_namespace_comes_back_with_it(lab: Lab, fault: str) -> None:
-    name = lab.service("a", {"compose.yaml": compose_file(services={
-        "app": sleeper(network_mode="service:web"), "other": sleeper()})})
-    lab.duration = "1h"
-    deployed(lab, name)
-    other = lab.containers(name)[f"{name}-other-1"]
-    docker(*fault.split(), f"{name}-web-1")
-
-    def together() -> bool:
-        links = docker("exec", f"{name}-app-1", "ls", "/sys/class/net", check=False).split()
-        mode = docker("inspect", "--format", "{{.HostConfig.NetworkMode}}", f"{name}-app-1",
-                      check=False)
-        return "eth0" in links and mode == f"container:{lab.containers(name)[f'{name}-web-1']}"
-
-    until(lambda: f"{name}-web-1" in lab.containers(name) and together(), "both are back")
-    until(lambda: '"in_sync": true' in lab.ssh(f"{name}//status --json").stdout, "in sync")
-    assert lab.containers(name)[f"{name}-other-1"] == other
-
-
-ILL = {"test": ["CMD", "false"], "interval": "1s", "retries": 1}
-
-
-def test_first_deploy_that_fails_stays_failed(lab: Lab) -> None:
-    name = lab.service("a", {"compose.yaml": compose_file(healthcheck=ILL)}, **WAIT)
-    lab.duration = "1h"
-    commit = lab.repositories[name].git("rev-parse", "HEAD")
-    lab.start()
-    for _ in range(2):
-        assert "is unhealthy" in lab.failed(name, commit)
-        assert lab.ssh(f"{name}//up").returncode == 1
-        status = json.loads(lab.ssh(f"{name}//status --json").stdout)
-        assert (status["in_sync"], commit[:10] in status["why"]) == (False, True)
-        assert not lab.commit(name)
-        assert "healthy after" not in lab.daemon.log()
-        lab.daemon.stop()
-        lab.start()
-
-
-def test_commit_that_repairs_what_was_ill_is_waited_for(lab: Lab) -> None:
-    """A bound folder lacks a file: nothing is recreated when it comes, and all is well then."""
-    check = {"test": ["CMD", "test", "-e", "/site/ready"], "interval": "1s", "retries": 2}
-    name = lab.service("a", {"site/ready": "1", "compose.yaml": compose_file(
-        volumes=["./site:/site:ro"], healthcheck=check)}, **WAIT)
-    lab.duration = "1h"
-    deployed(lab, name)
-    before = lab.containers(name)
-    lab.push(name, {"site/ready": None, "site/other": "1"})
-    lab.ssh(f"{name}//git pull")
-    until(lambda: inspected(f"{name}-web-1", "{{.State.Health.Status}}") == "unhealthy", "ill")
-    lab.push(name, {"site/ready": "2"})
-    lab.ssh(f"{name}//up", check=True)
-    assert lab.containers(name) == before
-
-
-def test_application_that_ends_once_is_no_failed_deploy(lab: Lab) -> None:
-    once = "sh -c 'test -e /tmp/x || { touch /tmp/x; sleep 1; exit 1; }; sleep 100000'"
-    ever = "sh -c 'sleep 5; exit 4'"
-    name = lab.service("a", {"compose.yaml": compose_file(once, restart="always",
-                                                          healthcheck=None)})
-    lab.duration = "1h"
-    deployed(lab, name)
-    assert inspected(f"{name}-web-1", "{{.RestartCount}}") == "1"
-    good = lab.commit(name)
-    bad = lab.push(name, {"compose.yaml": compose_file(ever, restart="always", healthcheck=None)})
-    failed = lab.ssh(f"{name}//up")
-    assert failed.returncode == 1
-    assert "exited with status 4" in lab.failed(name, bad) or "runs for" in lab.failed(name, bad)
-    assert lab.commit(name) == good
-
-
-def test_deploy_that_takes_too_long_names_what_allows_more(lab: Lab) -> None:
-    check = {"test": ["CMD", "false"], "interval": "1s", "start_period": "60s"}
-    name = lab.service("a", {"compose.yaml": compose_file(healthcheck=check)}, wait="3s")
-    lab.start()
-    assert 'wait = "…" in pgo.toml' in lab.failed(
-        name, lab.repositories[name].git("rev-parse", "HEAD"))
 
 
 def test_up_is_right_only_if_the_newest_commit_runs(lab: Lab) -> None:
@@ -3515,9 +3594,6 @@ def test_status_and_metrics_tell_at_once(lab: Lab) -> None:
     until(lambda: inspected(f"{name}-web-1", "{{.State.Health.Status}}") == "unhealthy", "ill")
     assert f"{name}-web-1 is unhealthy" in lab.ssh(f"{name}//status").stdout
     until(lambda: told("pgo_service_in_sync", 0), "not in sync")
-
-
-# ---- Commands ----------------------------------------------------------------------------------
 
 
 REFUSED_ORDERS = (
@@ -3611,7 +3687,7 @@ def test_what_a_repository_says_does_not_steer_the_terminal(lab: Lab) -> None:
         assert "\x1b" not in answer.stdout + answer.stderr
 
 
-# ---- SSH ---------------------------------------------------------------------------------------
+# ---- SSH -----------------------------------------------------------------------------------------
 
 
 def audit_lines(lab: Lab) -> list[dict[str, Any]]:
@@ -3925,24 +4001,7 @@ def test_ssh_audit_finds_no_failure(shared: Lab) -> None:
         "curve25519-sha256", "curve25519-sha256@libssh.org"}
 
 
-# ---- HTTP --------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def quiet(machine: None) -> Iterator[Lab]:
-    """A started pgod without SSH, on every address, with one service."""
-    with make_lab() as lab:
-        name = lab.service("a", env=[f"PGOTEST_SECRET={SECRET}"])
-        lab.start("--ssh", "", "--metric", f":{lab.metric_port}", "--debug")
-        lab.runs(name, lab.repositories[name].git("rev-parse", "HEAD"))
-        yield lab
-
-
-def test_promtool_finds_no_fault(quiet: Lab) -> None:
-    done = run("promtool", "check", "metrics", input=quiet.metrics(), check=False)
-    lint = [line for line in (done.stdout + done.stderr).splitlines()
-            if not line.startswith("pgo_command_")]  # their names are the Go program's
-    assert not lint
+# ---- HTTP ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("host", "method", "path", "status"), [
@@ -4006,21 +4065,7 @@ def test_slow_clients_do_not_blind_the_monitoring(quiet: Lab) -> None:
         assert "pgo_build_info" in quiet.metrics()
 
 
-# ---- Life --------------------------------------------------------------------------------------
-
-
-def test_configuration_cut_at_any_byte_never_goes_on_silently(lab: Lab) -> None:
-    """A prefix either is an error or has every service that it began."""
-    lab.service("a")
-    lab.service("b")
-    text, valid = lab.config.read_bytes(), 0
-    for end in range(len(text) + 1):
-        lab.config.write_bytes(text[:end])
-        with contextlib.suppress(pgod.ConfigurationError):
-            names = pgod.read_configuration(lab.config).names
-            assert len(names) == text[:end].count(b"[[services]]"), text[:end]
-            valid += 1
-    assert 2 <= valid < len(text) / 4, "the whole text and the first service are valid"
+# ---- Daemon --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("content", ["", "[[services]]\nname = \"", "\0", "[[services]]\n", None])
@@ -4049,14 +4094,6 @@ def test_second_pgod_on_a_folder_says_who_holds_it(quiet: Lab) -> None:
     assert quiet.daemon.process.poll() is None
 
 
-def test_secrets_are_not_logged(quiet: Lab) -> None:
-    """Also where each child is one line of the log."""
-    log, name = quiet.daemon.log(), f"{quiet.name}-a"
-    assert re.search(rf"DEBUG {name}: runs: git .*ls-remote ", log)
-    assert re.search(rf"DEBUG {name}: runs: docker compose .* up ", log)
-    assert SECRET not in log
-
-
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 0), (signal.SIGHUP, 2)])
 def test_signal_ends_it_and_containers_stay(lab: Lab, number: int, status: int) -> None:
     name = lab.service("a")
@@ -4068,19 +4105,6 @@ def test_signal_ends_it_and_containers_stay(lab: Lab, number: int, status: int) 
     lab.start("--ssh", "")
     until(lambda: "pgo_service_in_sync" in lab.metrics())
     assert lab.containers(name, "--filter", "status=running") == before
-
-
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
-def test_end_in_the_middle_of_a_deploy_is_made_good(lab: Lab, number: int) -> None:
-    name = lab.service("a")
-    lab.start("--ssh", "")
-    until(lambda: lab.containers(name) or "Creating" in lab.daemon.log(), "it is at it")
-    began = time.monotonic()
-    assert lab.daemon.stop(number) == (0 if number == signal.SIGTERM else -number)
-    assert time.monotonic() < began + 30
-    lab.start("--ssh", "")
-    lab.runs(name, lab.repositories[name].git("rev-parse", "HEAD"))
-    assert list(lab.containers(name)) == [f"{name}-web-1"]
 
 
 def test_new_configuration_ends_it_with_2(lab: Lab) -> None:
@@ -4139,7 +4163,7 @@ def test_service_that_left_the_configuration_ends_without_losing_data(lab: Lab) 
     assert (foreign / "compose.yaml").exists()
 
 
-# ---- Command line ------------------------------------------------------------------------------
+# ---- Command line --------------------------------------------------------------------------------
 
 
 def test_unit_is_one_that_systemd_takes(tmp_path: Path) -> None:
@@ -4184,13 +4208,7 @@ def test_log_line_of_a_repository_cannot_pass_for_one_of_pgod() -> None:
     assert lines[1:] == ["    12:00:00 INFO b: y?"]
 
 
-def test_interval_of_nothing_is_refused() -> None:
-    done = run(sys.executable, HERE / "pgod.py", "--check", "-t", "0s", check=False)
-    assert done.returncode == 2
-    assert "more than 0s" in done.stderr
-
-
-# ---- pgoctl ------------------------------------------------------------------------------------
+# ---- pgoctl --------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -4369,7 +4387,7 @@ def test_output_that_nobody_reads_ends_quietly(steered: tuple[Lab, str], transpo
     client.stderr.close()
 
 
-# ---- Documents ---------------------------------------------------------------------------------
+# ---- Project -------------------------------------------------------------------------------------
 
 
 def test_client_and_server_know_the_same_commands() -> None:
