@@ -126,6 +126,10 @@ class Repository:
 
     def send(self) -> str:
         self.git("push", "-q", "-f", "origin", f"HEAD:{self.branch}")
+        return self.head()
+
+    def head(self) -> str:
+        """The commit that was pushed last."""
         return self.git("rev-parse", "HEAD")
 
 
@@ -411,7 +415,7 @@ def shared(machine: None, request: pytest.FixtureRequest) -> Iterator[Lab]:
         names = [lab.service("a", env=[f"PGOTEST_SECRET={SECRET}"]), lab.service("b", key="other")]
         lab.start(env=asyncssh_environment(request.param))
         for name in names:
-            lab.runs(name, lab.repositories[name].git("rev-parse", "HEAD"))
+            lab.runs(name, lab.repositories[name].head())
         yield lab
         untoward = re.search(r"Traceback|Warning|Exception", lab.daemon.log())
         assert not untoward, lab.daemon.log()
@@ -579,7 +583,7 @@ def deployed(lab: Lab, *names: str) -> None:
     """Start pgod and wait until all run."""
     lab.start()
     for name in names:
-        lab.runs(name, lab.repositories[name].git("rev-parse", "HEAD"))
+        lab.runs(name, lab.repositories[name].head())
 
 
 def polls(lab: Lab, name: str) -> int:
@@ -619,11 +623,7 @@ class GitServer:
             stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
             start_new_session=True, env=os.environ | {"GIT_CONFIG_COUNT": "1",
             "GIT_CONFIG_KEY_0": "safe.directory", "GIT_CONFIG_VALUE_0": "*"})
-
-        def answers() -> bool:
-            with socket.socket() as sock:
-                return sock.connect_ex(("127.0.0.1", self.port)) == 0
-        until(answers, "git daemon listens")
+        until(lambda: listens(self.port), "git daemon listens")
 
     def stop(self) -> None:
         if self.process:
@@ -638,7 +638,7 @@ def quiet(machine: None) -> Iterator[Lab]:
     with make_lab() as lab:
         name = lab.service("a", env=[f"PGOTEST_SECRET={SECRET}"])
         lab.start("--ssh", "", "--metric", f":{lab.metric_port}", "--debug")
-        lab.runs(name, lab.repositories[name].git("rev-parse", "HEAD"))
+        lab.runs(name, lab.repositories[name].head())
         yield lab
 
 
@@ -708,8 +708,7 @@ def test_link_that_a_container_made_is_not_followed(lab: Lab) -> None:
     name = lab.service("a", {"compose.yaml": compose_file(volumes=["./d:/d"]), "d/sub/x": "x"},
                        **{"import": "d/conf/caddy"})
     lab.duration = "1h"
-    lab.start()
-    lab.runs(name, lab.repositories[name].git("rev-parse", "HEAD"))
+    deployed(lab, name)
     docker("exec", f"{name}-web-1", "sh", "-c",
            f"rm -rf /d/sub /d/conf; ln -s {outside} /d/sub; ln -s {outside} /d/conf")
     lab.push(name, {"d/sub/x": "y", "d/sub/y": "z"})
@@ -725,7 +724,7 @@ def test_path_that_leaves_the_work_tree_is_not_written(lab: Lab) -> None:
     lab.duration = "1h"
     lab.start()
     repository = lab.repositories[name]
-    lab.runs(name, repository.git("rev-parse", "HEAD"))
+    lab.runs(name, repository.head())
     good, blob = (repository.git("rev-parse", f"HEAD{what}") for what in ("", ":compose.yaml"))
 
     def tree(*entries: tuple[str, str, str]) -> str:
@@ -792,7 +791,7 @@ def test_compose_runs_as_the_user_and_alone_has_the_docker_group(lab: Lab) -> No
     run("usermod", "-aG", lab.name, USERS[0])
     name = lab.service("")
     lab.start(env={"PATH": f"{tools}:{os.environ['PATH']}"})
-    lab.runs(name, lab.repositories[name].git("rev-parse", "HEAD"))
+    lab.runs(name, lab.repositories[name].head())
     user, docker_gid = pwd.getpwnam(USERS[0]), grp.getgrnam("docker").gr_gid
     groups = set(os.getgrouplist(USERS[0], user.pw_gid))
     assert grp.getgrnam(lab.name).gr_gid in groups
@@ -946,7 +945,7 @@ def test_repositories_are_followed_over_every_transport_and_no_token_leaks(lab: 
     with seen_command_lines() as seen:
         lab.start("--debug", env={"GIT_SSL_CAINFO": str(certificate)})
         for name in names.values():
-            lab.runs(name, lab.repositories[name].git("rev-parse", "HEAD"))
+            lab.runs(name, lab.repositories[name].head())
         for name, commit in [(name, lab.push(name, {"new": "file"})) for name in names.values()]:
             lab.runs(name, commit)
             git_folder = lab.directory / ".pgod" / name / "git"
@@ -971,7 +970,7 @@ def test_rewritten_history_is_followed(lab: Lab) -> None:
     repository.git("push", "-q", "origin", "HEAD:release/1")
     repository.branch = "release/1"
     lab.start()
-    lab.runs(name, repository.git("rev-parse", "HEAD"))
+    lab.runs(name, repository.head())
     before = lab.containers(name)
     repository.git("commit", "-q", "--amend", "-m", "amended")
     amended = repository.send()
@@ -989,8 +988,7 @@ def test_rewritten_history_is_followed(lab: Lab) -> None:
 def test_damaged_git_folder_heals_itself(lab: Lab) -> None:
     lab.duration = "1h"
     name = lab.service("")
-    lab.start()
-    lab.runs(name, lab.repositories[name].git("rev-parse", "HEAD"))
+    deployed(lab, name)
     folder = lab.directory / ".pgod" / name / "git"
 
     def truncate_objects() -> None:
@@ -1019,8 +1017,7 @@ def test_a_clone_that_failed_half_way_is_begun_anew(lab: Lab) -> None:
     worktree.mkdir(parents=True)
     run("git", "init", "-q", worktree)
     (worktree / "untracked").write_text("data")
-    lab.start()
-    lab.runs(name, lab.repositories[name].git("rev-parse", "HEAD"))
+    deployed(lab, name)
     assert (worktree / "untracked").read_text() == "data"
 
 
@@ -1029,8 +1026,7 @@ def test_filter_planted_in_the_work_tree_is_not_run(lab: Lab) -> None:
     name = lab.service("a", {".gitattributes": "* filter=evil\n", "file": "1",
                              "compose.yaml": compose_file(volumes=[".:/w:ro", "./d:/d"])})
     lab.duration = "1h"
-    lab.start()
-    lab.runs(name, lab.repositories[name].git("rev-parse", "HEAD"))
+    deployed(lab, name)
     planted = lab.directory / name / ".git"
     planted.mkdir()
     (planted / "config").write_text(f'[filter "evil"]\n\tsmudge = touch {pwned}\n'
@@ -1082,7 +1078,7 @@ def test_work_tree_follows_in_place_and_untracked_files_are_never_touched(lab: L
         "data/tracked": "1", "bare/only": "1", "file": "1", "folder/in/it": "1",
         "folder/too": "1", ".gitignore": "ignored\n", "plain.sh": "1", "becomes-link": "1"})
     lab.start()
-    lab.runs(name, repository.git("rev-parse", "HEAD"))
+    lab.runs(name, repository.head())
     assert differences(lab, name) == ""
     web = f"{name}-web-1"
     docker("exec", web, "sh", "-c", "echo of the container > /data/own")
@@ -1129,8 +1125,7 @@ def test_folder_that_a_container_took_does_not_block_commits(lab: Lab) -> None:
     name = lab.service("a", {"data/.gitkeep": "", "compose.yaml": compose_file(
         "sh -c 'chown -R 70:70 /data; chmod 700 /data; exec sleep 100000'",
         volumes=["./data:/data"])})
-    lab.start()
-    lab.runs(name, lab.repositories[name].git("rev-parse", "HEAD"))
+    deployed(lab, name)
     until(lambda: (lab.directory / name / "data").stat().st_uid == 70, "the container took it")
     assert deploys(lab, name, {"other": "1"}) == set()
     commit = lab.push(name, {"data/.gitkeep": "2"})
@@ -1140,8 +1135,7 @@ def test_folder_that_a_container_took_does_not_block_commits(lab: Lab) -> None:
 
 def test_new_user_of_a_service_can_go_on_where_the_former_one_stopped(lab: Lab) -> None:
     name = lab.service("a", {"folder/tracked": "1"})
-    lab.start()
-    lab.runs(name, lab.repositories[name].git("rev-parse", "HEAD"))
+    deployed(lab, name)
     (lab.directory / name / "folder/untracked").write_text("mine")
     lab.services[name]["user"] = USERS[1]
     lab.write_config()
@@ -1185,8 +1179,7 @@ def test_large_files_of_a_commit_are_never_in_memory(lab: Lab) -> None:
 
 def test_deeply_nested_compose_file_is_refused_and_remembered(lab: Lab) -> None:
     name = lab.service("a")
-    lab.start()
-    lab.runs(name, lab.repositories[name].git("rev-parse", "HEAD"))
+    deployed(lab, name)
     nested = "x-a: " + "[" * 700 + "]" * 700 + "\n" + compose_file()
     commit = lab.push(name, {"compose.yaml": nested})
     assert lab.failed(name, commit)
@@ -1196,8 +1189,7 @@ def test_deeply_nested_compose_file_is_refused_and_remembered(lab: Lab) -> None:
 def test_compose_service_named_like_an_option_is_no_option(lab: Lab) -> None:
     service = {"image": IMAGE, "command": "sleep 100000", "init": True}
     name = lab.service("a", {"compose.yaml": compose_file(services={"--help": service})})
-    lab.start()
-    lab.runs(name, lab.repositories[name].git("rev-parse", "HEAD"))
+    deployed(lab, name)
     before = lab.containers(name)
     docker("rm", "-f", f"{name}---help-1")
     until(lambda: lab.containers(name).keys() == before.keys(), "it was brought back")
@@ -1277,7 +1269,7 @@ def test_engine_that_ends_in_the_middle_of_a_deploy_leaves_no_duplicates(lab: La
     name = lab.service("a", {"compose.yaml": compose_file(services=TWO)}, **WAIT)
     lab.duration = "1s"
     lab.start(env={"DOCKER_HOST": engine.host})
-    lab.runs(name, lab.repositories[name].git("rev-parse", "HEAD"))
+    lab.runs(name, lab.repositories[name].head())
     commit = lab.push(name, {"compose.yaml": compose_file("sleep 4321", services=TWO)})
     until(lambda: "Recreate" in lab.daemon.log(), "in the middle of up")
     engine.stop(number)
@@ -1385,7 +1377,7 @@ def test_everything_that_shapes_a_container_makes_it_anew_and_nothing_else(lab: 
     lab.write_config()
     new_start(lab)
     until(lambda: shown("token", "/run/secrets/token") == "two", "the new value is there")
-    lab.runs(name, lab.repositories[name].git("rev-parse", "HEAD"))
+    lab.runs(name, lab.repositories[name].head())
     assert changed(name, before, lab.containers(name)) == {"token"}
     assert '"in_sync": true' in lab.ssh(f"{name}//status --json").stdout
 
@@ -2050,7 +2042,7 @@ def test_harm_is_not_done_by_a_malicious_push(lab: Lab) -> None:
     lab.duration = "1h"
     lab.start()
     for service in (victim, name):
-        lab.runs(service, lab.repositories[service].git("rev-parse", "HEAD"))
+        lab.runs(service, lab.repositories[service].head())
     docker("exec", f"{victim}-web-1", "sh", "-c", "echo precious > /data/file")
     victims, before = lab.containers(victim), lab.containers(name)
     listing = run("ls", "-lRi", lab.directory / name).stdout
@@ -2116,8 +2108,7 @@ def test_harm_is_not_done_by_a_malicious_push(lab: Lab) -> None:
 def test_bound_path_that_becomes_a_link_is_refused_before_it_is_there(lab: Lab) -> None:
     name = lab.service("a", {"compose.yaml": compose_file(volumes=["./d:/d"]), "d/x": "x"})
     lab.duration = "1h"
-    lab.start()
-    lab.runs(name, lab.repositories[name].git("rev-parse", "HEAD"))
+    deployed(lab, name)
     repository = lab.repositories[name]
     repository.git("rm", "-q", "-r", "d")
     (repository.work / "d").symlink_to("/etc")
@@ -2131,8 +2122,7 @@ def test_bound_path_that_becomes_a_link_is_refused_before_it_is_there(lab: Lab) 
 
 def test_policy_of_a_trusted_repository_is_reported_not_enforced(lab: Lab) -> None:
     name = lab.service("a", {"compose.yaml": compose_file(cap_add=["SYS_TIME"])}, user="root")
-    lab.start()
-    lab.runs(name, lab.repositories[name].git("rev-parse", "HEAD"))
+    deployed(lab, name)
     assert "cap_add" in lab.daemon.log()
     assert f'pgo_service_policy_violations{{service="{name}"}} 1' in lab.metrics()
 
@@ -2630,7 +2620,7 @@ def test_moved_folder_is_used_where_it_is_now(lab: Lab) -> None:
 def test_damaged_files_of_a_service_are_made_again(lab: Lab, lost: list[str]) -> None:
     name = lab.service("a", wait="20s")
     lab.start()
-    lab.runs(name, commit := lab.repositories[name].git("rev-parse", "HEAD"))
+    lab.runs(name, commit := lab.repositories[name].head())
     before = lab.containers(name)
     lab.daemon.stop()
     for file in lost:
@@ -2695,7 +2685,7 @@ def test_urls_are_reached_through_caddy_and_reload_is_retried(lab: Lab) -> None:
         "sh -c 'test ! -e /etc/caddy/broken && caddy reload --config /etc/caddy/Caddyfile'"})
     lab.start()
     until(lambda: fetch(port, "one.example") == "hello", "one.example is reached")
-    lab.runs(caddy, lab.repositories[caddy].git("rev-parse", "HEAD"))
+    lab.runs(caddy, lab.repositories[caddy].head())
     logged(lab, "reloaded")
     before = lab.containers(caddy)
     assert fetch(port, "two.example") != "hello"
@@ -2728,7 +2718,7 @@ def test_hung_docker_and_hung_reload_delay_nobody_and_are_ended(lab: Lab) -> Non
             f'exec sleep {mark};; esac\nexec {real("docker")} "$@"')
     stubbed = {"PATH": f"{lab.folder}/bin:{os.environ['PATH']}"}
     lab.start(env=stubbed)
-    lab.runs(other, lab.repositories[other].git("rev-parse", "HEAD"))
+    lab.runs(other, lab.repositories[other].head())
     until(lambda: hung(mark), "docker hangs")
     logged(lab, "reload failed, will be tried again: web sleep 999: took longer than 30 s",
            30 + PATIENCE)
@@ -2751,8 +2741,7 @@ def test_hung_docker_and_hung_reload_delay_nobody_and_are_ended(lab: Lab) -> Non
 def test_no_bind_outlives_its_commit_in_an_anonymous_volume(lab: Lab) -> None:
     """compose would hand it on, and above ./a/sub it would be a way out of the work tree."""
     name = lab.service("a", {"compose.yaml": compose_file(volumes=["./a:/x"]), "a/sub/f": "x"})
-    lab.start()
-    lab.runs(name, lab.repositories[name].git("rev-parse", "HEAD"))
+    deployed(lab, name)
     commit = lab.push(name, {"compose.yaml": compose_file(volumes=["/x", "./a/sub:/sub"])})
     lab.runs(name, commit)
     mounts = json.loads(docker("inspect", "--format", "{{json .Mounts}}", f"{name}-web-1"))
@@ -2770,7 +2759,7 @@ def test_rollback_puts_no_link_beneath_what_still_runs(lab: Lab) -> None:
     (repository.work / "d").symlink_to(outside)
     repository.push({})
     lab.start()
-    lab.runs(name, repository.git("rev-parse", "HEAD"))
+    lab.runs(name, repository.head())
     (repository.work / "d").unlink()
     command = "sh -c 'echo $$(date) >> /d/harm; sleep 0.1; exit 1'"
     commit = lab.push(name, {"d/x": "x", "compose.yaml": compose_file(services={
@@ -2793,8 +2782,7 @@ def test_container_cannot_swap_a_folder_while_the_next_commit_binds_beneath(lab:
         "", entrypoint=["sh", "-c", swap], init=False, stop_grace_period="9s",
         volumes=["./d:/d"]), "d/sub/x": "x"})
     lab.duration = "1h"
-    lab.start()
-    lab.runs(name, lab.repositories[name].git("rev-parse", "HEAD"))
+    deployed(lab, name)
     lab.push(name, {"compose.yaml": compose_file("sh -c 'rm -f /s/precious; sleep 100000'",
                                                  volumes=["./d/sub:/s"])})
     answer = lab.ssh(f"{name}//up")
@@ -2807,8 +2795,7 @@ def test_build_reads_the_commit_and_not_what_a_container_put_there(lab: Lab) -> 
     """The docker group, whose rights the build has, can read the logins of every service."""
     name = lab.service("a", {"compose.yaml": compose_file(volumes=["./d:/d"]), "d/x": "x"})
     lab.duration = "1h"
-    lab.start()
-    lab.runs(name, lab.repositories[name].git("rev-parse", "HEAD"))
+    deployed(lab, name)
     logins = lab.directory / ".pgod" / name / "docker"
     docker("exec", f"{name}-web-1", "sh", "-c",
            f"mkdir /d/c; echo 'FROM {IMAGE}' > /d/c/Dockerfile; echo 'COPY . /x' >> "
@@ -2870,7 +2857,7 @@ def test_two_logins_for_one_registry_do_not_race_and_no_token_leaks(lab: Lab) ->
     with seen_command_lines() as seen:
         lab.start("--debug")
         for name in (*names.values(), wrong):
-            lab.runs(name, lab.repositories[name].git("rev-parse", "HEAD"))
+            lab.runs(name, lab.repositories[name].head())
         before = lab.containers(wrong)
         late, absent = (f"127.0.0.1:{port}/{lab.name}-{key}:1" for key in ("late", "absent"))
         commits = {name: lab.push(name, {"compose.yaml": compose_file(image=image)})
@@ -2899,7 +2886,7 @@ def test_two_logins_for_one_registry_do_not_race_and_no_token_leaks(lab: Lab) ->
 def test_pushed_commit_runs_and_is_steered_over_ssh(lab: Lab) -> None:
     name = lab.service("a")
     lab.start()
-    first = lab.repositories[name].git("rev-parse", "HEAD")
+    first = lab.repositories[name].head()
     lab.runs(name, first)
     before = lab.containers(name)
     assert list(before) == [f"{name}-web-1"]
@@ -2976,8 +2963,7 @@ def test_image_that_is_gone_is_pulled_or_built_again(lab: Lab) -> None:
                              "build/file": "1"}, registries=[f"ann:geheim@127.0.0.1:{port}"])
     lab.push(name, {"compose.yaml": compose_file(services={
         "pulled": sleeper(image=image), "built": sleeper(image=f"{name}-built", build="./build")})})
-    lab.start()
-    lab.runs(name, lab.repositories[name].git("rev-parse", "HEAD"))
+    deployed(lab, name)
     lab.ssh(f"{name}//down", check=True)
     for lost in (image, f"{name}-built"):
         docker("rmi", "-f", docker("image", "inspect", "--format", "{{.Id}}", lost))
@@ -3147,7 +3133,7 @@ ILL = {"test": ["CMD", "false"], "interval": "1s", "retries": 1}
 def test_first_deploy_that_fails_stays_failed(lab: Lab) -> None:
     name = lab.service("a", {"compose.yaml": compose_file(healthcheck=ILL)}, **WAIT)
     lab.duration = "1h"
-    commit = lab.repositories[name].git("rev-parse", "HEAD")
+    commit = lab.repositories[name].head()
     lab.start()
     for _ in range(2):
         assert "is unhealthy" in lab.failed(name, commit)
@@ -3197,7 +3183,7 @@ def test_deploy_that_takes_too_long_names_what_allows_more(lab: Lab) -> None:
     name = lab.service("a", {"compose.yaml": compose_file(healthcheck=check)}, wait="3s")
     lab.start()
     assert 'wait = "…" in pgo.toml' in lab.failed(
-        name, lab.repositories[name].git("rev-parse", "HEAD"))
+        name, lab.repositories[name].head())
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
@@ -3209,7 +3195,7 @@ def test_end_in_the_middle_of_a_deploy_is_made_good(lab: Lab, number: int) -> No
     assert lab.daemon.stop(number) == (0 if number == signal.SIGTERM else -number)
     assert time.monotonic() < began + 30
     lab.start("--ssh", "")
-    lab.runs(name, lab.repositories[name].git("rev-parse", "HEAD"))
+    lab.runs(name, lab.repositories[name].head())
     assert list(lab.containers(name)) == [f"{name}-web-1"]
 
 
@@ -3249,7 +3235,7 @@ def test_standalone_compose_serves_where_the_plugin_is_missing(lab: Lab) -> None
     (tools / "docker-compose").unlink()
     (tools / "docker-compose").symlink_to(real("docker-compose"))
     lab.start(env={"PATH": path})
-    lab.runs(name, lab.repositories[name].git("rev-parse", "HEAD"))
+    lab.runs(name, lab.repositories[name].head())
 
 
 def test_checkout_of_the_go_program_is_taken_over_as_it_runs(lab: Lab) -> None:
@@ -3269,7 +3255,7 @@ def test_checkout_of_the_go_program_is_taken_over_as_it_runs(lab: Lab) -> None:
     (tree / "data" / "untracked").write_text("mine")
     before = lab.containers(name)
     lab.start()
-    lab.runs(name, repository.git("rev-parse", "HEAD"))
+    lab.runs(name, repository.head())
     opens(lab, name)
     assert deploys(lab, name, {"README": "new"}) == set()
     assert lab.containers(name) == before
@@ -3306,7 +3292,7 @@ def test_remote_down_at_the_first_start_is_waited_for(lab: Lab) -> None:
     lab.start()
     until(lambda: polls(lab, name) >= 2, "polled in vain")
     server.start()
-    lab.runs(name, lab.repositories[name].git("rev-parse", "HEAD"))
+    lab.runs(name, lab.repositories[name].head())
 
 
 @pytest.mark.parametrize("fault", [["rm", "-f"], ["stop", "-t", "0"], ["kill"]], ids=lambda w: w[0])
@@ -3441,7 +3427,7 @@ def test_jump_of_the_wall_clock_neither_hurries_nor_delays_a_poll(lab: Lab) -> N
         f"time.time = lambda: real() + float(open({str(offset)!r}).read() or 0)\n")
     lab.duration = "1s"
     lab.start(env={"PYTHONPATH": str(lab.folder)})
-    lab.runs(name, lab.repositories[name].git("rev-parse", "HEAD"))
+    lab.runs(name, lab.repositories[name].head())
     for number, days in enumerate((-400, 400)):
         offset.write_text(str(days * 86400))
         lab.runs(name, lab.push(name, {"compose.yaml": compose_file(f"sleep 999{number}")}))
@@ -3658,8 +3644,7 @@ def test_audit_line_hides_values_of_environment(text: str) -> None:
 
 def test_hold_for_ages_is_refused_and_holds_nothing(lab: Lab) -> None:
     name = lab.service("a")
-    lab.start()
-    lab.runs(name, lab.repositories[name].git("rev-parse", "HEAD"))
+    deployed(lab, name)
     answer = lab.ssh(f"{name}//hold --for 99999999999h")
     assert (answer.returncode, "--for" in answer.stderr) == (1, True), answer
     assert "held" not in lab.ssh(f"{name}//status", check=True).stdout
@@ -3668,8 +3653,7 @@ def test_hold_for_ages_is_refused_and_holds_nothing(lab: Lab) -> None:
 @pytest.mark.parametrize("command", ["stop", "restart"])
 def test_an_unknown_compose_service_is_named_and_nothing_is_held(lab: Lab, command: str) -> None:
     name = lab.service("a")
-    lab.start()
-    lab.runs(name, lab.repositories[name].git("rev-parse", "HEAD"))
+    deployed(lab, name)
     answer = lab.ssh(f"{name}//{command} wbe")
     assert answer.returncode == 1
     assert "'wbe'" in answer.stderr
@@ -3819,8 +3803,7 @@ def test_agent_x11_environment_and_copies_are_refused(shared: Lab, tmp_path: Pat
 def test_key_that_was_removed_stops_on_an_open_connection(lab: Lab) -> None:
     name = lab.service("a")
     lab.key("new")
-    lab.start()
-    lab.runs(name, lab.repositories[name].git("rev-parse", "HEAD"))
+    deployed(lab, name)
     control = ("-o", "ControlMaster=auto", "-o", f"ControlPath={lab.folder}/c")
     assert lab.ssh(f"{name}//ping", *control, "-o", "ControlPersist=60").stdout == "pong\n"
     lab.exits.callback(lab.ssh, "", *control, "-O", "exit")
@@ -3865,8 +3848,7 @@ def test_key_kinds(lab: Lab, words: tuple[str, str]) -> None:
     path.chmod(0o600)
     path.with_suffix(".pub").write_text(run("ssh-keygen", "-y", "-f", path).stdout)
     name = lab.service("a")
-    lab.start()
-    lab.runs(name, lab.repositories[name].git("rev-parse", "HEAD"))
+    deployed(lab, name)
     done = lab.ssh("", "-o", "RequiredRSASize=1024")
     assert (done.returncode == 0) == (words[1] != "1024"), done.stderr
     sha1 = lab.ssh("", "-o", "PubkeyAcceptedAlgorithms=ssh-rsa", "-o", "RequiredRSASize=1024")
@@ -4098,7 +4080,7 @@ def test_second_pgod_on_a_folder_says_who_holds_it(quiet: Lab) -> None:
 def test_signal_ends_it_and_containers_stay(lab: Lab, number: int, status: int) -> None:
     name = lab.service("a")
     lab.start("--ssh", "")
-    lab.runs(name, lab.repositories[name].git("rev-parse", "HEAD"))
+    lab.runs(name, lab.repositories[name].head())
     before = lab.containers(name, "--filter", "status=running")
     assert lab.daemon.stop(number) == status
     assert lab.containers(name, "--filter", "status=running") == before
@@ -4141,7 +4123,7 @@ def test_service_that_left_the_configuration_ends_without_losing_data(lab: Lab) 
     run("docker", "compose", "-p", project, "up", "-d", cwd=foreign)
     lab.start()
     for name in (stale, kept):
-        lab.runs(name, lab.repositories[name].git("rev-parse", "HEAD"))
+        lab.runs(name, lab.repositories[name].head())
     docker("exec", f"{stale}-web-1", "sh", "-c", "echo mine > /data/x")
     (lab.directory / stale / "untracked").write_text("mine")
     others = lab.containers(kept) | lab.containers(project)
@@ -4218,7 +4200,7 @@ def steered(machine: None) -> Iterator[tuple[Lab, str]]:
         name = shared.service("ctl")
         shared.duration = "1h"
         shared.start()
-        shared.runs(name, shared.repositories[name].git("rev-parse", "HEAD"))
+        shared.runs(name, shared.repositories[name].head())
         yield shared, name
 
 
