@@ -5259,15 +5259,9 @@ def set_terminal_size(terminal: Any, columns: int, rows: int) -> None:
         fcntl.ioctl(terminal, termios.TIOCSWINSZ, size)
 
 
-def start_stream(compose: Compose, words: list[str], reads: bool, terminal: bool,
-                 process: Any) -> tuple[Child, dict[str, Any]]:
-    """A streaming child, and which of its ends go to the session. Raises Fault."""
-    if not terminal:
-        child = compose.children.start(words, compose.who(), stdin=PIPE if reads else DEVNULL)
-        if child.stdin:
-            os.set_blocking(child.stdin.fileno(), False)
-        streams = {"stdin": child.stdin, "stdout": child.stdout, "stderr": child.stderr}
-        return child, {name: stream for name, stream in streams.items() if stream}
+def start_in_terminal(compose: Compose, words: list[str],
+                      process: Any) -> tuple[Child, dict[str, Any]]:
+    """A child with a terminal of its own, and the ends that go to the session. Raises Fault."""
     master, theirs = os.openpty()
     os.set_blocking(master, False)
     ours = os.fdopen(master, "r+b", 0)
@@ -5283,6 +5277,15 @@ def start_stream(compose: Compose, words: list[str], reads: bool, terminal: bool
     finally:
         os.close(theirs)
     return child, {"stdin": ours, "stdout": ours}
+
+
+def start_stream(compose: Compose, words: list[str], reads: bool) -> tuple[Child, dict[str, Any]]:
+    """A streaming child, and which of its ends go to the session. Raises Fault."""
+    child = compose.children.start(words, compose.who(), stdin=PIPE if reads else DEVNULL)
+    if child.stdin:
+        os.set_blocking(child.stdin.fileno(), False)
+    streams = {"stdin": child.stdin, "stdout": child.stdout, "stderr": child.stderr}
+    return child, {name: stream for name, stream in streams.items() if stream}
 
 
 async def ready(descriptor: int, writing: bool = False) -> None:
@@ -5324,24 +5327,22 @@ class SshServer:
         self.unproven: dict[Any, Client] = {}  # connection: client, oldest first
         self.loop = asyncio.new_event_loop()
         self.beat = time.monotonic()
-        self.started = threading.Event()
-        self.trouble = ""
 
     def serve(self, address: tuple[str, int]) -> None:
         """Listen; returns when it does. Raises Fault."""
-        threading.Thread(target=self._run, args=(address,), name="ssh", daemon=True).start()
-        self.started.wait()
-        if self.trouble:
-            raise Fault(self.trouble)
+        started = Future[None]()
+        threading.Thread(target=self._run, args=(address, started), name="ssh",
+                         daemon=True).start()
+        started.result()
 
-    def _run(self, address: tuple[str, int]) -> None:
+    def _run(self, address: tuple[str, int], started: Future[None]) -> None:
         try:
             self.loop.run_until_complete(self._listen(address))
         except (OSError, ValueError, Fault, self.asyncssh.Error) as error:
-            self.trouble = f"SSH cannot listen on {address[0]}:{address[1]}: {error}"
-            self.started.set()
+            started.set_exception(
+                Fault(f"SSH cannot listen on {address[0]}:{address[1]}: {error}"))
             return
-        self.started.set()
+        started.set_result(None)
         self.loop.run_forever()
 
     async def _listen(self, address: tuple[str, int]) -> None:
@@ -5393,7 +5394,7 @@ class SshServer:
         self.loop.call_later(1.0, self._heartbeat)
 
     def host_key(self) -> Any:
-        """Made once, kept ever after."""
+        """Made once, kept ever after. Raises Fault."""
         path = self.shared.settings.directory / ".pgod" / "ssh_host_ed25519_key"
         if not path.exists():
             key = self.asyncssh.generate_private_key("ssh-ed25519")
@@ -5416,14 +5417,10 @@ class SshServer:
         accepted, does not (CVE-2024-45337). asyncssh reads without limit before authentication.
         """
         peer = connection.get_extra_info("peername") or ("?", 0)
-        client = Client(str(peer[0]))
-        connection.pgod_client = client
+        client = connection.pgod_client = Client(str(peer[0]))
         same = [c for c, other in self.unproven.items() if other.address == client.address]
-        if len(same) >= SSH_UNPROVEN_PER_ADDRESS:
-            same[0].abort()
-            self.unproven.pop(same[0], None)
-        if len(self.unproven) >= SSH_UNPROVEN:
-            oldest = next(iter(self.unproven))
+        crowds = ((same, SSH_UNPROVEN_PER_ADDRESS), ([*self.unproven], SSH_UNPROVEN))
+        for oldest in {crowd[0] for crowd, limit in crowds if len(crowd) >= limit}:
             oldest.abort()
             self.unproven.pop(oldest, None)
         self.unproven[connection] = client
@@ -5449,9 +5446,10 @@ class SshServer:
 
     async def session(self, process: Any) -> None:
         """One exec request, from its text to its exit status."""
-        client: Client = process.get_extra_info("connection").pgod_client
+        connection = process.get_extra_info("connection")
+        client: Client = connection.pgod_client
         if getattr(process.channel, "_send_pktsize", 1) < 1:  # older asyncssh would loop forever
-            process.get_extra_info("connection").abort()
+            connection.abort()
             return
         client.sessions += 1
         self.sessions[client.key] += 1
@@ -5477,9 +5475,8 @@ class SshServer:
             (stream or process.stderr).write(f"{text}\n".encode())
 
     async def handle_exec(self, process: Any, client: Client) -> int:
-        """Parse, permit, audit and carry out."""
-        mine = self.services_of(client.key)
-        text = process.command or ""
+        """Parse, permit, audit and carry out; the exit status."""
+        mine, text = self.services_of(client.key), process.command or ""
         if process.subsystem or not client.key:
             self.tell(process, "refused")
             return DENIED_STATUS
@@ -5498,52 +5495,48 @@ class SshServer:
             self.tell(process, f"there is no service {printable(parsed.service)!r} for this key; "
                       f"it opens: {', '.join(mine) or 'nothing'}")
             return DENIED_STATUS
-        worker = self.shared.workers[parsed.service]
+        return await self.audited(process, client, parsed)
+
+    async def audited(self, process: Any, client: Client, command: ParsedCommand) -> int:
+        """A job of the service's thread, an answer at once, or a command of compose."""
+        worker, entry = self.shared.workers[command.service], COMMANDS[command.command]
         comment = next((k.comment for k in worker.view.keys if k.fingerprint == client.key), "")
-        status = 1
+        by, status = f"{comment or client.key} from {client.address}", 1
         try:
-            status = await self.carry_out(process, parsed, worker,
-                                          f"{comment or client.key} from {client.address}")
+            if entry.job:
+                status = await self.run_job(process, command, worker, entry.job, by)
+            elif entry.answer:
+                text = await self.loop.run_in_executor(None, entry.answer, worker, command, by)
+                self.tell(process, text, process.stdout)
+                status = 0
+            else:
+                status = await self.stream(process, command, worker)
+        except (Fault, OSError) as error:
+            if isinstance(error, ConnectionError):
+                raise
+            self.tell(process, str(error))
         finally:
             with contextlib.suppress(OSError):
                 audit(self.shared.settings.directory, address=client.address, key=client.key,
-                      comment=comment, service=parsed.service, command=parsed.audited(),
+                      comment=comment, service=command.service, command=command.audited(),
                       status=status)
         return status
 
-    async def carry_out(self, process: Any, command: ParsedCommand, worker: Worker,
-                        by: str) -> int:
-        """A job of the service's thread, an answer at once, or a command of compose."""
-        entry = COMMANDS[command.command]
-        if entry.job:
-            return await self.run_job(process, command, worker, by)
-        if not entry.answer:
-            return await self.stream(process, command, worker)
-        try:
-            text = await self.loop.run_in_executor(None, entry.answer, worker, command, by)
-        except (Fault, OSError) as error:
-            self.tell(process, str(error))
-            return 1
-        self.tell(process, text, process.stdout)
-        return 0
-
     async def run_job(self, process: Any, command: ParsedCommand, worker: Worker,
-                      by: str) -> int:
+                      act: Callable[[Worker, Job], None], by: str) -> int:
         """Queue it, tell what happens while it happens; it goes on when the client leaves."""
         stream = process.stdout if command.command in ("plan", "load") else process.stderr
 
         def say(text: str) -> None:
             self.loop.call_soon_threadsafe(self.tell, process, text, stream)
 
-        entry, release = COMMANDS[command.command], worker.view.release
-        known = compose_services(release.model) if release else {}
-        if unknown := [name for name in command.operands if release and name not in known]:
-            self.tell(process, f"{command.command}: there is no compose service {unknown[0]!r}; "
-                      f"there are: {', '.join(known)}")
-            return 1
-        assert entry.job
-        job = worker.ask(Job(command.command, entry.job, tuple(command.words()),
-                             command.operands, by, say))
+        release = worker.view.release
+        known = compose_services(release.model) if release else command.operands
+        if unknown := [name for name in command.operands if name not in known]:
+            raise Refused(f"{command.command}: there is no compose service {unknown[0]!r}; "
+                          f"there are: {', '.join(known)}")
+        job = worker.ask(Job(command.command, act, tuple(command.words()), command.operands, by,
+                             say))
         done = asyncio.ensure_future(asyncio.wrap_future(job.done))
         gone = asyncio.ensure_future(process.channel.wait_closed())
         await asyncio.wait({done, gone}, return_when=asyncio.FIRST_COMPLETED)
@@ -5551,24 +5544,19 @@ class SshServer:
         return await done if done.done() else 1
 
     async def stream(self, process: Any, command: ParsedCommand, worker: Worker) -> int:
-        """A compose command with its three streams tied to the session's."""
-        if not worker.view.release:
-            self.tell(process, "nothing was deployed yet; up does it")
-            return 1
+        """A compose command with its three streams tied to the session's. Raises Fault."""
+        require_release(worker)
         compose, reads = worker.project.compose, command.command == "exec"
-        terminal = reads and process.term_type is not None
-        mark = f"PGOD_SESSION={os.urandom(16).hex()}"
+        terminal, mark = reads and process.term_type is not None, ""
         if reads:
+            mark = f"PGOD_SESSION={os.urandom(16).hex()}"
             command = dataclasses.replace(command, options=(("--env", mark), *command.options))
         words = compose.words(*compose_command(command, terminal))
-        try:
-            child, streams = start_stream(compose, words, reads, terminal, process)
-        except Fault as fault:
-            self.tell(process, str(fault))
-            return 1
+        child, streams = (start_in_terminal(compose, words, process) if terminal
+                          else start_stream(compose, words, reads))
         kind = (worker.name, "compose", command.command)
         self.shared.metrics.count("pgo_command_count", kind)
-        status = await self.pump(process, child, streams, mark if reads else "")
+        status = await self.pump(process, child, streams, mark)
         if status:
             self.shared.metrics.count("pgo_command_error_count", kind)
         return 128 - status if status < 0 else status
@@ -5580,8 +5568,8 @@ class SshServer:
         if mark and not ended_by_itself:
             kill_all(marked_processes(mark), signal.SIGKILL)
 
-    async def pump(self, process: Any, child: Child,
-                  streams: Mapping[str, Any], mark: str) -> int:
+    async def pump(self, process: Any, child: Child, streams: Mapping[str, Any],
+                   mark: str) -> int:
         """Pump until the child ends or the client goes; flow control holds both back.
 
         asyncssh's own redirect loses the last bytes of an input now and then, and output that a
@@ -5619,7 +5607,8 @@ class SshServer:
 
     async def pump_in(self, process: Any, target: Any) -> None:
         """What the client writes, to its end; dropped if there is nobody (left) to read it."""
-        while True:
+        data = b"-"
+        while data:
             try:
                 data = await process.stdin.read(1 << 16)
             except self.asyncssh.TerminalSizeChanged as change:
@@ -5629,8 +5618,6 @@ class SshServer:
                 continue
             if target and not target.closed and not await write_all(target.fileno(), data):
                 target.close()
-            if not data:
-                break
 
 
 def import_asyncssh() -> Any:
@@ -5722,8 +5709,8 @@ class HttpServer(http.server.ThreadingHTTPServer):
 
     def __init__(self, address: tuple[str, int], shared: Shared) -> None:
         self.shared = shared
-        self.open: dict[socket.socket, float] = {}
-        self.guard = threading.Lock()
+        self.guard = threading.Lock()  # guards `open`
+        self.open: dict[socket.socket, float] = {}  # connection: since when
         both = not address[0] and socket.has_dualstack_ipv6()
         self.address_family = socket.AF_INET6 if both or ":" in address[0] else socket.AF_INET
         super().__init__(address, HttpHandler)
@@ -5736,15 +5723,15 @@ class HttpServer(http.server.ThreadingHTTPServer):
         super().server_bind()
 
     def process_request(self, request: Any, client_address: Any) -> None:
+        now = time.monotonic()
         with self.guard:
-            late = [s for s, since in self.open.items() if since + HTTP_SECONDS < time.monotonic()]
-            if len(self.open) >= HTTP_CONNECTIONS:
-                late.append(next(iter(self.open)))
-            for old in late:
-                self.open.pop(old, None)
+            late = [s for s, since in self.open.items() if since + HTTP_SECONDS < now]
+            late += [*self.open][:len(self.open) >= HTTP_CONNECTIONS]
+            for old in {*late}:
+                self.open.pop(old)
                 with contextlib.suppress(OSError):
                     old.shutdown(socket.SHUT_RDWR)
-            self.open[request] = time.monotonic()
+            self.open[request] = now
         super().process_request(request, client_address)
 
     def shutdown_request(self, request: Any) -> None:
