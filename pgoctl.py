@@ -117,8 +117,8 @@ FAILURES = (  # what ssh's log or asyncssh's exception says, what pgoctl says; t
      "more keys were offered than the server listens to: choose one with -i FILE or PGOCTL_ID"),
     ("Load key", "a private key cannot be used, it may be damaged: {words}"),
     (r"Permission denied \(|PermissionDenied",
-     "Permission denied: {keys}; a service opens to the keys whose public half is committed in "
-     "ssh/ of its repository"),
+     "Permission denied: {keys}; commit its .pub in ssh/ of the repository and push; pgod knows "
+     "it after its next fetch"),
     ("Could not resolve|gaierror|UnicodeError", "no such host: is the name right, does DNS work?"),
     (rf"Connection refused|Errno {errno.ECONNREFUSED}\b",
      "connection refused: does pgod run there, and on this port (-p PORT)?"),
@@ -405,7 +405,7 @@ def explain(request: Request, words: str, keys: Sequence[str] = ()) -> ControlEr
         "words": words,
         "remembered": "in PGOCTL_HOSTKEY" if request.pin else "that known_hosts remembers",
         "remedy": "put the new one there" if request.pin else forget,
-        "keys": f"nothing here opens to {offered}" if offered else "there was no key to offer",
+        "keys": f"no service accepts {offered}" if offered else "there was no key to offer",
     }
     for pattern, sentence in FAILURES:
         if re.search(pattern, words):

@@ -466,6 +466,8 @@ def parse_key_file(data: bytes) -> tuple[list[PublicKey], str]:
     """The keys in a file of at most 16 KiB, one a line, and what is wrong with the other lines."""
     if len(data) > KEY_FILE_BYTES:
         return [], "has more than 16 KiB"
+    if b"PRIVATE KEY-----" in data:
+        return [], "is a PRIVATE key: remove it and make a new one"
     keys, wrong = [], ""
     for number, line in enumerate(data.decode(errors="replace").splitlines(), 1):
         if line.strip() and not line.startswith("#"):
@@ -1534,8 +1536,12 @@ class EngineApi:
         return tuple(sorted(found, key=lambda container: container.name))
 
     def was_ended(self, container: Container, ended: float) -> bool:
-        """Whether somebody stopped or killed it. The engine remembers its last 256 events."""
-        query = {"since": f"{container.started - 1:.9f}", "until": f"{ended:.9f}",
+        """Whether somebody stopped or killed it. The engine remembers its last 256 events.
+
+        It tells of a kill a moment later than it kills, and waits for what is yet to come.
+        """
+        until = min(ended + 1, time.time())
+        query = {"since": f"{container.started - 1:.9f}", "until": f"{until:.9f}",
                  "filters": {"container": [container.identity], "event": ["kill"]}}
         text, _ = self.exchange("GET", self.path("/events", query))
         events = [json.loads(line) for line in text.splitlines() if line.strip()]
@@ -1612,7 +1618,7 @@ class EngineApi:
 
         `going_on` is asked twice a second. HTTP/1.0, because then lines come as they are.
         """
-        kinds = ["die", "destroy", "oom", "stop", "health_status", "start"]
+        kinds = ["die", "destroy", "kill", "oom", "stop", "health_status", "start"]
         query = {"filters": {"type": ["container"], "event": kinds}}
         connection = EngineConnection(self.address, API_SECONDS)
         try:
@@ -1674,9 +1680,9 @@ def account_of(user: str, with_docker: bool = False) -> Account:
     return Account(user, entry.pw_uid, entry.pw_gid, tuple(sorted(groups)))
 
 
-def render_fault(result: Result) -> Fault:
+def render_fault(result: Result, files: Sequence[str]) -> Fault:
     """Why a rendering failed; a limit's own words help nobody. A crash is no fault of the file."""
-    text, why = result.stderr, result.complaint
+    text, why, at = result.stderr, result.complaint, ", ".join(map(os.path.basename, files))
     if "out of memory" in text or "cannot allocate memory" in text:
         why = f"it needs more than {RENDER_MEMORY >> 20} MiB of memory"
     elif result.status in (-signal.SIGXCPU, -signal.SIGKILL) or "SIGXCPU" in text:
@@ -1685,7 +1691,9 @@ def render_fault(result: Result) -> Fault:
         why = "it includes or extends an address; only files of the repository are read"
     elif "\ngoroutine " in text:
         return Fault(f"compose crashed: {text.splitlines()[0][:200]}")
-    return Refused(f"the compose file does not render: {why}")
+    elif match := re.search(r"yaml: (line \d+): (.*)", why):
+        return Refused(f"{at}, {match[1]}: {match[2]}")
+    return Refused(f"{at}: {why.replace(os.path.dirname(files[0]) + '/', '')}")
 
 
 class Compose:
@@ -1762,7 +1770,7 @@ class Compose:
                 raise Refused(f"the repository has no {name}")
         return [str(self.paths.export / name) for name in names]
 
-    def render(self, files: Iterable[str]) -> dict[str, Any]:
+    def render(self, files: Sequence[str]) -> dict[str, Any]:
         """The model of files, by compose itself, with the exported commit as project directory.
 
         As the user, without the docker group, with limits. Raises Refused.
@@ -1777,11 +1785,11 @@ class Compose:
             RunAs(self.service.name, self.account, env, secrets=self.service.secrets),
             deadline=DEADLINE["render"], limit=RENDER_OUTPUT, kind=("compose", "config"))
         if result.status or result.trouble:
-            raise render_fault(result)
+            raise render_fault(result, files)
         try:
             return dict(json.loads(result.stdout))
         except (ValueError, TypeError):
-            raise Refused("the compose file does not render: compose wrote no JSON") from None
+            raise Refused("compose rendered the compose file to something else than JSON") from None
         except RecursionError:
             raise Refused("the compose file is nested too deeply") from None
 
@@ -2613,7 +2621,7 @@ def check_volumes(model: Model, context: PolicyContext) -> Found:
             yield Violation("volumes", key, name, f"must be the project's own, {context.name}_…",
                             f"volume:{name}")
         if volume.get("driver") not in (None, "", "local") or volume.get("driver_opts"):
-            yield Violation("volumes", key, shown(volume), "must have driver local and no options",
+            yield Violation("volumes", key, shown(volume), "has a driver or driver_opts",
                             f"volume:{key}_driver")
 
 
@@ -2690,7 +2698,7 @@ def check_binds(model: Model, context: PolicyContext) -> Found:
         elif link_above(relative, context.tree):
             why, entry = link_above(relative, context.tree), ""
         elif relative == "" and not bind.read_only:
-            why, entry = "the whole repository can only be mounted read-only", ""
+            why, entry = "do not mount ./ itself writable, but read-only", ""
         elif relative.split("/")[0] in ("ssh", ".git"):
             why, entry = "holds what decides who may steer the service", ""
         if why:
@@ -3348,7 +3356,9 @@ class Failure:
     def __str__(self) -> str:
         if self.waits:
             return f"{short(self.commit)} waits for up"
-        return f"{short(self.commit)} failed: {self.reason}"
+        again = "it is tried again by itself" if self.retry else (
+            "it is tried again at the next push, or with up")
+        return f"{short(self.commit)} failed; {again}: {self.reason}"
 
 
 @dataclass(frozen=True)
@@ -3825,6 +3835,8 @@ def read_values(project: Project, model: Model) -> dict[str, str]:
     names = value_names(model)
     if not names:
         return {}
+    if wrong := [name for name in names if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name)]:
+        raise Refused(f"environment: {printable(wrong[0])!r} is not the name of a variable")
     project.compose.write("values.json", json.dumps(values_file(names)).encode())
     path = project.paths.own / "values.json"
     chown(path, project.account)
@@ -5030,7 +5042,8 @@ def render_status(facts: Mapping[str, Any]) -> str:
              f"{'yes, but' if facts['in_sync'] else 'no:'} {facts['why']}")]
     if facts["last_error"] and facts["last_error"] not in facts["why"]:
         rows.append(("last error", facts["last_error"]))
-    rows.append(("next poll", f"in {format_duration(max(0, facts['next_poll'] - now))}"))
+    pause = format_duration(max(0, facts["next_poll"] - now))
+    rows.append(("git", f"is checked again in {pause}"))
     lines = [f"{name:<11}{text}" for name, text in rows]
     width = max([len(c["name"]) for c in facts["containers"]], default=0)
     for container in facts["containers"]:
@@ -5939,7 +5952,7 @@ class Daemon:
             if self.alive():
                 notify("WATCHDOG=1")
             if self.settings.restart and self.configuration_changed():
-                log.info("ends: the configuration changed")
+                log.info("restarts to read the changed %s; containers go on", self.settings.config)
                 return 2
 
     def alive(self) -> bool:
@@ -6123,7 +6136,8 @@ def main(words: Sequence[str]) -> int:
         for warning in configuration.warnings:
             log.warning("%s", warning)
         if options.check:
-            print(f"{settings.config}: {len(configuration.services)} services, no errors")
+            count = len(configuration.services)
+            print(f"{settings.config}: {count} service{'s' * (count != 1)}, no errors")
             return 0
         check_identity(configuration)
         return Daemon(settings, configuration).run()

@@ -1547,7 +1547,7 @@ ATTACKS: tuple[tuple[str, str, str], ...] = (
     (web("volumes: ['vol:/v']")
      + "\nvolumes: {vol: {driver_opts: {type: none, o: bind, device: /}}}",
      "volumes: vol", "volume:vol_driver"),
-    (web("volumes: ['vol:/v']") + "\nvolumes: {vol: {driver: evil}}", "driver local",
+    (web("volumes: ['vol:/v']") + "\nvolumes: {vol: {driver: evil}}", "has a driver or driver_opts",
      "volume:vol_driver"),
     (web("volumes: ['vol:/v']") + "\nvolumes: {vol: {name: other_data}}", "other_data",
      "volume:other_data"),
@@ -1676,10 +1676,10 @@ ATTACKS: tuple[tuple[str, str, str], ...] = (
     (web("volumes: ['vol:/v']") + "\nvolumes: {vol: {name: apple}}", "apple", "volume:apple"),
     (web("volumes: ['vol:/v']")
      + "\nvolumes: {vol: {driver_opts: {type: nfs, o: addr=10.0.0.1, device: ':/x'}}}",
-     "driver local", "volume:vol_driver"),
+     "has a driver or driver_opts", "volume:vol_driver"),
     (web("volumes: ['vol:/v']")
      + "\nvolumes: {vol: {driver_opts: {type: overlay, device: overlay, o: 'lowerdir=/etc'}}}",
-     "driver local", "volume:vol_driver"),
+     "has a driver or driver_opts", "volume:vol_driver"),
     (web("volumes: [{type: cluster, source: x, target: /x}]"), "not known", ""),
     # Networks.
     (NETWORKED.format(uses="[n]", network="{driver: ipvlan}"), "driver bridge", "network:n_driver"),
@@ -1724,7 +1724,7 @@ ATTACKS: tuple[tuple[str, str, str], ...] = (
     (web('volumes: ["/data:/x"]'), "bind: /data", "bind:/data"),
     (web('volumes: ["/lib:/x"]'), "bind: /lib", "bind:/lib"),
     (web('volumes: ["/lib/app.stop:/x"]'), "bind: /lib/app.stop", "bind:/lib/app.stop"),
-    (web('volumes: ["/lib/app:/x"]'), "only be mounted read-only", ""),
+    (web('volumes: ["/lib/app:/x"]'), "do not mount ./ itself writable", ""),
     (web('volumes: ["./:/x", "./html:/y"]'), "read-only", ""),
     (web('volumes: ["./ssh/id.pub:/x:ro"]'), "who may steer", ""),
     (web('volumes: ["./.git:/x"]'), "who may steer", ""),
@@ -2074,15 +2074,15 @@ def test_harm_is_not_done_by_a_malicious_push(lab: Lab) -> None:
             "context": ".", "tags": [IMAGE]})}, "built here"),
         ({"compose.yaml": compose_file(cap_add=["${TOKEN}"])}, "cap_add: ***"),
         ({"compose.yaml": f"include: ['git@127.0.0.1:x.git']\n{web('init: true')}",
-          ".env": fetching}, "does not render"),
+          ".env": fetching}, "compose.yaml"),
         ({"compose.yaml": f"include: ['oci://127.0.0.1/x']\n{web('init: true')}"},
-         "does not render"),
+         "compose.yaml"),
         ({"compose.yaml": web("env_file: /dev/zero"), ".env": None},
          "not render: it needs more than 1024 MiB of memory"),
-        ({"compose.yaml": bomb + web("command: *a8")}, "does not render"),
-        ({"compose.yaml": web("env_file: /etc/shadow")}, "does not render"),
-        ({"compose.yaml": f"include: [/etc/shadow]\n{web('init: true')}"}, "does not render"),
-        ({"compose.yaml": web("extends: {file: /etc/shadow, service: root}")}, "does not render"),
+        ({"compose.yaml": bomb + web("command: *a8")}, "compose.yaml"),
+        ({"compose.yaml": web("env_file: /etc/shadow")}, "compose.yaml"),
+        ({"compose.yaml": f"include: [/etc/shadow]\n{web('init: true')}"}, "compose.yaml"),
+        ({"compose.yaml": web("extends: {file: /etc/shadow, service: root}")}, "compose.yaml"),
     ]
     with seen_command_lines() as seen:
         for files, words in pushes:
@@ -2451,7 +2451,8 @@ UNFINISHED: dict[str, Any] = {"current": release(commit="c2", since=0.0)}
     (situation(**UNFINISHED, wanted="c2"), "deploy", "did not end well yet"),
     (situation(**UNFINISHED), "deploy", "new commit c1 (runs: c2)"),
     (situation(asked=True), "deploy", "asked for"),
-    (situation(wanted="c2", failure=failure()), "nothing", "c2 failed: broken"),
+    (situation(wanted="c2", failure=failure()), "nothing",
+     "c2 failed; it is tried again at the next push, or with up: broken"),
     (situation(wanted="c2", failure=failure(retry=True)), "nothing", "c2 failed"),
     (situation(wanted="c2", failure=failure(retry=True), retry=True), "deploy", "new commit"),
     (situation(wanted="c2", failure=failure(configuration="old")), "deploy", "new commit"),
