@@ -3176,15 +3176,18 @@ def compare_namespaces(container: Container, snapshot: Snapshot) -> Row | None:
     return None
 
 
-def compare_ended(container: Container, is_job: bool) -> tuple[str, str] | None:
-    """Kind and text for what has ended; None where it is done."""
+def compare_ended(container: Container, job: DoneJob | None, known: str) -> tuple[str, str] | None:
+    """Kind and text for what has ended; None where it is done.
+
+    `job`: what is known of its compose service; `known`: the job that the release has there.
+    """
     if container.by_hand:
         return "stopped", "was stopped by hand"
-    if container.status == "exited" and container.exit_code == 0:
-        if container.policy in FOREVER:
-            return "stopped", "was stopped"
-        return ("job", "is done, but files that it uses changed") if is_job else None
-    return "ended", f"exited with status {container.exit_code}"
+    if container.status != "exited" or container.exit_code:
+        return "ended", f"exited with status {container.exit_code}"
+    if container.policy in FOREVER or not job or job.started < container.started:
+        return "stopped", "was stopped"
+    return None if job.job == known else ("job", "is done, but files that it uses changed")
 
 
 def compare_running(container: Container, now: float) -> tuple[str, str] | None:
@@ -3224,9 +3227,8 @@ def compare_life(release: Release, container: Container, now: float,
     """Kind and text of what is wrong with how it runs, or with how it ended."""
     if container.status in UP:
         return compare_running(container, now)
-    job = done.get(container.compose_service)
-    return compare_ended(container, job is not None and job.started == container.started
-                         and job.job != release.job(container.compose_service))
+    name = container.compose_service
+    return compare_ended(container, done.get(name), release.job(name))
 
 
 def compare_container(release: Release, container: Container, snapshot: Snapshot,
@@ -3276,12 +3278,13 @@ def compare(release: Release, snapshot: Snapshot,
 
 def note_done(release: Release, snapshot: Snapshot,
               done: Mapping[str, DoneJob]) -> dict[str, DoneJob]:
-    """The jobs that are done: their containers may be pruned."""
+    """The jobs that are done: their containers may be pruned. Not to be asked after a stop."""
     noted = {name: job for name, job in done.items() if name in release.digests}
     for name in release.digests:
         mine = [c for c in snapshot.containers if c.compose_service == name]
-        if mine and all(c.status == "exited" and compare_ended(c, False) is None for c in mine):
-            started = max(c.started for c in mine)
+        started = max((c.started for c in mine), default=0.0)
+        if mine and all(c.status == "exited" and not c.exit_code and not c.by_hand
+                        and c.policy not in FOREVER for c in mine):
             if name not in noted or noted[name].started != started:
                 noted[name] = DoneJob(release.job(name), started)
         elif mine:
@@ -3373,10 +3376,15 @@ class Hold:
     services: tuple[str, ...] = ()  # of compose, that `stop` named; none: all
     by_hand: bool = False  # NAME.stop was made by an administrator: a lock
 
+    @property
+    def stops(self) -> bool:
+        """Whether containers are to be stopped; a lock and `hold` leave them as they are."""
+        return self.kind == "stop" and not self.by_hand
+
     def __str__(self) -> str:
         end = f" until {format_time(self.until)}" if self.until else ""
         reason = f": {self.reason}" if self.reason else ""
-        verb = "stopped" if self.kind == "stop" and not self.by_hand else "held"
+        verb = "stopped" if self.stops else "held"
         return f"{verb} by {self.by} since {format_time(self.since)}{end}{reason}"
 
 
@@ -3422,7 +3430,7 @@ def format_time(seconds: float) -> str:
 
 def stopped_services(hold: Hold | None, current: Release | None) -> frozenset[str]:
     """The compose services that `stop` or `down` has stopped; a file made by hand only holds."""
-    if not hold or hold.kind != "stop" or hold.by_hand or not current:
+    if not hold or not hold.stops or not current:
         return frozenset()
     return frozenset(hold.services or compose_services(current.model))
 
@@ -3942,6 +3950,16 @@ def fetch_images(project: Project, prepared: Prepared, say: Progress) -> Prepare
         release, images={name: str(found["Id"]) for name, found in facts.items()}, pulled=pulled))
 
 
+def attached_to(project: Project, network: Mapping[str, Any]) -> list[str]:
+    """The project's containers on a network. Raises Refused where those of others are on it."""
+    attached = project.api.attached(str(network["Id"]))
+    if others := [row["Names"][0].lstrip("/") for row in attached
+                  if (row.get("Labels") or {}).get(PROJECT_LABEL) != project.name]:
+        raise Refused(f"network {network['Name']} must be made anew, and containers of others are "
+                      f"on it: {', '.join(sorted(others))}")
+    return [str(row["Id"]) for row in attached]
+
+
 def refuse_what_cannot_be(project: Project, prepared: Prepared, snapshot: Snapshot) -> None:
     """What would fail when half of it is done. Raises Refused, or Fault where it will pass."""
     release, paths = prepared.release, project.paths
@@ -3955,11 +3973,7 @@ def refuse_what_cannot_be(project: Project, prepared: Prepared, snapshot: Snapsh
         raise Refused("; ".join(map(str, volumes)) + "; it holds data, so pgod does not make it "
                       "anew: give the volume another name, or remove it by hand")
     for name in changed_networks(release, snapshot).values():
-        attached = project.api.attached(str(snapshot.networks[name]["Id"]))
-        if others := [row["Names"][0].lstrip("/") for row in attached
-                      if (row.get("Labels") or {}).get(PROJECT_LABEL) != project.name]:
-            raise Refused(f"network {name} must be made anew, and containers of others are on it: "
-                          f"{', '.join(sorted(others))}")
+        attached_to(project, snapshot.networks[name])
     if paused := [c.name for c in snapshot.containers if c.status == "paused"]:
         raise Fault(f"{', '.join(paused)} is paused by hand; once docker unpause has ended "
                     "that, it is tried again")
@@ -3978,8 +3992,8 @@ def keep_images(project: Project, *releases: Release | None) -> None:
         project.api.untag(name)
 
 
-def restore_images(project: Project, release: Release) -> Release:
-    """Have each name lead to the image that the release ran, also after a push or a prune.
+def restore_images(project: Project, release: Release, wanted: Iterable[str]) -> Release:
+    """Have the names of these compose services' images lead to what the release ran.
 
     An image that is gone is pulled again by its digest, or built again; the release with what
     came of that. The names of what a neighbour builds are the neighbour's. Raises Fault.
@@ -3987,7 +4001,8 @@ def restore_images(project: Project, release: Release) -> Release:
     images, services, context = dict(release.images), compose_services(release.model), (
         project.context({}))
     theirs = tuple(other.name + mark for other in context.others for mark in "-/")
-    for name, identity in release.images.items():
+    for name in sorted({release.image_names[service] for service in wanted}):
+        identity = images.get(name, "")
         if project.api.image(name).get("Id") == identity or (
                 name.startswith(theirs) and not context.owns(name, "-", "/")):
             continue
@@ -4118,12 +4133,11 @@ class Installation:
     def remove_networks(self, names: Iterable[str], snapshot: Snapshot) -> None:
         """Take everything off networks that are to be made anew; compose would do it otherwise."""
         api = self.project.api
-        for name in names:
-            identity = str(snapshot.networks[name]["Id"])
-            for container in api.attached(identity):
-                api.act("POST", f"/networks/{identity}/disconnect",
-                        body={"Container": container["Id"], "Force": True})
-            api.act("DELETE", f"/networks/{identity}")
+        for network in (snapshot.networks[name] for name in names):
+            for container in attached_to(self.project, network):
+                api.act("POST", f"/networks/{network['Id']}/disconnect",
+                        body={"Container": container, "Force": True})
+            api.act("DELETE", f"/networks/{network['Id']}")
 
     def cure(self, rows: Sequence[Row], snapshot: Snapshot) -> None:
         """Do what removes these rows, and nothing else. Raises Fault."""
@@ -4134,7 +4148,7 @@ class Installation:
             project.api.stop(cure.remove)
             project.api.remove(cure.remove)
         if cure.up:
-            self.release = restore_images(project, self.release)
+            self.release = restore_images(project, self.release, cure.up)
             make_binds(project, self.release.model)
             self.remove_half_made(snapshot)
             self.remove_heirs(snapshot)
@@ -4188,17 +4202,19 @@ class Reconciler:
         self.publish = publish
         self.snapshot = Snapshot()  # the last one
         self.rows: tuple[Row, ...] = ()  # of the current release with it
-        self.was_held = False  # what ended meanwhile was stopped, and is no job that is done
+        self.was_stopped = False  # what ended meanwhile was stopped, and is no job that is done
 
     def look(self) -> tuple[Row, ...]:
         """Ask the engine, and compare with the current release. Raises Fault."""
         current = self.store.current
         self.snapshot = self.project.snapshot(current)
         if current:
-            self.was_held = self.was_held or self.store.hold() is not None
-            if not self.was_held:
+            hold = self.store.hold()
+            self.was_stopped = self.was_stopped or bool(hold and hold.stops)
+            if not self.was_stopped:
                 self.store.set_done(note_done(current, self.snapshot, self.store.done))
             self.rows = compare(current, self.snapshot, self.store.done)
+            self.was_stopped = self.was_stopped and bool(hold or self.rows)
         else:
             self.rows = ()
         self.publish()
@@ -4214,7 +4230,7 @@ class Reconciler:
                 installation.remove_half_made(self.project.snapshot(release))
             raise
         finally:
-            self.was_held = False
+            self.was_stopped = False
         return installation.release
 
     # A deploy, step by step:
@@ -4236,6 +4252,11 @@ class Reconciler:
                 prepared = fetch_images(self.project, prepared, say)
                 self.snapshot = self.project.snapshot(prepared.release)
                 refuse_what_cannot_be(self.project, prepared, self.snapshot)
+                if hold := self.store.hold():
+                    say(str(hold))
+                    return
+            except EngineGone:
+                raise
             except Fault as fault:
                 self.record_failure(commit, fault, fault.retry, by, began)
                 raise
@@ -4549,7 +4570,12 @@ class Worker(threading.Thread):
             snapshot = self.project.snapshot(view.release)
         except Fault:
             return view
-        rows = compare(view.release, snapshot, self.store.done) if view.release else ()
+        rows: tuple[Row, ...] = ()
+        if view.release:
+            hold = self.store.hold()
+            done = self.store.done if hold and hold.stops else note_done(
+                view.release, snapshot, self.store.done)
+            rows = compare(view.release, snapshot, done)
         return dataclasses.replace(view, containers=snapshot.containers, rows=rows)
 
     # The thread:
@@ -4894,6 +4920,8 @@ def job_up(worker: Worker, job: Job) -> None:
     worker.reconcile(frozenset({"start"}), saying(worker, job), job.by, asked=True)
     if worker.remote_error:
         raise Fault(worker.remote_error)
+    if hold := worker.store.hold():
+        raise Refused(f"nothing was deployed: {hold}")
     worker.reconciler.await_ill(job.say)
 
 

@@ -2350,6 +2350,7 @@ def compared(*containers: pgod.Container, **facts: Any) -> tuple[pgod.Row, ...]:
 
 
 DONE = {"web": pgod.DoneJob("d.", NOW - 900)}
+EXITED = container(status="exited")
 
 
 @pytest.mark.parametrize(("rows", "kind", "text"), [
@@ -2360,7 +2361,10 @@ DONE = {"web": pgod.DoneJob("d.", NOW - 900)}
     (compared(container(digest="")), "digest", "is not as the commit has it"),
     (compared(container(image="sha256:2")), "image", "has another image than app"),
     (compared(container(status="created")), "never started", "was never started"),
-    (compared(container(status="exited")), "", ""),
+    (compared(EXITED), "stopped", "was stopped"),
+    (pgod.compare(release(), snapshot(EXITED), DONE), "", ""),
+    (pgod.compare(release(), snapshot(EXITED), {"web": pgod.DoneJob("d.", NOW - 999)}), "stopped",
+     "was stopped"),
     (compared(container(status="exited", policy="always")), "stopped", "was stopped"),
     (compared(container(status="exited", by_hand=True)), "stopped", "stopped by hand"),
     (compared(container(status="exited", exit_code=3)), "ended", "exited with status 3"),
@@ -2481,7 +2485,7 @@ def test_what_is_done_follows_from_what_is_seen(seen: pgod.Situation, action: st
 
 @pytest.mark.parametrize(("containers", "over", "verdict", "why"), [
     ([container()], False, "good", ""),
-    ([container(status="exited")], False, "good", ""),
+    ([container(status="exited")], False, "wait", "was stopped"),
     ([container(health="starting")], False, "wait", "is starting"),
     ([container(health="starting")], True, "bad", "is starting"),
     ([container(status="created")], False, "wait", "never started"),
@@ -3434,6 +3438,27 @@ def test_jump_of_the_wall_clock_neither_hurries_nor_delays_a_poll(lab: Lab) -> N
         lab.runs(name, lab.push(name, {"compose.yaml": compose_file(f"sleep 999{number}")}))
     status = json.loads(lab.ssh(f"{name}//status --json").stdout)
     assert status["since"] > time.time() + 300 * 86400, "the clock did not jump"
+
+
+def test_server_that_was_stopped_long_ago_is_started_and_a_done_job_is_not(lab: Lab) -> None:
+    """Both have ended with 0 and have no restart policy; the engine forgets who stopped what."""
+    server = "sh -c 'trap \"exit 0\" TERM; sleep 100000 & wait'"
+    name = lab.service("a", {"compose.yaml": compose_file(server, services={"job": sleeper(
+        command="true")})})
+    lab.duration = "1h"
+    deployed(lab, name)
+    until(lambda: lab.stored(name, "state.json")["done"].keys() == {"job"}, "the job is done")
+    started = inspected(f"{name}-job-1", "{{.State.StartedAt}}")
+    lab.ssh(f"{name}//stop", check=True)
+    assert inspected(f"{name}-web-1", "{{.State.Status}} {{.State.ExitCode}}") == "exited 0"
+    for number in range(140):  # the engine remembers 256 events
+        docker("network", "create", f"{lab.name}-{number}")
+        docker("network", "rm", f"{lab.name}-{number}")
+    lab.daemon.stop()
+    lab.start()
+    lab.ssh(f"{name}//start", check=True)
+    assert inspected(f"{name}-web-1", "{{.State.Status}}") == "running"
+    assert inspected(f"{name}-job-1", "{{.State.StartedAt}}") == started
 
 
 @pytest.mark.parametrize("fault", ["rm -f", "restart -t 0"])
