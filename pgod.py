@@ -117,6 +117,7 @@ RENDER_CPU = 10
 RENDER_MEMORY = 1 << 30
 RENDER_OUTPUT = 4 << 20
 CHILD_OUTPUT = 16 << 20
+ENVIRONMENT_BYTES = 256 << 10  # that are read of a process's environment
 
 # Of pgod's own environment, children see these and nothing else.
 PASSED_ENVIRONMENT = (
@@ -826,8 +827,9 @@ def marked_processes(mark: str) -> list[int]:
     """The processes that carry that NAME=VALUE in their environment."""
     found = []
     for entry in filter(str.isdigit, os.listdir("/proc")):
-        with contextlib.suppress(OSError):
-            if mark.encode() in Path("/proc", entry, "environ").read_bytes().split(b"\0"):
+        # A process can make it as large as it likes: PR_SET_MM_MAP of prctl(2).
+        with contextlib.suppress(OSError), Path("/proc", entry, "environ").open("rb") as file:
+            if mark.encode() in file.read(ENVIRONMENT_BYTES).split(b"\0"):
                 found.append(int(entry))
     return found
 
@@ -1744,7 +1746,8 @@ class Compose:
         write_atomic(self.paths.own / name, data, mode, None, self.reader_group)
 
     def write_model(self, name: str, model: Mapping[str, Any]) -> None:
-        self.write(name, json.dumps(model, sort_keys=True).encode())
+        # As UTF-8: compose takes no surrogate pairs.
+        self.write(name, json.dumps(model, sort_keys=True, ensure_ascii=False).encode())
 
     def words(self, *command: str, model: str = "model.json") -> list[str]:
         """A compose command on a checked model: the same prefix for every one."""
@@ -2176,6 +2179,13 @@ def shown(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value, sort_keys=True)
 
 
+def exact(value: Any) -> str:
+    """A value as an entry of `allow` names it: a digest, if it is long."""
+    text = shown(value)
+    plain = re.fullmatch(r"[\w.:/-]{1,40}", text)
+    return text if plain else hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
 def listed(value: Any) -> list[Any]:
     """The elements of a list, or the value alone."""
     return value if isinstance(value, list) else [value]
@@ -2394,8 +2404,15 @@ def check_build_paths(where: str, build: Mapping[str, Any], context: PolicyConte
                 yield Violation(where, f"build.{key}", str(item), "uses files of the host")
 
 
+def repository_of(name: str) -> str:
+    """An image's name without its tag or digest."""
+    name = name.partition("@")[0]
+    head, mark, tag = name.rpartition(":")
+    return head if mark and "/" not in tag else name
+
+
 def check_built_image(where: str, image: str, context: PolicyContext) -> Found:
-    repository = re.sub(r"(:[^/:]*)?(@.*)?$", "", image)
+    repository = repository_of(image)
     entries = {f"image:{image}", f"image:{repository}"}
     if not context.owns(image, "-", "/") and not entries & {*context.service.allow}:
         yield Violation(where, "image", image, "is built here and may be what others use; "
@@ -2569,15 +2586,16 @@ def check_networks(model: Model, context: PolicyContext) -> Found:
                             f"network:{name}")
         if network.get("driver") not in (None, "", "bridge", "default"):
             yield Violation("networks", key, shown(network["driver"]), "is not driver bridge",
-                            f"network:{key}_driver")
+                            f"network:{key}_driver={exact(network['driver'])}")
         if network.get("driver_opts"):
             yield Violation("networks", key, shown(network["driver_opts"]),
-                            "reaches into the host's network", f"network:{key}_driver_opts")
+                            "reaches into the host's network",
+                            f"network:{key}_driver_opts={exact(network['driver_opts'])}")
         ipam = network.get("ipam") or {}
         own_driver = ipam.get("driver") in (None, "", "default")
         if ipam.get("config") or ipam.get("options") or not own_driver:
             yield Violation("networks", key, shown(ipam), "takes addresses that may be another's",
-                            f"network:{key}_ipam")
+                            f"network:{key}_ipam={exact(ipam)}")
 
 
 def check_attachments(model: Model, context: PolicyContext) -> Found:
@@ -2607,7 +2625,7 @@ def check_attachments(model: Model, context: PolicyContext) -> Found:
                 if attachment.get(fixed):
                     yield Violation(where, f"networks.{key}.{fixed}", shown(attachment[fixed]),
                                     "is a fixed address on a network that is shared",
-                                    f"network:{key}_{fixed}")
+                                    f"network:{key}_{fixed}={exact(attachment[fixed])}")
 
 
 def check_volumes(model: Model, context: PolicyContext) -> Found:
@@ -2620,9 +2638,10 @@ def check_volumes(model: Model, context: PolicyContext) -> Found:
         if volume.get("external") or not context.owns(name, "_"):
             yield Violation("volumes", key, name, f"must be the project's own, {context.name}_…",
                             f"volume:{name}")
-        if volume.get("driver") not in (None, "", "local") or volume.get("driver_opts"):
-            yield Violation("volumes", key, shown(volume), "has a driver or driver_opts",
-                            f"volume:{key}_driver")
+        driver = {key: volume[key] for key in ("driver", "driver_opts") if volume.get(key)}
+        if driver not in ({}, {"driver": "local"}):
+            yield Violation("volumes", key, shown(driver), "has a driver or driver_opts",
+                            f"volume:{key}_driver={exact(driver)}")
 
 
 def check_size(model: Model, context: PolicyContext) -> Found:
@@ -3914,13 +3933,6 @@ def prepare(project: Project, commit: str) -> Prepared:
     return Prepared(release, tree, rendered)
 
 
-def repository_of(name: str) -> str:
-    """An image's name without its tag or digest."""
-    name = name.partition("@")[0]
-    head, mark, tag = name.rpartition(":")
-    return head if mark and "/" not in tag else name
-
-
 def digest_name(facts: Mapping[str, Any], name: str) -> str:
     """REPOSITORY@DIGEST by which an image was pulled, or nothing."""
     repository = repository_of(name)
@@ -4091,14 +4103,25 @@ class Installation:
         if tracked != tree:
             project.store.set_tracked(tree)
 
-    def stop_writers(self, containers: Iterable[Container]) -> None:
-        """Stop what could still put a link where the new model binds a path beneath its own."""
+    def remove_racing(self, containers: Sequence[Container]) -> None:
+        """Let no container be there that can write above a path, beside one that binds it.
+
+        It could put a link there, and the next start of the other one would follow it as root.
+        Running or stopped: the engine's restart policy asks nobody. Raises Fault.
+        """
         binds = binds_of(self.release.model)
         permitted = {(bind.source, above.source) for bind, above in nested_binds(binds, binds)}
-        self.project.api.stop(sorted({
-            container.identity for container in containers
-            for bind, above in nested_binds(binds, container.binds)
-            if (bind.source, above.source) not in permitted}))
+
+        def race(beneath: Sequence[Bind], writers: Sequence[Bind]) -> bool:
+            return any((bind.source, above.source) not in permitted
+                       for bind, above in nested_binds(beneath, writers))
+
+        theirs = [bind for container in containers for bind in container.binds]
+        racing = sorted(c.identity for c in containers if race([*binds, *theirs], c.binds)
+                        or race(c.binds, [*binds, *theirs]))
+        if racing:
+            self.project.api.stop(racing)
+            self.project.api.remove(racing)
 
     def remove_half_made(self, snapshot: Snapshot) -> None:
         """Remove what was created and cannot be filled or started; never start it half-made.
@@ -4149,6 +4172,7 @@ class Installation:
             project.api.remove(cure.remove)
         if cure.up:
             self.release = restore_images(project, self.release, cure.up)
+            self.remove_racing(snapshot.containers)
             make_binds(project, self.release.model)
             self.remove_half_made(snapshot)
             self.remove_heirs(snapshot)
@@ -4306,7 +4330,7 @@ class Reconciler:
         installation = Installation(self.project, release, say)
         installation.update_files(tree, self.snapshot.containers, strict)
         write_import(self.project)
-        installation.stop_writers(self.snapshot.containers)
+        installation.remove_racing(self.snapshot.containers)
         make_binds(self.project, release.model)
         rows = compare(release, self.snapshot, self.store.done)
         if rows:
@@ -4966,7 +4990,10 @@ def job_start(worker: Worker, job: Job) -> None:
 def job_restart(worker: Worker, job: Job) -> None:
     if hold := worker.store.hold():
         raise Refused(f"{hold}; up or start ends that")
-    make_binds(worker.project, require_release(worker).model)
+    installation = Installation(worker.project, require_release(worker), job.say)
+    worker.reconciler.look()
+    installation.remove_racing(worker.reconciler.snapshot.containers)
+    make_binds(worker.project, installation.release.model)
     run_compose(worker, job)
     worker.watch_until = worker.shared.clock() + worker.service.wait
     worker.reconciler.look()

@@ -1384,7 +1384,8 @@ def test_everything_that_shapes_a_container_makes_it_anew_and_nothing_else(lab: 
 
 def test_changed_network_is_made_anew_with_what_is_on_it(lab: Lab) -> None:
     lab.duration = "1h"
-    name = lab.service("a", allow=["network:back_driver_opts"])
+    mtu = {"com.docker.network.driver.mtu": "1400"}
+    name = lab.service("a", allow=[f"network:back_driver_opts={pgod.exact(mtu)}"])
     services = {"db": sleeper(networks={"back": {"aliases": ["store"]}}), "other": sleeper()}
 
     def files(**network: Any) -> dict[str, str]:
@@ -1402,7 +1403,6 @@ def test_changed_network_is_made_anew_with_what_is_on_it(lab: Lab) -> None:
     assert docker("network", "inspect", "--format", "{{.Internal}}", f"{name}_back") == "true"
     aliases = inspected(f"{name}-db-1", "{{json .NetworkSettings.Networks}}")
     assert '"store"' in aliases
-    mtu = {"com.docker.network.driver.mtu": "1400"}
     assert deploys(lab, name, files(driver_opts=mtu)) == {"db"}
     assert deploys(lab, name, files()) == {"db"}
     docker("run", "-d", "--name", f"{lab.name}-foreign", "--network", f"{name}_back", IMAGE,
@@ -1789,7 +1789,8 @@ def test_attack_is_refused_unless_the_administrator_allows_it(tmp_path: Path, co
     model, tree = rendered(tmp_path, compose)
     found = judged(model, tree)
     assert words in "\n".join(map(str, found))
-    assert allow in {violation.allow for violation in found}
+    assert any(violation.allow == allow or violation.allow.startswith(f"{allow}=")
+               for violation in found)
     entries = sorted({violation.allow for violation in found} - {""})
     assert pgod.as_allow(entries) == tuple(entries), "an entry is offered that would be refused"
     left = judged(model, tree, allow=tuple(entries))
@@ -2023,6 +2024,32 @@ def test_exception_opens_its_folder_and_nothing_else(source: str, allow: str,
     model = {"services": {"web": {"image": "x", "volumes": [{
         "type": "bind", "source": path, "target": "/t", "read_only": mode == "ro"}]}}}
     assert (not judged(model, {}, allow=(allow,))) == passes
+
+
+@pytest.mark.parametrize(("kind", "one", "other"), [
+    ("volumes", {"driver_opts": {"type": "nfs", "o": "addr=10.0.0.1", "device": ":/x"}},
+     {"driver_opts": {"type": "none", "o": "bind", "device": "/"}}),
+    ("networks", {"driver_opts": {"com.docker.network.driver.mtu": "1400"}},
+     {"driver_opts": {"com.docker.network.bridge.name": "br0"}}),
+    ("networks", {"ipam": {"config": [{"subnet": "10.213.99.0/24"}]}},
+     {"ipam": {"config": [{"subnet": "198.51.100.0/24"}]}}),
+    ("networks", {"driver": "macvlan"}, {"driver": "host"})])
+def test_exception_for_one_value_permits_no_other(kind: str, one: dict[str, Any],
+                                                  other: dict[str, Any]) -> None:
+    def model(value: dict[str, Any]) -> pgod.Model:
+        return {"services": {"web": {"image": "x"}}, kind: {"n": value | {"name": "app_n"}}}
+
+    allow = tuple(violation.allow for violation in judged(model(one), {}))
+    assert allow and pgod.as_allow([*allow]) == allow
+    assert not judged(model(one), {}, allow=allow)
+    assert judged(model(other), {}, allow=allow)
+
+
+def test_long_image_name_takes_no_time() -> None:
+    build = {"services": {"web": {"build": {"context": "/lib/app", "tags": ["@" * 200_000]}}}}
+    began = time.process_time()
+    assert judged(build, {"Dockerfile": ("100644", "")})
+    assert time.process_time() - began < 5
 
 
 def test_listed_networks_are_the_only_external_ones(tmp_path: Path) -> None:
@@ -2794,6 +2821,30 @@ def test_container_cannot_swap_a_folder_while_the_next_commit_binds_beneath(lab:
     assert (outside / "precious").exists()
     assert answer.returncode == 1
     assert "is a link" in answer.stderr
+
+
+def test_no_writer_is_left_beside_what_binds_beneath_it(lab: Lab) -> None:
+    """Also where the second `up` fails half-way, and nothing is rolled back."""
+    name = lab.service("a", {"compose.yaml": compose_file(volumes=["./d:/d"], restart="always"),
+                             "d/sub/x": "x"}, rollback=False, **WAIT)
+    lab.duration = "1h"
+    deployed(lab, name)
+    lab.push(name, {"compose.yaml": json.dumps({"services": {
+        "app": sleeper(volumes=["./d/sub:/s"]), "bad": sleeper(mem_limit=1)}})})
+    answer = lab.ssh(f"{name}//up")
+    assert answer.returncode == 1 and "emory limit" in answer.stderr, answer.stderr
+    assert f"{name}-web-1" not in lab.containers(name)
+    lab.ssh(f"{name}//restart")
+    lab.daemon.stop()
+    lab.start()
+    assert f"{name}-web-1" not in lab.containers(name)
+
+
+def test_text_with_an_emoji_is_deployed(lab: Lab) -> None:
+    name = lab.service("a", {"compose.yaml": json.dumps({"services": {"web": sleeper(
+        labels={"mood": "\U0001f40b"})}}, ensure_ascii=False)})
+    deployed(lab, name)
+    assert inspected(f"{name}-web-1", '{{index .Config.Labels "mood"}}') == "\U0001f40b"
 
 
 def test_build_reads_the_commit_and_not_what_a_container_put_there(lab: Lab) -> None:
