@@ -117,6 +117,18 @@ RENDER_CPU = 10
 RENDER_MEMORY = 1 << 30
 RENDER_OUTPUT = 4 << 20
 CHILD_OUTPUT = 16 << 20
+# What a commit may have: files, bytes of them all, characters of a path, and folders above one.
+TREE_FILES = 50_000
+TREE_BYTES = 4 << 30
+PATH_LENGTH = 1024
+PATH_DEPTH = 64
+# What a rendered model may have before any rule reads it.
+MODEL_DEPTH = 24
+MODEL_ENTRIES = 2_000  # of one list or mapping
+MODEL_KEY = 256  # characters
+MODEL_TEXT = 128 << 10
+VIOLATIONS = 100  # that are told
+GIT_MEMORY = 1 << 30  # bytes of data of each git process
 ENVIRONMENT_BYTES = 256 << 10  # that are read of a process's environment
 
 # Of pgod's own environment, children see these and nothing else.
@@ -1073,8 +1085,9 @@ class Repository:
         subcommand = "pull" if words[0] == "fetch" else words[0]
         who = RunAs(self.service.name, self.account, self.environment() | dict(env or {}),
                     secrets=self.service.secrets)
-        result = self.children.run(["git", *where, *words], who, deadline=DEADLINE[deadline],
-                                   kind=("git", subcommand))
+        limits = ["prlimit", f"--data={GIT_MEMORY}", "--core=0", "--"]
+        result = self.children.run([*limits, "git", *where, *words], who,
+                                   deadline=DEADLINE[deadline], kind=("git", subcommand))
         if result.status or result.trouble:
             moved = ("; redirects are not followed: give the address that it leads to, which often "
                      "ends in .git") if re.search(r"returned error: 30\d", result.stderr) else ""
@@ -1138,12 +1151,20 @@ class Repository:
         return printable(author)[:80], printable(subject)[:120]
 
     def tree(self, commit: str) -> Tree:
-        """What the commit holds."""
+        """What the commit holds. Raises Refused where that is too much."""
         tree: Tree = {}
-        for entry in self.git("ls-tree", "-r", "-z", "--full-tree", commit).split(b"\0")[:-1]:
-            facts, _, path = entry.partition(b"\t")
-            mode, _, blob = facts.decode().split()
-            tree[path.decode(errors="surrogateescape")] = (mode, blob)
+        left = TREE_BYTES
+        for entry in self.git("ls-tree", "-r", "-l", "-z", "--full-tree", commit).split(b"\0")[:-1]:
+            facts, _, name = entry.partition(b"\t")
+            mode, _, blob, size = facts.decode().split()
+            path = name.decode(errors="surrogateescape")
+            left -= int(size) if size != "-" else 0
+            if len(path) > PATH_LENGTH or path.count("/") > PATH_DEPTH:
+                raise Refused(f"the commit has a path that is too long: {printable(path[:80])}…")
+            tree[path] = (mode, blob)
+            if len(tree) > TREE_FILES or left < 0:
+                raise Refused(f"the commit has more than {TREE_FILES} files or "
+                              f"{TREE_BYTES >> 30} GiB")
         return tree
 
     def export(self, commit: str) -> Tree:
@@ -1152,6 +1173,8 @@ class Repository:
             self.exported = ("", {})
             try:
                 tree = self._export(commit)
+            except Refused:
+                raise
             except Fault as fault:
                 self.remake(fault)
                 tree = self._export(commit)
@@ -1316,12 +1339,16 @@ def update_worktree(root: Path, export: Path, tracked: Tree, new: Tree, keep: fr
 
     gone = sorted(set(tracked) - set(new))
     folders = {folder for path in new for folder in folders_of(path)}
+    replaced = collections.defaultdict[str, list[str]](list)  # a folder that becomes a file
+    for path in gone:
+        for folder in folders_of(path):
+            if folder in new:
+                replaced[folder].append(path)
     for path in filter(folders.__contains__, gone):  # files that become folders
         remove(path)
     for path, (mode, _) in sorted(new.items()):
-        for other in gone:
-            if other.startswith(path + "/"):  # a folder that becomes a file
-                remove(other)
+        for other in replaced[path]:
+            remove(other)
         if mode != "160000":
             attempt(path, functools.partial(write_entry, root, export, path, mode))
     for path in gone:
@@ -2360,6 +2387,8 @@ BUILD_KEYS = frozenset((
 
 def link_above(relative: str, tree: Tree) -> str:
     """Why the commit makes a path unsafe: a symlink or submodule at it or above it."""
+    if len(relative) > PATH_LENGTH:
+        return f"has over {PATH_LENGTH} characters"
     parts = relative.split("/")
     for depth in range(1, len(parts) + 1):
         mode, _ = tree.get("/".join(parts[:depth]), ("", ""))
@@ -2650,7 +2679,8 @@ def check_size(model: Model, context: PolicyContext) -> Found:
     if count > allowed("replicas", MAX_CONTAINERS, int, context):
         yield Violation("services", "replicas", str(count), f"is more than {MAX_CONTAINERS} "
                         "containers in all", f"replicas:{count}")
-    for key, most in (("volumes", MAX_BINDS), ("ports", MAX_PORTS)):
+    for key, most in (("volumes", MAX_BINDS), ("configs", MAX_BINDS), ("secrets", MAX_BINDS),
+                      ("ports", MAX_PORTS)):
         count = sum(len(service.get(key) or ()) for service in compose_services(model).values())
         if count > most:
             yield Violation("services", key, str(count), f"is more than {most} in all")
@@ -2735,13 +2765,34 @@ def check_build_secrets(model: Model, context: PolicyContext) -> Found:
                 yield Violation(where, "build.secrets", file, why)
 
 
+def check_budget(model: Model) -> Found:
+    """A model that is so large that looking at it takes long is not looked at."""
+    left: list[tuple[Any, str, int]] = [(model, "", 1)]
+    while left:
+        value, key, depth = left.pop()
+        if isinstance(value, str) and len(value) > MODEL_TEXT:
+            yield Violation(key, "length", value[:40], f"has over {MODEL_TEXT >> 10} KiB")
+        if not isinstance(value, dict | list):
+            continue
+        if depth > MODEL_DEPTH or len(value) > MODEL_ENTRIES:
+            yield Violation(key, "size", str(len(value)), f"is over {MODEL_DEPTH} deep or has over "
+                            f"{MODEL_ENTRIES} entries")
+            continue
+        items = value.items() if isinstance(value, dict) else ((key, item) for item in value)
+        for name, item in items:
+            if len(name) > MODEL_KEY:
+                yield Violation(key, "name", name[:40], f"has over {MODEL_KEY} characters")
+            left.append((item, name[:MODEL_KEY], depth + 1))
+
+
 def check_policy(model: Model, context: PolicyContext) -> list[Violation]:
     """Every violation of a model whose paths are those of the work tree. Pure.
 
     One that is too large is not read any further: it may be made to take minutes.
     """
-    found = list(check_size(model, context))
-    if found:
+    if found := [*itertools.islice(check_budget(model), VIOLATIONS)]:
+        return found
+    if found := [*check_size(model, context)]:
         return [v for v in found if v.allow not in context.service.allow]
     found += check_top_level(model, context)
     for where, service in compose_services(model).items():
@@ -2752,7 +2803,9 @@ def check_policy(model: Model, context: PolicyContext) -> list[Violation]:
     allowed = set(context.service.allow)
     offered = (v if permits(v.allow) else dataclasses.replace(v, allow="")
                for v in dict.fromkeys(found))
-    return [violation for violation in offered if violation.allow not in allowed]
+    left = [violation for violation in offered if violation.allow not in allowed]
+    more = Violation("the compose file", "violations", str(len(left)), "are too many to tell all")
+    return left[:VIOLATIONS] + [more] * (len(left) > VIOLATIONS)
 
 
 def check_bound_links(binds: Iterable[Bind], tree: Tree, worktree: str) -> list[str]:
