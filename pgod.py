@@ -290,10 +290,6 @@ class Configuration:
     digest: str
     warnings: tuple[str, ...] = ()
 
-    @property
-    def names(self) -> tuple[str, ...]:
-        return tuple(service.name for service in self.services)
-
 
 @dataclass(frozen=True)
 class Settings:
@@ -333,19 +329,14 @@ class PublicKey:
 DURATION_UNITS = {"h": 3600.0, "m": 60.0, "s": 1.0, "ms": 0.001}
 
 
-def parse_duration(text: str) -> float:
-    """Seconds of a duration in Go's notation: 90s, 5m0s, 1h30m, 1.5h."""
+def parse_duration(text: str, least: float = 0.0) -> float:
+    """Seconds of a duration in Go's notation, 90s, 5m0s, 1h30m or 1.5h; not under `least`."""
     parts = re.findall(r"(\d+(?:\.\d+)?)(ms|h|m|s)", text)
     if not parts or "".join(number + unit for number, unit in parts) != text:
         raise ValueError(f"{text!r} is not a duration; write it like 90s, 5m0s or 1h30m")
-    return sum(float(number) * DURATION_UNITS[unit] for number, unit in parts)
-
-
-def parse_interval(text: str) -> float:
-    """A duration of more than nothing, in seconds."""
-    seconds = parse_duration(text)
-    if seconds <= 0:
-        raise ValueError(f"{text!r} would leave no pause; give more than 0s")
+    seconds = sum(float(number) * DURATION_UNITS[unit] for number, unit in parts)
+    if seconds < least:
+        raise ValueError(f"{text!r} is too short; at least {least:g}s")
     return seconds
 
 
@@ -385,9 +376,7 @@ def remote_with_token(parts: urllib.parse.SplitResult) -> Remote:
 
 def parse_remote(text: str) -> Remote:
     """A repository's address, with its credentials taken out of it."""
-    if text.startswith("/"):
-        return Remote(text)
-    if re.fullmatch(r"[\w.-]+@[\w.-]+:[^\s]+", text):
+    if text.startswith("/") or re.fullmatch(r"[\w.-]+@[\w.-]+:[^\s]+", text):
         return Remote(text)
     parts = urllib.parse.urlsplit(text)
     if parts.scheme not in ("https", "ssh", "git", "file") or "\n" in text:
@@ -396,11 +385,11 @@ def parse_remote(text: str) -> Remote:
         return Remote(parts.path)
     if not parts.hostname or parts.hostname.startswith("-"):
         raise ValueError("has no host")
-    if parts.scheme != "https":
-        if parts.password:
-            raise ValueError("has a password, which only https can take; use deploy_key")
-        return Remote(text)
-    return remote_with_token(parts)
+    if parts.scheme == "https":
+        return remote_with_token(parts)
+    if parts.password:
+        raise ValueError("has a password, which only https can take; use deploy_key")
+    return Remote(text)
 
 
 def parse_registry(text: str, user: str) -> Registry:
@@ -739,7 +728,6 @@ METRICS: dict[str, tuple[str, str]] = {
     "pgo_configuration_valid": ("gauge", "0 while pgo.toml on disk is not valid."),
     "pgo_build_info": ("gauge", "Version of pgod; always 1."),
 }
-COMMAND_LABELS = ("service", "cmd", "subcmd")
 
 
 def escape_label(text: str) -> str:
@@ -755,9 +743,10 @@ class Metrics:
         self._values: dict[str, dict[tuple[tuple[str, str], ...], float]] = {
             name: {} for name in METRICS}
 
-    def count(self, name: str, command: Sequence[str]) -> None:
-        """One more for (service, command, subcommand)."""
-        self.add(name, **dict(zip(COMMAND_LABELS, command, strict=True)))
+    def count_command(self, service: str, kind: tuple[str, str], failed: bool) -> None:
+        """One more command of that kind: (command, subcommand)."""
+        for name in ("pgo_command_count", "pgo_command_error_count")[:1 + failed]:
+            self.add(name, service=service, cmd=kind[0], subcmd=kind[1])
 
     def add(self, name: str, value: float = 1, /, **labels: str) -> None:
         with self._lock:
@@ -802,13 +791,17 @@ class Result:
     trouble: str = ""  # why pgod ended it, if it did
 
     @property
+    def failed(self) -> bool:
+        return bool(self.status or self.trouble)
+
+    @property
     def complaint(self) -> str:
         """One line for a person."""
         return self.trouble or one_line(self.stderr) or f"exit status {self.status}"
 
     def check(self, doing: str) -> Result:
         """Itself, if all went well. Raises Fault."""
-        if self.status or self.trouble:
+        if self.failed:
             raise Fault(f"{doing}: {self.complaint}")
         return self
 
@@ -822,28 +815,31 @@ class RunAs:
     env: Mapping[str, str] = field(default_factory=dict)
     directory: Path = Path("/")
     secrets: tuple[str, ...] = ()  # are redacted in the log and in standard error
+    limits: tuple[str, ...] = ()  # of prlimit(1)
+
+
+def processes(file: str, matches: Callable[[bytes], bool]) -> list[int]:
+    """The processes whose /proc/PID/file matches, proc(5)."""
+    found = []
+    for entry in filter(str.isdigit, os.listdir("/proc")):
+        # A process can make its environment as large as it likes: PR_SET_MM_MAP of prctl(2).
+        with contextlib.suppress(OSError), Path("/proc", entry, file).open("rb") as content:
+            if matches(content.read(ENVIRONMENT_BYTES)):
+                found.append(int(entry))
+    return found
 
 
 def session_processes(session: int) -> list[int]:
-    """The processes of a session, from proc(5)."""
-    found = []
-    for entry in filter(str.isdigit, os.listdir("/proc")):
-        with contextlib.suppress(OSError, IndexError, ValueError):
-            fields = Path("/proc", entry, "stat").read_bytes().rpartition(b")")[2].split()
-            if int(fields[3]) == session and fields[0] != b"Z":
-                found.append(int(entry))
-    return found
+    """The processes of a session that have not ended."""
+    def belongs(content: bytes) -> bool:
+        state, _, _, number, *_ = content.rpartition(b")")[2].split()
+        return int(number) == session and state != b"Z"
+    return processes("stat", belongs)
 
 
 def marked_processes(mark: str) -> list[int]:
     """The processes that carry that NAME=VALUE in their environment."""
-    found = []
-    for entry in filter(str.isdigit, os.listdir("/proc")):
-        # A process can make it as large as it likes: PR_SET_MM_MAP of prctl(2).
-        with contextlib.suppress(OSError), Path("/proc", entry, "environ").open("rb") as file:
-            if mark.encode() in file.read(ENVIRONMENT_BYTES).split(b"\0"):
-                found.append(int(entry))
-    return found
+    return processes("environ", lambda content: mark.encode() in content.split(b"\0"))
 
 
 def kill_all(processes: Iterable[int], number: int) -> None:
@@ -857,12 +853,6 @@ Child = subprocess.Popen[bytes]
 PIPE, DEVNULL = subprocess.PIPE, subprocess.DEVNULL
 
 
-def child_environment(extra: Mapping[str, str]) -> dict[str, str]:
-    """What a child sees of pgod's environment, and `extra`. HOME is nowhere, not in /tmp."""
-    passed = {name: os.environ[name] for name in PASSED_ENVIRONMENT if name in os.environ}
-    return {"PATH": DEFAULT_PATH, "HOME": "/nonexistent", **passed, **extra}
-
-
 def feed_lines(data: bytearray, on_line: Progress, secrets: Sequence[str]) -> bytearray:
     """Hand on the whole lines in `data`; what is left of it."""
     *lines, rest = data.split(b"\n")
@@ -872,15 +862,6 @@ def feed_lines(data: bytearray, on_line: Progress, secrets: Sequence[str]) -> by
 
 
 LEFT_BEHIND = "something that it left behind holds its pipes"
-
-
-def as_account(words: Sequence[str], account: Account | None) -> list[str]:
-    """The words as that account's. By setpriv, so that Python need not fork itself for it."""
-    if not account or os.geteuid():
-        return [*words]
-    groups = ",".join(map(str, account.groups))
-    return ["setpriv", f"--reuid={account.uid}", f"--regid={account.gid}",
-            f"--groups={groups}" if groups else "--clear-groups", "--", *words]
 
 
 class Children:
@@ -896,11 +877,6 @@ class Children:
         self.metrics = metrics
         self.mark = mark  # PGOD_RUN=…: what a killed pgod left behind is known by it
         self.stopped_at: float | None = None
-        self.beats: dict[int, float] = {}  # thread: when it was last seen at work, monotonic
-
-    def beat(self) -> None:
-        """Say that this thread lives."""
-        self.beats[threading.get_ident()] = time.monotonic()
 
     def stop(self) -> None:
         self.stopped_at = time.monotonic()
@@ -908,17 +884,24 @@ class Children:
     def start(self, words: Sequence[str], who: RunAs, *, stdin: int = DEVNULL, stdout: int = PIPE,
               stderr: int = PIPE, session: bool = True) -> Child:
         """A running child; whoever starts it must wait for it. Raises Fault if there is none."""
-        environment = child_environment(who.env)
-        if self.mark:
-            name, _, value = self.mark.partition("=")
-            environment[name] = value
+        passed = {name: os.environ[name] for name in PASSED_ENVIRONMENT if name in os.environ}
+        name, _, value = self.mark.partition("=")
+        # HOME is nowhere, not in /tmp: others could put links there.
+        environment = {"PATH": DEFAULT_PATH, "HOME": "/nonexistent", **passed, **who.env} | (
+            {name: value} if name else {})
         if not shutil.which(words[0], path=environment["PATH"]):
             raise Fault(f"{words[0]} is not installed")
         log.debug("%s: runs: %s", who.service or "pgod", redact(shlex.join(words), who.secrets))
+        if who.limits:
+            words = ["prlimit", *who.limits, "--core=0", "--", *words]
+        if who.account and not os.geteuid():  # by setpriv: Python would have to fork itself
+            account, groups = who.account, ",".join(map(str, who.account.groups))
+            words = ["setpriv", f"--reuid={account.uid}", f"--regid={account.gid}",
+                     f"--groups={groups}" if groups else "--clear-groups", "--", *words]
         try:
-            return subprocess.Popen(as_account(words, who.account), env=environment,
-                                    cwd=who.directory, stdin=stdin, stdout=stdout, stderr=stderr,
-                                    start_new_session=session, umask=0o022, bufsize=0)
+            return subprocess.Popen(words, env=environment, cwd=who.directory, stdin=stdin,
+                                    stdout=stdout, stderr=stderr, start_new_session=session,
+                                    umask=0o022, bufsize=0)
         except (OSError, subprocess.SubprocessError) as error:
             raise Fault(f"{words[0]} cannot be started: {error}") from None
 
@@ -955,9 +938,7 @@ class Children:
         stdout, stderr = (bytes(output[name]) for name in ("stdout", "stderr"))
         result = Result(child.returncode, stdout, redact(stderr.decode(errors="replace"),
                         who.secrets), "" if trouble == LEFT_BEHIND else trouble)
-        self.metrics.count("pgo_command_count", (who.service, *kind))
-        if result.status or result.trouble:
-            self.metrics.count("pgo_command_error_count", (who.service, *kind))
+        self.metrics.count_command(who.service, kind, result.failed)
         return result
 
     def _collect(self, child: Child, stdin: bytes, deadline: float, limit: int,
@@ -974,7 +955,6 @@ class Children:
             for name in output:
                 selector.register(getattr(child, name), selectors.EVENT_READ, name)
             while selector.get_map() or child.poll() is None:
-                self.beat()
                 now = time.monotonic()
                 ended = ended or (now if child.poll() is not None else 0.0)
                 if ended and now > ended + 1:
@@ -1084,11 +1064,10 @@ class Repository:
         where = [] if folder is None else [f"--git-dir={git_dir}"]
         subcommand = "pull" if words[0] == "fetch" else words[0]
         who = RunAs(self.service.name, self.account, self.environment() | dict(env or {}),
-                    secrets=self.service.secrets)
-        limits = ["prlimit", f"--data={GIT_MEMORY}", "--core=0", "--"]
-        result = self.children.run([*limits, "git", *where, *words], who,
-                                   deadline=DEADLINE[deadline], kind=("git", subcommand))
-        if result.status or result.trouble:
+                    secrets=self.service.secrets, limits=(f"--data={GIT_MEMORY}",))
+        result = self.children.run(["git", *where, *words], who, deadline=DEADLINE[deadline],
+                                   kind=("git", subcommand))
+        if result.failed:
             moved = ("; redirects are not followed: give the address that it leads to, which often "
                      "ends in .git") if re.search(r"returned error: 30\d", result.stderr) else ""
             raise Fault(f"git {words[0]}: {result.complaint}{moved}")
@@ -1105,18 +1084,26 @@ class Repository:
         raise Fault(f"the repository has no branch {self.service.branch!r}")
 
     def fetch(self) -> str:
-        """Fetch the branch's commit alone, by force; its identity. Broken folders are remade."""
-        try:
+        """Fetch the branch's commit alone, by force; its identity. Raises Fault."""
+        def fetch() -> str:
             self.fetch_into(self.folder)
             return self.identity("refs/pgod/wanted")
-        except Fault as fault:
-            self.remake(fault)
-        return self.identity("refs/pgod/wanted")
+        return str(self.repaired(fetch))
 
     def fetch_into(self, folder: Path) -> None:
         ref = f"+refs/heads/{self.service.branch}:refs/pgod/wanted"
         self.git("fetch", "--quiet", "--no-tags", "--depth=1", "--no-write-fetch-head",
                  self.service.repository.url, ref, deadline="fetch", folder=folder)
+
+    def repaired(self, act: Callable[[], Any]) -> Any:
+        """What `act` returns; where it fails, once more with a git folder that is made again."""
+        try:
+            return act()
+        except Refused:
+            raise
+        except Fault as fault:
+            self.remake(fault)
+            return act()
 
     def remake(self, reason: Fault) -> None:
         """Make the git folder again beside the old one and swap them; the work tree stays."""
@@ -1136,10 +1123,6 @@ class Repository:
 
     def identity(self, ref: str) -> str:
         return self.git("rev-parse", "--verify", "--quiet", f"{ref}^{{commit}}").decode().strip()
-
-    def mark_good(self, commit: str) -> None:
-        """Keep the commit for rollbacks."""
-        self.git("update-ref", "refs/pgod/good", commit)
 
     def describe(self, commit: str) -> tuple[str, str]:
         """Author and subject, for people; empty if git cannot say."""
@@ -1171,14 +1154,7 @@ class Repository:
         """Put the commit's files into the export folder, where no container reaches; its tree."""
         if self.exported[0] != commit:
             self.exported = ("", {})
-            try:
-                tree = self._export(commit)
-            except Refused:
-                raise
-            except Fault as fault:
-                self.remake(fault)
-                tree = self._export(commit)
-            self.exported = (commit, tree)
+            self.exported = (commit, self.repaired(lambda: self._export(commit)))
         return self.exported[1]
 
     def _export(self, commit: str) -> Tree:
@@ -1315,8 +1291,8 @@ def write_entry(root: Path, export: Path, path: str, mode: str) -> None:
             write_beneath(root, path, data, 0o755 if mode == "100755" else 0o644)
 
 
-def update_worktree(root: Path, export: Path, tracked: Tree, new: Tree, keep: frozenset[str],
-                    beat: Callable[[], None]) -> list[str]:
+def update_worktree(root: Path, export: Path, tracked: Tree, new: Tree,
+                    keep: frozenset[str]) -> list[str]:
     """Make tracked files those of the commit; why some could not be made so.
 
     In place: no folder is ever replaced, for a bind mount would keep the old one. Call it as the
@@ -1326,7 +1302,6 @@ def update_worktree(root: Path, export: Path, tracked: Tree, new: Tree, keep: fr
     failures = []
 
     def attempt(path: str, act: Callable[[], None]) -> None:
-        beat()
         try:
             with refuse_on_permission_error(root, path):
                 act()
@@ -1675,19 +1650,13 @@ class EngineApi:
 
 def compose_program(children: Children) -> tuple[str, ...]:
     """`docker compose`, or a standalone docker-compose of version 2. Raises Fault."""
-    found = ""
     for words in (("docker", "compose"), ("docker-compose",)):
-        try:
+        with contextlib.suppress(Fault):
             result = children.run([*words, "version", "--short"], RunAs(),
                                   deadline=DEADLINE["docker"], kind=("compose", "version"))
-        except Fault:
-            continue
-        version = result.stdout.decode(errors="replace").strip().removeprefix("v")
-        if result.status == 0 and re.match(r"[2-9]\.|[1-9]\d+\.", version):
-            return words
-        if result.status == 0 and version.startswith("1."):
-            found = f"docker-compose {version} is too old; "
-    raise Fault(f"{found}docker compose 2 is needed: install docker-compose-v2 or "
+            if re.match(rb"v?([2-9]|[1-9]\d+)\.", result.stdout) and not result.failed:
+                return words
+    raise Fault("docker compose 2 or newer is needed: install docker-compose-v2 or "
                 "docker-compose-plugin")
 
 
@@ -1809,12 +1778,12 @@ class Compose:
         env = {"PWD": str(self.paths.export), **self.environment(), "GIT_ALLOW_PROTOCOL": "none",
                "DOCKER_CONFIG": "/nonexistent", "GOMAXPROCS": "2"}
         result = self.children.run(
-            ["prlimit", f"--cpu={RENDER_CPU}", f"--data={RENDER_MEMORY}", "--core=0", "--",
-             *self.program, "--project-name", self.service.name, "--project-directory",
+            [*self.program, "--project-name", self.service.name, "--project-directory",
              str(self.paths.export), *words, "config", "--format", "json"],
-            RunAs(self.service.name, self.account, env, secrets=self.service.secrets),
+            RunAs(self.service.name, self.account, env, secrets=self.service.secrets,
+                  limits=(f"--cpu={RENDER_CPU}", f"--data={RENDER_MEMORY}")),
             deadline=DEADLINE["render"], limit=RENDER_OUTPUT, kind=("compose", "config"))
-        if result.status or result.trouble:
+        if result.failed:
             raise render_fault(result, files)
         try:
             return dict(json.loads(result.stdout))
@@ -1847,12 +1816,12 @@ class Compose:
         if result.status and len(names) > 1:  # compose gave up at the first that failed
             self.run("pull", "--quiet", "--ignore-pull-failures", *words, deadline="pull",
                      model="render.json")
-        return trouble or (result.complaint if result.status or result.trouble else "")
+        return trouble or (result.complaint if result.failed else "")
 
     def build(self, names: Iterable[str] = ()) -> None:
         """Build from the export. Raises Refused."""
         result = self.run("build", "--", *names, deadline="build", model="render.json")
-        if result.status or result.trouble:
+        if result.failed:
             raise Refused(f"build failed: {one_line(result.stderr + result.trouble, 600)}")
 
     def up(self, services: Sequence[str], values: Mapping[str, str], on_line: Progress,
@@ -2908,10 +2877,7 @@ def as_outside_file(value: object) -> str:
 
 def as_seconds(value: object) -> float:
     """A duration of at least a second."""
-    seconds = parse_duration(as_string(value))
-    if seconds < 1:
-        raise ValueError(f"{value!r} is too short; at least 1s")
-    return seconds
+    return parse_duration(as_string(value), 1)
 
 
 def as_secret(value: object) -> str:
@@ -3183,34 +3149,18 @@ class Row:
         return f"{self.subject} {self.text}"
 
 
-def same_settings(wanted: Mapping[str, Any], there: Mapping[str, Any]) -> bool:
-    """Whether a network is as the model has it, as far as the model says and facts can show."""
-    ipam, facts = wanted.get("ipam") or {}, (there.get("IPAM") or {}).get("Config") or []
-    names = {"subnet": "Subnet", "ip_range": "IPRange", "gateway": "Gateway",
-             "aux_addresses": "AuxiliaryAddresses"}
-    ranges = [{names[key]: value for key, value in entry.items() if key in names and value}
-              for entry in ipam.get("config") or ()]
-    options, labels = there.get("Options") or {}, there.get("Labels") or {}
-    return (wanted.get("driver") in (None, "", "default", there.get("Driver"))
-            and all(options.get(key) == str(value)
-                    for key, value in (wanted.get("driver_opts") or {}).items())
-            and all(labels.get(key) == str(value)
-                    for key, value in (wanted.get("labels") or {}).items())
-            and bool(wanted.get("internal")) == bool(there.get("Internal"))
-            and bool(wanted.get("attachable")) == bool(there.get("Attachable"))
-            and (not wanted.get("enable_ipv6") or bool(there.get("EnableIPv6")))
-            and all(any(entry.items() <= fact.items() for fact in facts) for entry in ranges))
-
-
 def changed_networks(release: Release, snapshot: Snapshot) -> dict[str, str]:
-    """The networks that are there and not as the release has them: key: name in the engine."""
+    """The networks that are there and not as the release has them: key: name in the engine.
+
+    One without a label is not pgod's; of it counts what was taken over, and whether it is closed.
+    """
     digests, changed = network_digests(release.project, release.model), {}
     for key, (name, wanted) in named_things(release.project, release.model, "networks").items():
-        there = snapshot.networks.get(name)
-        if there is None:
-            continue
+        there = snapshot.networks.get(name) or {}
         label = (there.get("Labels") or {}).get(DIGEST_LABEL)
-        if label != digests[name] if label else not same_settings(wanted, there):
+        adopted = release.adopted.get(f"network {name}", digests[name])
+        opened = not label and bool(wanted.get("internal")) != bool(there.get("Internal"))
+        if there and (opened or (label or adopted) != digests[name]):
             changed[key] = name
     return changed
 
@@ -3234,91 +3184,63 @@ def lost_network(container: Container, wanted: Iterable[str], snapshot: Snapshot
     return next((name for name in wanted if name not in on), "")
 
 
-def compare_namespaces(container: Container, snapshot: Snapshot) -> Row | None:
+Facts = Iterator[tuple[object, str, str]]  # whether it is so, the kind of its row, the text
+
+
+def namespace_facts(container: Container, snapshot: Snapshot) -> Facts:
     """What shares a namespace has it no longer when the other one is made or started anew."""
     there = {other.identity: other for other in snapshot.containers}
-    for identity in (*container.shares, *container.volumes_from):
-        if identity not in there:
-            return Row("namespace gone", container.compose_service, container.name,
-                       "shares a namespace with a container that is gone", container)
-    for other in (there[identity] for identity in container.shares):
-        if container.status == other.status == "running" and other.started > container.started:
-            return Row("namespace older", container.compose_service, container.name,
-                       f"shares a namespace with {other.name}, which started later", container)
-    return None
+    yield ({*container.shares, *container.volumes_from} - {*there}, "namespace gone",
+           "shares a namespace with a container that is gone")
+    for other in (there[identity] for identity in container.shares if identity in there):
+        yield (container.status == other.status == "running" and other.started > container.started,
+               "namespace older", f"shares a namespace with {other.name}, which started later")
 
 
-def compare_ended(container: Container, job: DoneJob | None, known: str) -> tuple[str, str] | None:
-    """Kind and text for what has ended; None where it is done.
+def running_facts(container: Container, now: float) -> Facts:
+    """What has not ended. The engine says "unhealthy" of what restarts, "healthy" between ends."""
+    age = now - container.started
+    status, health = container.status, container.health if container.status == "running" else ""
+    yield (status == "restarting", "restarting",
+           f"exited with status {container.exit_code} and is restarted")
+    yield status == "paused", "paused", "is paused"
+    yield status == "removing", "starting", "is being removed"
+    yield health == "unhealthy", "unhealthy", "is unhealthy"
+    yield health == "starting", "starting", "is starting"
+    yield (age < STEADY_SECONDS and (not health or container.restarts > 0), "starting",
+           f"runs for {max(0.0, age):.0f} s")
+
+
+def ended_facts(container: Container, job: DoneJob | None, known: str) -> Facts:
+    """What has ended; nothing of it is true where it is done.
 
     `job`: what is known of its compose service; `known`: the job that the release has there.
     """
-    if container.by_hand:
-        return "stopped", "was stopped by hand"
-    if container.status != "exited" or container.exit_code:
-        return "ended", f"exited with status {container.exit_code}"
-    if container.policy in FOREVER or not job or job.started < container.started:
-        return "stopped", "was stopped"
-    return None if job.job == known else ("job", "is done, but files that it uses changed")
+    yield container.by_hand, "stopped", "was stopped by hand"
+    yield (container.status != "exited" or container.exit_code, "ended",
+           f"exited with status {container.exit_code}")
+    yield (container.policy in FOREVER or not job or job.started < container.started, "stopped",
+           "was stopped")
+    yield job and job.job != known, "job", "is done, but files that it uses changed"
 
 
-def compare_running(container: Container, now: float) -> tuple[str, str] | None:
-    """Kind and text for what has not ended; None where it is well.
-
-    The engine says "unhealthy" of whatever restarts, and "healthy" between two ends.
-    """
-    young = now - container.started < STEADY_SECONDS
-    status, health = container.status, container.health if container.status == "running" else ""
-    said = (
-        (status == "restarting", "restarting",
-         f"exited with status {container.exit_code} and is restarted"),
-        (status == "paused", "paused", "is paused"),
-        (status == "removing", "starting", "is being removed"),
-        (health == "unhealthy", "unhealthy", "is unhealthy"),
-        (health == "starting", "starting", "is starting"),
-        (young and (not health or container.restarts > 0), "starting",
-         f"runs for {max(0.0, now - container.started):.0f} s"))
-    return next(((kind, text) for true, kind, text in said if true), None)
-
-
-def compare_state(release: Release, container: Container) -> tuple[str, str] | None:
-    """Kind and text of what is wrong with a container itself."""
+def container_facts(release: Release, container: Container, snapshot: Snapshot,
+                    done: Mapping[str, DoneJob]) -> Facts:
+    """All that can be wrong with a container of the release; the first that is true counts."""
     name = container.compose_service
     wanted, image = release.digests.get(name, ""), release.image_names[name]
-    if container.digest != wanted and (container.digest or release.adopted.get(name) != wanted):
-        return "digest", "is not as the commit has it"
-    if release.images.get(image, container.image) != container.image:
-        return "image", f"has another image than {image}"
-    if container.status == "created":
-        return "never started", "was never started"
-    return None
-
-
-def compare_life(release: Release, container: Container, now: float,
-                 done: Mapping[str, DoneJob]) -> tuple[str, str] | None:
-    """Kind and text of what is wrong with how it runs, or with how it ended."""
-    if container.status in UP:
-        return compare_running(container, now)
-    name = container.compose_service
-    return compare_ended(container, done.get(name), release.job(name))
-
-
-def compare_container(release: Release, container: Container, snapshot: Snapshot,
-                      done: Mapping[str, DoneJob]) -> Row | None:
-    """The first thing that is wrong with a container of the release."""
-    name = container.compose_service
-    names = {key: entry[0] for key, entry in
-             named_things(release.project, release.model, "networks").items()}
-    wanted = [names[key] for key in networks_used(compose_services(release.model)[name])
-              if key in names]
-    said = compare_state(release, container)
-    lost = "" if said else lost_network(container, wanted, snapshot)
-    if lost:
-        said = "network gone", f"is not on network {lost}, which is gone or was made anew"
-    if not said and (found := compare_namespaces(container, snapshot)):
-        return found
-    said = said or compare_life(release, container, snapshot.now, done)
-    return Row(said[0], name, container.name, said[1], container) if said else None
+    yield (container.digest != wanted and (container.digest or release.adopted.get(name) != wanted),
+           "digest", "is not as the commit has it")
+    yield (release.images.get(image, container.image) != container.image, "image",
+           f"has another image than {image}")
+    yield container.status == "created", "never started", "was never started"
+    named = named_things(release.project, release.model, "networks")
+    lost = lost_network(container, [named[key][0] for key in networks_used(
+        compose_services(release.model)[name]) if key in named], snapshot)
+    yield lost, "network gone", f"is not on network {lost}, which is gone or was made anew"
+    yield from namespace_facts(container, snapshot)
+    yield from (running_facts(container, snapshot.now) if container.status in UP
+                else ended_facts(container, done.get(name), release.job(name)))
 
 
 def compare(release: Release, snapshot: Snapshot,
@@ -3334,14 +3256,15 @@ def compare(release: Release, snapshot: Snapshot,
         have[container.compose_service].append(container)
     for name, count in release.expected.items():
         mine, job = have.pop(name, []), done.get(name)
-        is_done = job is not None and job.job == release.job(name)
-        if len(mine) < count and not is_done:
-            lack = f"{count - len(mine)} of {count} containers missing" if count > 1 else "missing"
-            rows.append(Row("missing", name, name, f"is {lack}" if count == 1 else f"has {lack}"))
-        found = [compare_container(release, container, snapshot, done) for container in mine]
-        rows += [row for row in found if row]
+        text = f"has {len(mine)} containers, not {count}" if mine else "is missing"
+        if len(mine) < count and (job is None or job.job != release.job(name)):
+            rows.append(Row("missing", name, name, text))
+        for container in mine:
+            facts = container_facts(release, container, snapshot, done)
+            if first := next(((kind, text) for true, kind, text in facts if true), None):
+                rows.append(Row(first[0], name, container.name, first[1], container))
         if len(mine) > count:
-            rows.append(Row("surplus", name, name, f"has {len(mine)} containers, not {count}"))
+            rows.append(Row("surplus", name, name, text))
     rows += [Row("extra", container.compose_service, container.name,
                  "is of no compose service of the commit", container)
              for containers in have.values() for container in containers]
@@ -3570,17 +3493,11 @@ def load_json(path: Path, default: Any) -> Any:
 
 
 def revived(kind: Callable[..., Any], stored: Mapping[str, Any]) -> Any:
-    """The dataclass of a stored mapping; None where that is damaged or of another version."""
-    values = {key: tuple(value) if isinstance(value, list) else value
-              for key, value in stored.items()}
-    try:
-        made = kind(**values)
-    except TypeError:
-        return None
-    fields = {entry.name: entry.type for entry in dataclasses.fields(made)}
-    right: dict[str, Any] = {"str": str, "float": (int, float), "bool": bool}
-    return made if all(isinstance(getattr(made, name), right.get(str(type_), object))
-                       for name, type_ in fields.items()) else None
+    """The dataclass of a stored mapping; None where that is of another version."""
+    with contextlib.suppress(TypeError):
+        return kind(**{key: tuple(value) if isinstance(value, list) else value
+                       for key, value in stored.items()})
+    return None
 
 
 class Store:
@@ -3614,12 +3531,16 @@ class Store:
     def load_release(self, name: str) -> Release | None:
         return cast("Release | None", revived(Release, load_json(self.own / name, {})))
 
-    def save(self) -> None:
-        """Write what failed, what is done and what was announced."""
-        facts = {"failure": dataclasses.asdict(self.failure) if self.failure else None,
-                 "done": {name: dataclasses.asdict(job) for name, job in self.done.items()},
-                 "announced": self.announced}
-        self.write("state.json", json.dumps(facts, indent=1, sort_keys=True).encode())
+    def note(self, **facts: Any) -> bool:
+        """Set `failure`, `done` or `announced`, also on disk; whether that is news."""
+        if all(getattr(self, name) == value for name, value in facts.items()):
+            return False
+        vars(self).update(facts)
+        stored = {"failure": dataclasses.asdict(self.failure) if self.failure else None,
+                  "done": {name: dataclasses.asdict(job) for name, job in self.done.items()},
+                  "announced": self.announced}
+        self.write("state.json", json.dumps(stored, indent=1, sort_keys=True).encode())
+        return True
 
     def write(self, name: str, data: bytes) -> None:
         write_atomic(self.own / name, data)
@@ -3633,23 +3554,6 @@ class Store:
         self.set_current(release)
         self.write("good.json", json.dumps(dataclasses.asdict(release)).encode())
         self.good = release
-
-    def set_failure(self, failure: Failure | None) -> bool:
-        """Whether it is news."""
-        if failure == self.failure:
-            return False
-        self.failure = failure
-        self.save()
-        return True
-
-    def set_done(self, done: dict[str, DoneJob]) -> None:
-        if done != self.done:
-            self.done = done
-            self.save()
-
-    def set_announced(self, digest: str) -> None:
-        self.announced = digest
-        self.save()
 
     def digest_key(self) -> bytes:
         """Made once. Whoever lacks it cannot guess a secret by its digest."""
@@ -3780,32 +3684,29 @@ class DeploySlots:
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
         self._lock = threading.Lock()  # guards _begun
-        self._begun: dict[str, float] = {}  # service: when its deploy began
+        self._begun: list[float] = []  # when those began that count
 
-    def take(self, service: str) -> bool:
-        """Whether it is this service's turn now."""
+    def take(self) -> float:
+        """When the deploy began that may begin now; 0 where it is not its turn yet."""
         now = self._clock()
         with self._lock:
-            fresh = [begun for begun in self._begun.values() if begun > now - SLOW_DEPLOY]
-            if len(fresh) < SAME_TIME_DEPLOYS:
-                self._begun[service] = now
-            return len(fresh) < SAME_TIME_DEPLOYS
-
-    def give_back(self, service: str) -> None:
-        with self._lock:
-            self._begun.pop(service, None)
+            self._begun = [begun for begun in self._begun if begun > now - SLOW_DEPLOY]
+            if len(self._begun) == SAME_TIME_DEPLOYS:
+                return 0
+            self._begun.append(now)
+            return now
 
     @contextlib.contextmanager
-    def slot(self, service: str, children: Children, stopping: threading.Event) -> Iterator[None]:
-        """One of the few; who waits long for it still lives. Raises Stopping."""
-        while not self.take(service):
-            children.beat()
+    def slot(self, stopping: threading.Event) -> Iterator[None]:
+        """One of the few. Raises Stopping."""
+        while not (began := self.take()):
             if stopping.wait(0.05):
                 raise Stopping
         try:
             yield
         finally:
-            self.give_back(service)
+            with self._lock, contextlib.suppress(ValueError):
+                self._begun.remove(began)
 
 
 @dataclass
@@ -3851,7 +3752,7 @@ def write_import(project: Project) -> None:
                     return
             write_beneath(project.paths.worktree, file, io.BytesIO(data))
         project.say(f"import written: {file}")
-        project.store.set_announced("")
+        project.store.note(announced="")
 
 
 def follow_import(project: Project, target: Project | None) -> None:
@@ -3867,7 +3768,7 @@ def follow_import(project: Project, target: Project | None) -> None:
         target.compose.run("exec", "-T", "--", *at, *reload.words, deadline="reload").check(
             f"reload failed, will be tried again: {shlex.join(reload.words)}")
         project.say(f"reloaded: {reload.service}")
-        project.store.set_announced(digest)
+        project.store.note(announced=digest)
 
 # ---- Deploy ------------------------------------------------------------------------------------
 
@@ -3965,8 +3866,7 @@ def make_release(project: Project, commit: str, model: Model, tree: Tree,
                for name in compose_services(model)}
     return Release(commit, project.configuration(), project.name,
                    with_labels(with_value_names(model), digests, adopted), digests,
-                   input_digests(model, files, key), values=values,
-                   adopted={name: old for name, old in adopted.items() if digests.get(name) == old})
+                   input_digests(model, files, key), values=values, adopted=adopted)
 
 
 def prepare(project: Project, commit: str) -> Prepared:
@@ -4147,8 +4047,7 @@ class Installation:
                  for path in {*tracked, *tree}})
         with as_user(project.account):
             failures = update_worktree(paths.worktree, paths.export, tracked, tree,
-                                       frozenset(filter(None, sources)),
-                                       project.shared.children.beat)
+                                       frozenset(filter(None, sources)))
         if failures and strict:
             raise Refused("; ".join(failures[:5]))
         for failure in failures:
@@ -4289,7 +4188,7 @@ class Reconciler:
             hold = self.store.hold()
             self.was_stopped = self.was_stopped or bool(hold and hold.stops)
             if not self.was_stopped:
-                self.store.set_done(note_done(current, self.snapshot, self.store.done))
+                self.store.note(done=note_done(current, self.snapshot, self.store.done))
             self.rows = compare(current, self.snapshot, self.store.done)
             self.was_stopped = self.was_stopped and bool(hold or self.rows)
         else:
@@ -4316,13 +4215,13 @@ class Reconciler:
         """From a commit to containers that are well, or back. Raises Fault."""
         began, slots = time.monotonic(), self.project.shared.slots
         shared, commit = self.project.shared, decision.commit
-        with slots.slot(self.project.name, shared.children, shared.stopping):
+        with slots.slot(shared.stopping):
             try:
                 prepared = prepare(self.project, commit)
                 if waits_for_up(prepared.rendered) and self.store.current and not asked:
                     failure = Failure(commit, prepared.release.configuration,
                                       "x-pgo: reload: false", waits=True)
-                    if self.store.set_failure(failure):
+                    if self.store.note(failure=failure):
                         self.project.say(f"{failure}: {failure.reason}")
                     return
                 say(f"deploys {short(commit)}: {'; '.join(decision.reasons)}")
@@ -4435,9 +4334,9 @@ class Reconciler:
         same = good is not None and good.commit == release.commit
         since = good.since if good and same else time.time()
         if not same:
-            self.project.git.mark_good(release.commit)
+            self.project.git.git("update-ref", "refs/pgod/good", release.commit)
         self.store.set_good(dataclasses.replace(release, since=since, ill=()))
-        self.store.set_failure(None)
+        self.store.note(failure=None)
         keep_images(self.project, release)
         self.append_history(release.commit, by, began, "deployed", "")
 
@@ -4445,7 +4344,7 @@ class Reconciler:
                        began: float) -> None:
         failure = Failure(commit, self.project.configuration(),
                           redact(str(fault), self.project.service.secrets), retry)
-        if self.store.set_failure(failure):
+        if self.store.note(failure=failure):
             self.append_history(commit, by, began, "failed", str(fault))
 
     def fail(self, commit: str, fault: Fault, say: Progress, by: str, began: float,
@@ -4690,7 +4589,6 @@ class Worker(threading.Thread):
         """The next job, or what it was woken by; sleeps until there is something."""
         with self._condition:
             while not self._jobs and not self._wakes and not self.shared.stopping.is_set():
-                self.shared.children.beat()
                 now = self.shared.clock()
                 if now >= self.next_poll:
                     self._wakes.add("timer")
@@ -4712,7 +4610,6 @@ class Worker(threading.Thread):
             if "event" not in self._wakes and not self.shared.stopping.is_set():
                 self._condition.wait(seconds)
             self._wakes.discard("event")
-        self.shared.children.beat()
         if self.shared.stopping.is_set():
             raise Stopping
 
@@ -4819,9 +4716,11 @@ class Worker(threading.Thread):
         images = project.api.images(names.values()) | {
             names[c.compose_service]: c.image for c in project.api.containers(self.name)
             if c.compose_service in names}
+        networks = {f"network {name}": digest
+                    for name, digest in network_digests(self.name, model).items()}
         self.store.set_good(dataclasses.replace(
-            release, model=with_value_names(model), adopted=release.digests, images=images,
-            since=time.time()))
+            release, model=with_value_names(model), adopted={**release.digests, **networks},
+            images=images, since=time.time()))
         keep_images(project, self.store.good)
         Installation(project, release, log.debug).write_model()
         log.info("%s: taken over at %s", self.name, short(commit))
@@ -4841,7 +4740,7 @@ class Worker(threading.Thread):
         decision = decide(self.situation(hold, asked))
         log.debug("%s: %s: %s", self.name, decision.action, "; ".join(decision.reasons))
         if decision.reasons == (CALM,) and self.store.failure:  # what failed was taken back
-            self.store.set_failure(None)
+            self.store.note(failure=None)
         self.act(decision, say, by, asked)
         target = self.service.reload and self.shared.workers.get(self.service.reload.service)
         follow_import(self.project, target.project if target else None)
@@ -5027,7 +4926,7 @@ def job_stop(worker: Worker, job: Job) -> None:
     worker.reconciler.look()
     run_compose(worker, job)
     if job.command == "down":
-        worker.store.set_done({})
+        worker.store.note(done={})
     worker.reconciler.look()
 
 
@@ -5675,11 +5574,8 @@ class SshServer:
         words = compose.words(*compose_command(command, terminal))
         child, streams = (start_in_terminal(compose, words, process) if terminal
                           else start_stream(compose, words, reads))
-        kind = (worker.name, "compose", command.command)
-        self.shared.metrics.count("pgo_command_count", kind)
         status = await self.pump(process, child, streams, mark)
-        if status:
-            self.shared.metrics.count("pgo_command_error_count", kind)
+        self.shared.metrics.count_command(worker.name, ("compose", command.command), status != 0)
         return 128 - status if status < 0 else status
 
     def end_stream(self, child: Child, mark: str) -> None:
@@ -5876,7 +5772,7 @@ def serve_http(address: tuple[str, int], shared: Shared) -> HttpServer:
 # ---- Daemon --------------------------------------------------------------------------------------
 
 CONFIGURATION_SECONDS = 2.0
-WORKER_SILENCE = 120.0  # seconds; every wait and every child's loop beats far more often
+SSH_SILENCE = 120.0  # seconds; its loop beats each second
 
 
 def notify(text: str) -> None:
@@ -5976,11 +5872,10 @@ def remove_service(shared: Shared, path: Path) -> None:
 
 def remove_stale(shared: Shared) -> None:
     """Take down what is in .pgod/ and not in pgo.toml; volumes stay, the folder is set aside."""
-    own = shared.settings.directory / ".pgod"
-    for path in sorted(own.iterdir()):
+    followed = {service.name for service in shared.configuration.services}
+    for path in sorted((shared.settings.directory / ".pgod").iterdir()):
         known = any((path / name).is_file() for name in ("current.json", "keys.json"))
-        if known and path.name not in shared.configuration.names and (
-                NAME_PATTERN.fullmatch(path.name)):
+        if known and path.name not in followed and NAME_PATTERN.fullmatch(path.name):
             try:
                 remove_service(shared, path)
             except (Fault, OSError) as error:
@@ -6064,16 +5959,13 @@ class Daemon:
                 return 2
 
     def alive(self) -> bool:
-        """Whether every service's thread and the SSH loop were seen at work lately."""
-        now, beats = time.monotonic(), self.shared.children.beats
-        silent = [worker.name for worker in self.shared.workers.values()
-                  if not worker.is_alive()
-                  or now - beats.get(worker.ident or 0, now) > WORKER_SILENCE]
-        if self.ssh and now - self.ssh.beat > WORKER_SILENCE:
-            silent.append("ssh")
-        if silent:
-            log.error("watchdog: no sign of life: %s", ", ".join(silent))
-        return not silent
+        """Whether every service's thread lives and the SSH loop was seen at work lately."""
+        dead = [worker.name for worker in self.shared.workers.values() if not worker.is_alive()]
+        if self.ssh and time.monotonic() - self.ssh.beat > SSH_SILENCE:
+            dead.append("ssh")
+        if dead:
+            log.error("watchdog: no sign of life: %s", ", ".join(dead))
+        return not dead
 
     def configuration_changed(self) -> bool:
         """Believed when two looks in a row agree and the result is valid."""
@@ -6147,12 +6039,11 @@ def bool_word(text: str) -> bool:
     return text.lower() in ("true", "1", "t")
 
 
-def argument(parser: Callable[[str], Any]) -> Callable[[str], Any]:
+def argument(parser: Callable[..., Any], *more: Any) -> Callable[[str], Any]:
     """argparse shows the message of ArgumentTypeError, but not that of ValueError."""
-    @functools.wraps(parser)
     def parse(text: str) -> Any:
         try:
-            return parser(text)
+            return parser(text, *more)
         except ValueError as error:
             raise argparse.ArgumentTypeError(str(error)) from None
     return parse
@@ -6170,7 +6061,7 @@ OPTIONS: tuple[tuple[tuple[str, ...], dict[str, Any]], ...] = (
     (("-m", "--metric"), {"type": argument(parse_address), "default": ("", 9112),
                           "metavar": "ADDRESS",
                           "help": "metrics address (default :9112; '' is off)"}),
-    (("-t", "--duration"), {"type": argument(parse_interval), "default": 300.0,
+    (("-t", "--duration"), {"type": argument(parse_duration, 0.001), "default": 300.0,
                             "metavar": "DURATION", "help": "between polls (default 5m0s)"}),
     (("--debug",), {"action": "store_true", "help": "log everything"}),
     (("--restart",), {"type": bool_word, "nargs": "?", "const": True, "default": True,
