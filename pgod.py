@@ -27,6 +27,7 @@ It runs as root. To read it before that, read downwards: a section uses only wha
     Store           what is on disk of a service: releases, failures, holds, NAME.stop, history
     Reverse proxy   Caddy's import file and reload
     Deploy          prepare, install, wait until it is well, or roll back; heal
+    Set-up          folders, mount and user of a service; the Go program's checkout is taken over
     Worker          the thread of one service: when it looks, at what, and what it shows
     Commands        what a key holder may say, hold and status among it
     SSH             the server that they say it to
@@ -88,7 +89,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
-from typing import Any, BinaryIO, NoReturn, cast
+from typing import Any, BinaryIO, NoReturn
 
 VERSION = "0.1.0"
 log = logging.getLogger("pgod")
@@ -132,8 +133,7 @@ GIT_MEMORY = 1 << 30  # bytes of data of each git process
 ENVIRONMENT_BYTES = 256 << 10  # that are read of a process's environment
 
 # Of pgod's own environment, children see these and nothing else.
-PASSED_ENVIRONMENT = (
-    "PATH", "LANG", "LC_ALL", "TZ", "DOCKER_HOST", "SSL_CERT_FILE", "SSL_CERT_DIR")
+PASSED_ENVIRONMENT = "PATH LANG LC_ALL TZ DOCKER_HOST SSL_CERT_FILE SSL_CERT_DIR".split()
 # And git these: a compose file could show what credentials are in them.
 GIT_ENVIRONMENT = ("http_proxy", "https_proxy", "no_proxy", "HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY",
                    "GIT_SSL_CAINFO")
@@ -167,6 +167,7 @@ HTTP_SECONDS = 10.0
 # ---- Values ------------------------------------------------------------------------------------
 
 Progress = Callable[[str], None]  # is told what happens, a line at a time
+Json = Mapping[str, Any]  # an object of JSON or of a compose file
 
 
 class Fault(Exception):
@@ -667,10 +668,9 @@ def replace_beneath(root: Path, path: str, make: Callable[[str, int], None]) -> 
         except OSError as error:
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(temporary, dir_fd=folder)
-            if isinstance(error, IsADirectoryError):
-                raise Refused(f"{root}/{path} is a folder where a file must be; move or remove it"
-                              ) from None
-            raise
+            if not isinstance(error, IsADirectoryError):
+                raise
+            raise Refused(f"{root}/{path} is a folder, not a file; move or remove it") from None
 
 
 def write_beneath(root: Path, path: str, data: BinaryIO, mode: int = 0o644) -> None:
@@ -688,8 +688,7 @@ def write_beneath(root: Path, path: str, data: BinaryIO, mode: int = 0o644) -> N
 
 def link_beneath(root: Path, path: str, target: str) -> None:
     """A symlink beneath root; what it leads to is not looked at."""
-    replace_beneath(root, path, lambda temporary, folder: os.symlink(
-        target, temporary, dir_fd=folder))
+    replace_beneath(root, path, lambda name, folder: os.symlink(target, name, dir_fd=folder))
 
 
 def remove_beneath(root: Path, path: str, keep: frozenset[str]) -> None:
@@ -1143,11 +1142,10 @@ class Repository:
             path = name.decode(errors="surrogateescape")
             left -= int(size) if size != "-" else 0
             if len(path) > PATH_LENGTH or path.count("/") > PATH_DEPTH:
-                raise Refused(f"the commit has a path that is too long: {printable(path[:80])}…")
+                raise Refused(f"it has a path that is too long: {printable(path[:80])}…")
             tree[path] = (mode, blob)
             if len(tree) > TREE_FILES or left < 0:
-                raise Refused(f"the commit has more than {TREE_FILES} files or "
-                              f"{TREE_BYTES >> 30} GiB")
+                raise Refused(f"it has more than {TREE_FILES} files or {TREE_BYTES >> 30} GiB")
         return tree
 
     def export(self, commit: str) -> Tree:
@@ -1406,8 +1404,8 @@ class Snapshot:
     """
 
     containers: tuple[Container, ...] = ()
-    networks: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
-    volumes: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    networks: Mapping[str, Json] = field(default_factory=dict)
+    volumes: Mapping[str, Json] = field(default_factory=dict)
     images: Mapping[str, str] = field(default_factory=dict)  # name: identity
     now: float = 0.0
 
@@ -1432,7 +1430,7 @@ def parse_time(text: str) -> float:
     return datetime.datetime.fromisoformat(match[1] + (match[2] or "") + match[3]).timestamp()
 
 
-def parse_container(facts: Mapping[str, Any]) -> Container:
+def parse_container(facts: Json) -> Container:
     """A Container of what the engine says of it. Raises KeyError."""
     state, host, config = facts["State"], facts["HostConfig"], facts["Config"]
     labels = config["Labels"] or {}
@@ -1480,16 +1478,16 @@ class EngineApi:
         self.address = parse_docker_host(host or os.environ.get("DOCKER_HOST") or DEFAULT_SOCKET)
         self._version = ""  # asked for again when the engine was away
 
-    def path(self, path: str, query: Mapping[str, Any]) -> str:
+    def path(self, path: str, query: Json) -> str:
         """With the version that both know, and the query; filters are JSON."""
         if not self._version:
             answer = self.exchange("GET", "/_ping")[1]
             newest = re.fullmatch(r"(\d+)\.(\d+)", answer.get("Api-Version") or "")
             known = (int(newest[1]), int(newest[2])) if newest else API_NEWEST
             self._version = "/v{}.{}".format(*min(known, API_NEWEST))
-        words = {name: json.dumps(value) if isinstance(value, dict) else value
-                 for name, value in query.items()}
-        return f"{self._version}{path}{'?' + urllib.parse.urlencode(words) if words else ''}"
+        words = urllib.parse.urlencode({name: json.dumps(value) if isinstance(value, dict)
+                                        else value for name, value in query.items()})
+        return f"{self._version}{path}?{words}"
 
     def exchange(self, method: str, path: str, body: Any = None,
                  seconds: float = API_SECONDS) -> tuple[bytes, http.client.HTTPMessage]:
@@ -1515,7 +1513,7 @@ class EngineApi:
                 one_line(text.decode(errors="replace")) or f"the engine says {answer.status}")
         return text, answer.headers
 
-    def ask(self, method: str, path: str, query: Mapping[str, Any] | None = None,
+    def ask(self, method: str, path: str, query: Json | None = None,
             body: Any = None, seconds: float = API_SECONDS) -> Any:
         """The answer, parsed; None where there is none."""
         text, _ = self.exchange(method, self.path(path, query or {}), body, seconds)
@@ -1552,14 +1550,14 @@ class EngineApi:
         return any(event["Actor"]["Attributes"].get("signal") not in HARMLESS_SIGNALS
                    and event.get("timeNano", 0) / 1e9 > container.started for event in events)
 
-    def facts(self, path: str) -> Mapping[str, Any]:
+    def facts(self, path: str) -> Json:
         """What the engine says of a thing; empty where it is not there."""
         try:
             return dict(self.ask("GET", urllib.parse.quote(path)))
         except NotThere:
             return {}
 
-    def image(self, name: str) -> Mapping[str, Any]:
+    def image(self, name: str) -> Json:
         return self.facts(f"/images/{name}/json")
 
     def images(self, names: Iterable[str]) -> dict[str, str]:
@@ -1567,7 +1565,7 @@ class EngineApi:
         found = {name: str(self.image(name).get("Id", "")) for name in sorted({*names})}
         return {name: identity for name, identity in found.items() if identity}
 
-    def networks(self) -> tuple[dict[str, Mapping[str, Any]], float]:
+    def networks(self) -> tuple[dict[str, Json], float]:
         """All networks by name, and the engine's time."""
         text, headers = self.exchange("GET", self.path("/networks", {}))
         now = email.utils.parsedate_to_datetime(headers["Date"]).timestamp()
@@ -1581,12 +1579,12 @@ class EngineApi:
         found = {name: facts for name in volumes if (facts := self.facts(f"/volumes/{name}"))}
         return Snapshot(containers, networks, found, self.images(images), now)
 
-    def attached(self, network: str) -> list[Mapping[str, Any]]:
+    def attached(self, network: str) -> list[Json]:
         """All containers on a network, also stopped ones: names, identities and labels."""
         return list(self.ask("GET", "/containers/json", {
             "all": 1, "filters": {"network": [network]}}))
 
-    def act(self, method: str, path: str, query: Mapping[str, Any] | None = None,
+    def act(self, method: str, path: str, query: Json | None = None,
             body: Any = None, seconds: float = API_SECONDS) -> None:
         """Do something to what may be gone meanwhile. Raises Fault."""
         with contextlib.suppress(NotThere):
@@ -1616,8 +1614,7 @@ class EngineApi:
         rows = self.ask("GET", "/images/json", {"filters": {"reference": [repository]}})
         return [name for row in rows for name in row.get("RepoTags") or ()]
 
-    def events(self, on_event: Callable[[Mapping[str, Any]], None],
-               going_on: Callable[[], bool]) -> None:
+    def events(self, on_event: Callable[[Json], None], going_on: Callable[[], bool]) -> None:
         """Hand on what happens to containers, until the stream ends. Raises Fault.
 
         `going_on` is asked twice a second. HTTP/1.0, because then lines come as they are.
@@ -1650,13 +1647,16 @@ class EngineApi:
 
 def compose_program(children: Children) -> tuple[str, ...]:
     """`docker compose`, or a standalone docker-compose of version 2. Raises Fault."""
+    found = ""
     for words in (("docker", "compose"), ("docker-compose",)):
         with contextlib.suppress(Fault):
-            result = children.run([*words, "version", "--short"], RunAs(),
-                                  deadline=DEADLINE["docker"], kind=("compose", "version"))
-            if re.match(rb"v?([2-9]|[1-9]\d+)\.", result.stdout) and not result.failed:
+            version = children.run(
+                [*words, "version", "--short"], RunAs(), deadline=DEADLINE["docker"],
+                kind=("compose", "version")).check("").stdout.decode(errors="replace").strip()
+            if re.match(r"v?([2-9]|[1-9]\d+)\.", version):
                 return words
-    raise Fault("docker compose 2 or newer is needed: install docker-compose-v2 or "
+            found = f"{' '.join(words)} {printable(version)[:40]} is too old; "
+    raise Fault(f"{found}docker compose 2 is needed: install docker-compose-v2 or "
                 "docker-compose-plugin")
 
 
@@ -1741,7 +1741,7 @@ class Compose:
         mode = 0o640 if self.reader_group is not None else 0o600
         write_atomic(self.paths.own / name, data, mode, None, self.reader_group)
 
-    def write_model(self, name: str, model: Mapping[str, Any]) -> None:
+    def write_model(self, name: str, model: Json) -> None:
         # As UTF-8: compose takes no surrogate pairs.
         self.write(name, json.dumps(model, sort_keys=True, ensure_ascii=False).encode())
 
@@ -1864,17 +1864,25 @@ def moved_paths(value: Any, old: str, new: str) -> Any:
     return value
 
 
+def part(value: Json, *keys: str) -> dict[str, Any]:
+    """The mapping at a path of keys; an empty one where there is none."""
+    for key in keys:
+        found = value.get(key)
+        value = found if isinstance(found, dict) else {}
+    return dict(value)
+
+
 def compose_services(model: Model) -> dict[str, Any]:
     return model.get("services") or {}
 
 
-def entries_used(uses: Any, table: Mapping[str, Any]) -> dict[str, Any]:
+def entries_used(uses: Any, table: Json) -> dict[str, Any]:
     """The configs or secrets that are named, in short or long form, with what they are."""
     sources = [str(use.get("source") if isinstance(use, dict) else use) for use in uses or ()]
     return {source: table.get(source) or {} for source in sources}
 
 
-def files_used(uses: Any, table: Mapping[str, Any]) -> list[str]:
+def files_used(uses: Any, table: Json) -> list[str]:
     """The files of configs or secrets that are named."""
     files = [entry.get("file") for entry in entries_used(uses, table).values()]
     return [str(file) for file in files if file]
@@ -1884,14 +1892,13 @@ def binds_of(model: Model) -> list[Bind]:
     """Every bind mount, and configs and secrets from files, which the engine binds too."""
     binds = []
     for name, service in compose_services(model).items():
-        for volume in service.get("volumes") or ():
-            if isinstance(volume, dict) and volume.get("type") == "bind":
-                binds.append(Bind(name, "bind", str(volume.get("source", "")),
-                                  volume.get("read_only") is True, str(volume.get("target", ""))))
+        binds += [Bind(name, "bind", str(volume.get("source", "")),
+                       volume.get("read_only") is True, str(volume.get("target", "")))
+                  for volume in service.get("volumes") or ()
+                  if isinstance(volume, dict) and volume.get("type") == "bind"]
         for kind in ("config", "secret"):
-            table = model.get(f"{kind}s") or {}
-            binds += [Bind(name, kind, file, True)
-                      for file in files_used(service.get(f"{kind}s"), table)]
+            files = files_used(service.get(f"{kind}s"), part(model, f"{kind}s"))
+            binds += [Bind(name, kind, file, True) for file in files]
     return binds
 
 
@@ -1899,7 +1906,7 @@ def expected_replicas(model: Model) -> dict[str, int]:
     """How many containers each compose service has when all is well."""
     expected = {}
     for name, service in compose_services(model).items():
-        replicas = (service.get("deploy") or {}).get("replicas", service.get("scale", 1))
+        replicas = part(service, "deploy").get("replicas", service.get("scale", 1))
         expected[name] = int(1 if replicas is None else replicas)
     return expected
 
@@ -1918,8 +1925,7 @@ def with_tmpfs_sizes(model: Model) -> Model:
     return result
 
 
-def inherits_bind(binds: Iterable[Bind], service: Mapping[str, Any],
-                  image_volumes: Iterable[str]) -> bool:
+def inherits_bind(binds: Iterable[Bind], service: Json, image_volumes: Iterable[str]) -> bool:
     """Whether compose would hand an old container's bind on to the new one.
 
     It does so where the new one has an anonymous volume, of the compose file or of the image.
@@ -1937,7 +1943,7 @@ def waits_for_up(model: Model) -> bool:
     return isinstance(own, dict) and own.get("reload") is False
 
 
-def image_of(project: str, name: str, service: Mapping[str, Any]) -> str:
+def image_of(project: str, name: str, service: Json) -> str:
     """The image's name; compose makes one up for what it builds."""
     return str(service.get("image") or f"{project}-{name}")
 
@@ -1948,13 +1954,13 @@ def named_things(project: str, model: Model, kind: str) -> dict[str, tuple[str, 
             for key, entry in (model.get(kind) or {}).items() if not (entry or {}).get("external")}
 
 
-def networks_used(service: Mapping[str, Any]) -> list[str]:
+def networks_used(service: Json) -> list[str]:
     """The keys of a compose service's networks."""
     networks = service.get("networks") or ()
     return [str(key) for key in networks]
 
 
-def shared_with(service: Mapping[str, Any]) -> set[str]:
+def shared_with(service: Json) -> set[str]:
     """The compose services whose namespaces or volumes this one has."""
     modes = [str(service.get(key) or "") for key in ("network_mode", "ipc", "pid")]
     sources = [str(text).split(":") for text in service.get("volumes_from") or ()]
@@ -1964,21 +1970,18 @@ def shared_with(service: Mapping[str, Any]) -> set[str]:
 
 def value_names(model: Model) -> list[str]:
     """The variables whose values are configs or secrets of some compose service."""
-    names = set()
-    for service in compose_services(model).values():
-        for kind in ("configs", "secrets"):
-            entries = entries_used(service.get(kind), model.get(kind) or {}).values()
-            names |= {str(entry["environment"]) for entry in entries if entry.get("environment")}
-    return sorted(names)
+    entries = (entry for service in compose_services(model).values()
+               for kind in ("configs", "secrets")
+               for entry in entries_used(service.get(kind), part(model, kind)).values())
+    return sorted({str(entry["environment"]) for entry in entries if entry.get("environment")})
 
 
 def with_value_names(model: Model) -> Model:
     """The model with these variables under names that mean nothing to docker."""
     result = copied(model)
-    for kind in ("configs", "secrets"):
-        for entry in (result.get(kind) or {}).values():
-            if entry.get("environment"):
-                entry["environment"] = VALUE_PREFIX + str(entry["environment"])
+    for entry in (*part(result, "configs").values(), *part(result, "secrets").values()):
+        if entry.get("environment"):
+            entry["environment"] = VALUE_PREFIX + str(entry["environment"])
     return result
 
 
@@ -2010,29 +2013,26 @@ class Files:
             return []
         prefix = relative + "/" if relative else ""
         first = bisect.bisect_left(self.paths, prefix)
-        found = itertools.takewhile(lambda path: path.startswith(prefix),
-                                    itertools.islice(self.paths, first, None))
-        return [(path, self.entries[path]) for path in found]
+        return [(path, self.entries[path]) for path in itertools.takewhile(
+            lambda path: path.startswith(prefix), itertools.islice(self.paths, first, None))]
 
 
 def service_facts(model: Model, name: str, files: Files, values: Mapping[str, str]) -> list[Any]:
     """All that shapes the containers of a compose service; what a bound folder holds does not."""
-    service = compose_services(model)[name]
+    service, networks = compose_services(model)[name], part(model, "networks")
     shape = {key: value for key, value in service.items() if key not in NOT_SHAPING}
-    shape["deploy"] = {key: value for key, value in (service.get("deploy") or {}).items()
-                       if key != "replicas"}
+    shape["deploy"] = part(service, "deploy") | {"replicas": None}
     facts = [shape, [(bind.source, files.file(bind.source)) for bind in binds_of(model)
                      if bind.compose_service == name and bind.kind == "bind"]]
     for kind in ("configs", "secrets"):  # and their texts, wherever these come from
-        entries = entries_used(service.get(kind), model.get(kind) or {})
+        entries = entries_used(service.get(kind), part(model, kind))
         facts.append({key: [entry, files.file(str(entry.get("file") or "")),
                             values.get(str(entry.get("environment") or ""))]
                       for key, entry in entries.items()})
-    facts.append({key: (model.get("networks") or {}).get(key) for key in networks_used(service)})
-    volumes = [mount.get("source") for mount in service.get("volumes") or ()
-               if isinstance(mount, dict) and mount.get("type") == "volume"]
-    facts.append({str(key): ((model.get("volumes") or {}).get(key) or {}).get("name")
-                  for key in volumes if key})
+    facts.append({key: networks.get(key) for key in networks_used(service)})
+    facts.append({str(mount["source"]): part(model, "volumes", mount["source"]).get("name")
+                  for mount in service.get("volumes") or () if isinstance(mount, dict)
+                  and mount.get("type") == "volume" and mount.get("source")})
     build = service.get("build")
     context = str(build.get("context") or "") if isinstance(build, dict) else ""
     facts.append([build, files.beneath(context) if context else []])
@@ -2065,40 +2065,34 @@ def with_labels(model: Model, digests: Mapping[str, str], adopted: Mapping[str, 
     result = copied(model)
     for name, service in compose_services(result).items():
         if adopted.get(name) != digests[name]:
-            service["labels"] = {**(service.get("labels") or {}), DIGEST_LABEL: digests[name]}
+            service["labels"] = part(service, "labels") | {DIGEST_LABEL: digests[name]}
     return result
 
 
-def with_network_labels(project: str, model: Model,
-                        networks: Mapping[str, Mapping[str, Any]]) -> Model:
+def with_network_labels(project: str, model: Model, there: Mapping[str, Json]) -> Model:
     """The model with the digest of each network, but for those that are there without one.
 
     compose's own hash of a network covers its labels: one more would make it anew.
     """
     result, digests = copied(model), network_digests(project, model)
-    for key, (name, _) in named_things(project, model, "networks").items():
-        there = networks.get(name)
-        if there is None or (there.get("Labels") or {}).get(DIGEST_LABEL):
-            network = result["networks"][key] = result["networks"][key] or {}
-            network["labels"] = {**(network.get("labels") or {}), DIGEST_LABEL: digests[name]}
+    for key, (name, network) in named_things(project, result, "networks").items():
+        if name not in there or part(there[name], "Labels").get(DIGEST_LABEL):
+            labels = part(network, "labels") | {DIGEST_LABEL: digests[name]}
+            result["networks"][key] = network | {"labels": labels}
     return result
 
 
 def why_changed(old: Model, new: Model, name: str) -> str:
     """Why the digest of a compose service is another one, in words."""
-    def shape(model: Model) -> dict[str, Any]:
-        service = compose_services(model).get(name) or {}
-        labels = {key: text for key, text in (service.get("labels") or {}).items()
-                  if key != DIGEST_LABEL}
-        return {key: value for key, value in (service | {"labels": labels}).items()
-                if key not in NOT_SHAPING}
-
-    before, after = shape(old), shape(new)
     if name not in compose_services(old):
         return "it is not as the commit has it"
+    before, after = ({key: value for key, value in part(model, "services", name).items()
+                      if key not in NOT_SHAPING} for model in (old, new))
+    for shape in (before, after):
+        shape["labels"] = part(shape, "labels") | {DIGEST_LABEL: ""}
     keys = [key for key in sorted({*before, *after}) if before.get(key) != after.get(key)]
     networks = [f"network {key}" for key in networks_used(after)
-                if (old.get("networks") or {}).get(key) != (new.get("networks") or {}).get(key)]
+                if part(old, "networks").get(key) != part(new, "networks").get(key)]
     return f"{', '.join(keys or networks[:1] or ['a file, config or secret that it uses'])} changed"
 
 # ---- Policy ------------------------------------------------------------------------------------
@@ -2162,6 +2156,7 @@ class PolicyContext:
 Found = Iterator[Violation]
 Check = Callable[[str, Any, "PolicyContext"], Found]
 
+HOST = "is a power over the host"
 MAX_REPLICAS = 20
 MAX_CONTAINERS = 100  # of one project
 MAX_BINDS = 500
@@ -2227,8 +2222,7 @@ def allowed(kind: str, usual: float, measure: Callable[[Any], float],
                          if entry.partition(":")[0] == kind)])
 
 
-def at_most(key: str, kind: str, usual: float, measure: Callable[[Any], float],
-            why: str) -> Check:
+def at_most(key: str, kind: str, usual: float, measure: Callable[[Any], float], why: str) -> Check:
     """What `measure` makes of the value is at most `usual`, or an exception of that kind."""
     def check(where: str, value: Any, context: PolicyContext) -> Found:
         if value is not None and measure(value) > allowed(kind, usual, measure, context):
@@ -2260,8 +2254,7 @@ LABELS = Rule("labels", "is compose's or pgod's own",
               "com.docker.compose.x", named)
 
 
-def unknown_keys(where: str, prefix: str, value: Mapping[str, Any] | None,
-                 known: Iterable[str]) -> Found:
+def unknown_keys(where: str, prefix: str, value: Json | None, known: Iterable[str]) -> Found:
     """Keys that say something and that pgod does not know."""
     for key, item in (value or {}).items():
         if key not in known and not key.startswith("x-") and item not in NOTHING:
@@ -2310,12 +2303,9 @@ def check_ports(where: str, value: Any, context: PolicyContext) -> Found:
         first, last = port_range(published)
         if last == 0 or any(low <= first and last <= high for low, high in permitted):
             continue
-        if first < 1024:
-            yield Violation(where, "ports", str(published), "is a port under 1024",
-                            f"ports:{published}")
-        if any(first <= port <= last for port in context.ports):
-            yield Violation(where, "ports", str(published), "is a port of pgod",
-                            f"ports:{published}")
+        own = any(first <= port <= last for port in context.ports)
+        if why := "is a port of pgod" if own else "is a port under 1024" if first < 1024 else "":
+            yield Violation(where, "ports", str(published), why, f"ports:{published}")
 
 
 def check_tmpfs(where: str, value: Any, context: PolicyContext) -> Found:
@@ -2337,7 +2327,7 @@ def check_deploy(where: str, value: Any, context: PolicyContext) -> Found:
     yield from unknown_keys(where, "deploy.", value, DEPLOY_KEYS)
     yield from check_replicas(where, value.get("replicas"), context)
     yield from LABELS.violations(where, value.get("labels"), context)
-    reservations = (value.get("resources") or {}).get("reservations") or {}
+    reservations = part(value, "resources").get("reservations") or {}
     for item in reservations.get("devices") or ():
         yield Violation(where, "deploy.devices", shown(item), "is a device of the host", "gpus")
 
@@ -2380,7 +2370,7 @@ CACHES = (r"[^=,\"\s]+|type=(registry|gha|inline)(,(ref|mode|scope|compression|o
           r"image-manifest|ignore-error)=[^=,\"\s]+)*")
 
 
-def check_build_paths(where: str, build: Mapping[str, Any], context: PolicyContext) -> Found:
+def check_build_paths(where: str, build: Json, context: PolicyContext) -> Found:
     """Everything that the build reads lies in the commit, by no link."""
     folder = str(build.get("context", ""))
     paths = [("context", folder)]
@@ -2389,7 +2379,7 @@ def check_build_paths(where: str, build: Mapping[str, Any], context: PolicyConte
         if not os.path.isabs(dockerfile):  # compose joins it to the context word by word
             dockerfile = os.path.normpath(os.path.join(folder, dockerfile))
         paths.append(("dockerfile", dockerfile))
-    for source in (build.get("additional_contexts") or {}).values():
+    for source in part(build, "additional_contexts").values():
         if not str(source).startswith(("service:", "docker-image://")):
             paths.append(("additional_contexts", str(source)))
     for key, path in paths:
@@ -2422,8 +2412,7 @@ def check_build(where: str, value: Any, context: PolicyContext) -> Found:
     yield from unknown_keys(where, "build.", build, BUILD_KEYS)
     for key in ("privileged", "entitlements", "ssh"):
         if build.get(key):
-            yield Violation(where, f"build.{key}", shown(build[key]), "is a power over the host",
-                            f"build:{key}")
+            yield Violation(where, f"build.{key}", shown(build[key]), HOST, f"build:{key}")
     if build.get("network") not in (None, "", "none", "default"):
         yield Violation(where, "build.network", shown(build["network"]),
                         "is a network that is not its own", f"build:network:{build['network']}")
@@ -2459,7 +2448,6 @@ def check_image(where: str, value: Any, context: PolicyContext) -> Found:
         yield Violation(where, "image", str(value), "is a name that pgod keeps images by")
 
 
-HOST = "is a power over the host"
 # Of those that every container has, what Kubernetes' baseline lets one ask for by name.
 USUAL_CAPABILITIES = ("(?i)(cap_)?(audit_write|chown|dac_override|fowner|fsetid|kill|mknod|"
                       "net_bind_service|setfcap|setgid|setpcap|setuid|sys_chroot)")
@@ -2551,7 +2539,7 @@ VOLUME_KEYS = frozenset("name driver driver_opts external labels".split())
 ENGINE_NETWORKS = ("host", "bridge", "none", "default", "ingress")
 
 
-def check_compose_service(where: str, service: Mapping[str, Any], context: PolicyContext) -> Found:
+def check_compose_service(where: str, service: Json, context: PolicyContext) -> Found:
     """The table's rules on one compose service, and what needs two of its keys."""
     yield from unknown_keys(where, "", service, SERVICE_RULES)
     for key in service:
@@ -2566,69 +2554,65 @@ def check_compose_service(where: str, service: Mapping[str, Any], context: Polic
 
 def check_networks(model: Model, context: PolicyContext) -> Found:
     """Networks are the project's own bridges, or external ones that are permitted."""
-    for key, network in (model.get("networks") or {}).items():
-        network = network or {}
+    for key, network in part(model, "networks").items():
+        network, permitted = network or {}, context.service.networks
         name = str(network.get("name") or f"{context.name}_{key}")
+
+        def refuse(value: Any, why: str, entry: str, key: str = key) -> Violation:
+            return Violation("networks", key, shown(value), why, f"network:{entry}")
+
         yield from unknown_keys("networks", f"{key}.", network, NETWORK_KEYS)
         yield from LABELS.violations(f"networks.{key}", network.get("labels"), context)
         if network.get("external"):
-            if context.service.networks and name not in context.service.networks:
-                yield Violation("networks", key, name, "is an external network that is not among "
-                                f"networks = {json.dumps(context.service.networks)}",
-                                f"network:{name}")
-            elif not context.service.networks and name in ENGINE_NETWORKS:
-                yield Violation("networks", key, name, "is the engine's own", f"network:{name}")
+            if permitted and name not in permitted:
+                yield refuse(name, "is an external network that is not among "
+                             f"networks = {json.dumps(permitted)}", name)
+            elif not permitted and name in ENGINE_NETWORKS:
+                yield refuse(name, "is the engine's own", name)
             continue
         if not context.owns(name, "_"):
-            yield Violation("networks", key, name, f"must be called {context.name}_…",
-                            f"network:{name}")
-        if network.get("driver") not in (None, "", "bridge", "default"):
-            yield Violation("networks", key, shown(network["driver"]), "is not driver bridge",
-                            f"network:{key}_driver={exact(network['driver'])}")
-        if network.get("driver_opts"):
-            yield Violation("networks", key, shown(network["driver_opts"]),
-                            "reaches into the host's network",
-                            f"network:{key}_driver_opts={exact(network['driver_opts'])}")
-        ipam = network.get("ipam") or {}
-        own_driver = ipam.get("driver") in (None, "", "default")
-        if ipam.get("config") or ipam.get("options") or not own_driver:
-            yield Violation("networks", key, shown(ipam), "takes addresses that may be another's",
-                            f"network:{key}_ipam={exact(ipam)}")
+            yield refuse(name, f"must be called {context.name}_…", name)
+        driver, options, ipam = (network.get(k) for k in ("driver", "driver_opts", "ipam"))
+        if driver not in (None, "", "bridge", "default"):
+            yield refuse(driver, "is not driver bridge", f"{key}_driver={exact(driver)}")
+        if options:
+            yield refuse(options, "reaches into the host's network",
+                         f"{key}_driver_opts={exact(options)}")
+        if ipam and ({"config", "options"} & {k for k, item in ipam.items() if item}
+                     or ipam.get("driver") not in (None, "", "default")):
+            yield refuse(ipam, "takes addresses that may be another's", f"{key}_ipam={exact(ipam)}")
 
 
 def check_attachments(model: Model, context: PolicyContext) -> Found:
     """On an external network nobody may answer to a neighbour's name or take an address."""
     listed_by_others = {name for other in context.others for name in other.networks}
-    shared = {key for key, network in (model.get("networks") or {}).items()
-              if (network or {}).get("external")
-              or str((network or {}).get("name")) in listed_by_others}
+    shared = {key for key, network in part(model, "networks").items()
+              if network and (network.get("external") or network.get("name") in listed_by_others)}
     taken = context.neighbour_names()
-    for where, service in compose_services(model).items():
-        networks = service.get("networks") or {}
-        for key, attachment in (networks if isinstance(networks, dict) else {}).items():
-            attachment = attachment or {}
-            yield from unknown_keys(where, f"networks.{key}.", attachment, ATTACHMENT_KEYS)
-            if attachment.get("driver_opts"):
-                yield Violation(where, f"networks.{key}", "driver_opts",
-                                "reaches into the host's network")
-            if key not in shared:
-                continue
-            names = {where, str(service.get("hostname")), str(service.get("container_name")),
-                     *map(str, attachment.get("aliases") or ())}
-            for name in sorted(name for name in names if name.lower().rstrip(".") in taken):
-                yield Violation(where, f"networks.{key}", name, "is a neighbour's name on a "
-                                "network that is shared", f"network:{key}_name_{name}")
-            attachment = {"mac_address": service.get("mac_address"), **attachment}
-            for fixed in ("ipv4_address", "ipv6_address", "link_local_ips", "mac_address"):
-                if attachment.get(fixed):
-                    yield Violation(where, f"networks.{key}.{fixed}", shown(attachment[fixed]),
-                                    "is a fixed address on a network that is shared",
-                                    f"network:{key}_{fixed}={exact(attachment[fixed])}")
+    for (where, service), key in ((item, key) for item in compose_services(model).items()
+                                  for key in networks_used(item[1])):
+        attachment, place = part(part(service, "networks"), key), f"networks.{key}"
+        yield from unknown_keys(where, f"{place}.", attachment, ATTACHMENT_KEYS)
+        if attachment.get("driver_opts"):
+            yield Violation(where, place, "driver_opts", "reaches into the host's network")
+        if key not in shared:
+            continue
+        names = {where, str(service.get("hostname")), str(service.get("container_name")),
+                 *map(str, attachment.get("aliases") or ())}
+        for name in sorted(name for name in names if name.lower().rstrip(".") in taken):
+            yield Violation(where, place, name, "is a neighbour's name on a network that is shared",
+                            f"network:{key}_name_{name}")
+        attachment = {"mac_address": service.get("mac_address"), **attachment}
+        for fixed in ("ipv4_address", "ipv6_address", "link_local_ips", "mac_address"):
+            if attachment.get(fixed):
+                yield Violation(where, f"{place}.{fixed}", shown(attachment[fixed]),
+                                "is a fixed address on a network that is shared",
+                                f"network:{key}_{fixed}={exact(attachment[fixed])}")
 
 
 def check_volumes(model: Model, context: PolicyContext) -> Found:
     """Named volumes are local ones of the project."""
-    for key, volume in (model.get("volumes") or {}).items():
+    for key, volume in part(model, "volumes").items():
         volume = volume or {}
         name = str(volume.get("name") or f"{context.name}_{key}")
         yield from unknown_keys("volumes", f"{key}.", volume, VOLUME_KEYS)
@@ -2729,7 +2713,7 @@ def check_build_secrets(model: Model, context: PolicyContext) -> Found:
     for where, service in compose_services(model).items():
         build = service.get("build")
         uses = build.get("secrets") if isinstance(build, dict) else ()
-        for file in files_used(uses, model.get("secrets") or {}):
+        for file in files_used(uses, part(model, "secrets")):
             if why := outside_commit(file, context):
                 yield Violation(where, "build.secrets", file, why)
 
@@ -2775,17 +2759,6 @@ def check_policy(model: Model, context: PolicyContext) -> list[Violation]:
     left = [violation for violation in offered if violation.allow not in allowed]
     more = Violation("the compose file", "violations", str(len(left)), "are too many to tell all")
     return left[:VIOLATIONS] + [more] * (len(left) > VIOLATIONS)
-
-
-def check_bound_links(binds: Iterable[Bind], tree: Tree, worktree: str) -> list[str]:
-    """Paths that containers bind and that a commit would turn into a link."""
-    reasons = []
-    for bind in binds:
-        relative = beneath(bind.source, worktree)
-        if relative and link_above(relative, tree):
-            reasons.append(f"{bind.compose_service}: {relative}, which is mounted now, "
-                           f"{link_above(relative, tree)}")
-    return sorted(set(reasons))
 
 # ---- Configuration -----------------------------------------------------------------------------
 
@@ -2983,8 +2956,7 @@ def check_services(services: Sequence[Service]) -> list[str]:
     for service in services:
         for host, _ in service.urls:
             if hosts.setdefault(host, service.name) != service.name:
-                errors.append(f"service {service.name!r}: urls: {host} belongs to "
-                              f"{hosts[host]!r} already")
+                errors.append(f"service {service.name!r}: urls: {host} belongs to {hosts[host]!r}")
         if service.reload and service.reload.service not in names:
             errors.append(f"service {service.name!r}: reload: there is no service "
                           f"{service.reload.service!r}{nearest(service.reload.service, names)}")
@@ -3157,7 +3129,7 @@ def changed_networks(release: Release, snapshot: Snapshot) -> dict[str, str]:
     digests, changed = network_digests(release.project, release.model), {}
     for key, (name, wanted) in named_things(release.project, release.model, "networks").items():
         there = snapshot.networks.get(name) or {}
-        label = (there.get("Labels") or {}).get(DIGEST_LABEL)
+        label = part(there, "Labels").get(DIGEST_LABEL)
         adopted = release.adopted.get(f"network {name}", digests[name])
         opened = not label and bool(wanted.get("internal")) != bool(there.get("Internal"))
         if there and (opened or (label or adopted) != digests[name]):
@@ -3243,8 +3215,7 @@ def container_facts(release: Release, container: Container, snapshot: Snapshot,
                 else ended_facts(container, done.get(name), release.job(name)))
 
 
-def compare(release: Release, snapshot: Snapshot,
-            done: Mapping[str, DoneJob]) -> tuple[Row, ...]:
+def compare(release: Release, snapshot: Snapshot, done: Mapping[str, DoneJob]) -> tuple[Row, ...]:
     """Every difference between what should be and what is. In sync means: none. Pure."""
     changed = changed_networks(release, snapshot)
     rows = [*compare_volumes(release, snapshot), *(
@@ -3313,7 +3284,7 @@ def plan_cure(release: Release, rows: Iterable[Row], snapshot: Snapshot) -> Cure
         anew |= more
     again = {name for name, service in services.items()
              if any((how or {}).get("restart") and other in anew
-                    for other, how in (service.get("depends_on") or {}).items())}
+                    for other, how in part(service, "depends_on").items())}
     have = {container.compose_service for container in snapshot.containers}
     return Cure(tuple(name for name in services if name in anew),
                 bool(of["force"] | of["network"]),
@@ -3354,9 +3325,8 @@ class Failure:
     def __str__(self) -> str:
         if self.waits:
             return f"{short(self.commit)} waits for up"
-        again = "it is tried again by itself" if self.retry else (
-            "it is tried again at the next push, or with up")
-        return f"{short(self.commit)} failed; {again}: {self.reason}"
+        when = "by itself" if self.retry else "at the next push, or with up"
+        return f"{short(self.commit)} failed; it is tried again {when}: {self.reason}"
 
 
 @dataclass(frozen=True)
@@ -3457,14 +3427,13 @@ def decide(seen: Situation) -> Decision:
     failed = failure and (failure.commit, failure.configuration) == (target, seen.configuration)
     if reason and not (failed and failure and not (failure.retry and seen.retry)):
         return Decision("deploy", target, (reason,))
-    if current and not current.since and seen.good and seen.rollback and failure and not (
-            failure.waits):
-        return Decision("rollback" if seen.retry else "nothing", seen.good.commit,
-                        ("the last rollback failed",))
+    halfway = current and not current.since and failure and not failure.waits
+    if halfway and seen.good and seen.rollback:
+        action = "rollback" if seen.retry else "nothing"
+        return Decision(action, seen.good.commit, ("the last rollback failed",))
     cures = [row for row in seen.rows if row.how.cure]
     if cures:
-        return Decision("heal", current.commit if current else "",
-                        tuple(str(row) for row in cures))
+        return Decision("heal", current.commit if current else "", tuple(str(row) for row in cures))
     if reason and failure:
         return Decision("nothing", reasons=(str(failure),))
     return Decision("nothing", reasons=tuple(str(row) for row in seen.rows) or (CALM,))
@@ -3492,7 +3461,7 @@ def load_json(path: Path, default: Any) -> Any:
     return value if isinstance(value, type(default)) else default
 
 
-def revived(kind: Callable[..., Any], stored: Mapping[str, Any]) -> Any:
+def revived(kind: Callable[..., Any], stored: Json) -> Any:
     """The dataclass of a stored mapping; None where that is of another version."""
     with contextlib.suppress(TypeError):
         return kind(**{key: tuple(value) if isinstance(value, list) else value
@@ -3522,14 +3491,11 @@ class Store:
         self.done: dict[str, DoneJob] = {
             name: job for name, stored in jobs.items() if (job := revived(DoneJob, stored))}
         self.announced = str(facts.get("announced", ""))
-        self.current = self.load_release("current.json")
-        self.good = self.load_release("good.json")
+        self.current: Release | None = revived(Release, load_json(self.own / "current.json", {}))
+        self.good: Release | None = revived(Release, load_json(self.own / "good.json", {}))
         if not self.current and self.good:
             log.warning("%s: what runs is not known, the last good deploy serves", paths.service)
             self.set_current(self.good)
-
-    def load_release(self, name: str) -> Release | None:
-        return cast("Release | None", revived(Release, load_json(self.own / name, {})))
 
     def note(self, **facts: Any) -> bool:
         """Set `failure`, `done` or `announced`, also on disk; whether that is news."""
@@ -3545,15 +3511,14 @@ class Store:
     def write(self, name: str, data: bytes) -> None:
         write_atomic(self.own / name, data)
 
-    def set_current(self, release: Release) -> None:
-        self.write("current.json", json.dumps(dataclasses.asdict(release)).encode())
+    def set_current(self, release: Release, good: bool = False) -> None:
+        """It is what runs; if it is good, a rollback goes back to it."""
+        data = json.dumps(dataclasses.asdict(release)).encode()
+        self.write("current.json", data)
         self.current = release
-
-    def set_good(self, release: Release) -> None:
-        """It is what runs, and what a rollback goes back to."""
-        self.set_current(release)
-        self.write("good.json", json.dumps(dataclasses.asdict(release)).encode())
-        self.good = release
+        if good:
+            self.write("good.json", data)
+            self.good = release
 
     def digest_key(self) -> bytes:
         """Made once. Whoever lacks it cannot guess a secret by its digest."""
@@ -3590,52 +3555,44 @@ class Store:
                     found.append(json.loads(line))
         return found
 
-    def append_history(self, line: Mapping[str, Any]) -> None:
+    def append_history(self, line: Json) -> None:
         """The newest 200 lines are kept."""
         lines = [*self.history(), line][-HISTORY_LINES:]
         self.write("history.jsonl", "".join(json.dumps(item) + "\n" for item in lines).encode())
 
     # Holds: each file is replaced or removed as a whole, so any thread may read them.
 
-    def hold_in(self, path: Path, kind: str) -> Hold | None:
-        """The hold that a file means; one that an administrator touched has no content."""
+    def hold_file(self, kind: str) -> Path:
+        return self.paths.stop if kind == "stop" else self.own / "hold.json"
+
+    def hold_of(self, kind: str) -> Hold | None:
+        """What `stop` or `hold` made, or an administrator, whose file has no content."""
+        path = self.hold_file(kind)
         try:
             since = path.stat().st_mtime
         except FileNotFoundError:
             return None
         facts = load_json(path, {})
-        return Hold(str(facts.get("by", BY_HAND)), str(facts.get("reason", "")),
+        hold = Hold(str(facts.get("by", BY_HAND)), str(facts.get("reason", "")),
                     float(facts.get("since", since)), float(facts.get("until", 0)), kind,
                     tuple(facts.get("services", ())), kind == "stop" and "by" not in facts)
-
-    def operators_hold(self) -> Hold | None:
-        """What `hold` made; None when its time is over."""
-        hold = self.hold_in(self.own / "hold.json", "hold")
-        return hold if hold and (not hold.until or hold.until > time.time()) else None
+        return hold if not hold.until or hold.until > time.time() else None
 
     def hold(self) -> Hold | None:
         """The hold that is in force."""
-        return self.hold_in(self.paths.stop, "stop") or self.operators_hold()
+        return self.hold_of("stop") or self.hold_of("hold")
 
     def set_hold(self, hold: Hold) -> None:
         facts = {key: value for key, value in dataclasses.asdict(hold).items()
                  if key not in ("kind", "by_hand")}
-        path = self.paths.stop if hold.kind == "stop" else self.own / "hold.json"
-        write_atomic(path, json.dumps(facts).encode())
+        write_atomic(self.hold_file(hold.kind), json.dumps(facts).encode())
 
-    def refuse_lock(self) -> None:
-        """Raises Refused where an administrator has made NAME.stop by hand."""
-        hold = self.hold_in(self.paths.stop, "stop")
+    def release(self, kind: str) -> None:
+        """End what a command made. Raises Refused at an administrator's lock."""
+        hold = self.hold_of(kind)
         if hold and hold.by_hand:
             raise Refused(f"{hold}; only an administrator ends that: he removes {self.paths.stop}")
-
-    def release_stop(self) -> None:
-        """End `stop` and `down`. Raises Refused at an administrator's lock."""
-        self.refuse_lock()
-        self.paths.stop.unlink(missing_ok=True)
-
-    def release_hold(self) -> None:
-        (self.own / "hold.json").unlink(missing_ok=True)
+        self.hold_file(kind).unlink(missing_ok=True)
 
 
 class Project:
@@ -3852,9 +3809,12 @@ def unfit(project: Project, model: Model, tree: Tree) -> list[str]:
 
 def bound_links(project: Project, containers: Iterable[Container], tree: Tree) -> list[str]:
     """Why the tree must not be put beneath these: their next restart would follow a link."""
-    binds = [bind for container in containers for bind in container.binds]
-    return [] if project.service.trusted else check_bound_links(
-        binds, tree, str(project.paths.worktree))
+    reasons = set()
+    for bind in (bind for container in containers for bind in container.binds):
+        relative = beneath(bind.source, str(project.paths.worktree))
+        if relative and not project.service.trusted and (why := link_above(relative, tree)):
+            reasons.add(f"{bind.compose_service}: {relative}, which is mounted now, {why}")
+    return sorted(reasons)
 
 
 def make_release(project: Project, commit: str, model: Model, tree: Tree,
@@ -3886,13 +3846,6 @@ def prepare(project: Project, commit: str) -> Prepared:
     return Prepared(release, tree, rendered)
 
 
-def digest_name(facts: Mapping[str, Any], name: str) -> str:
-    """REPOSITORY@DIGEST by which an image was pulled, or nothing."""
-    repository = repository_of(name)
-    return next((text for text in facts.get("RepoDigests") or ()
-                 if repository_of(text).endswith(repository)), "")
-
-
 def fetch_images(project: Project, prepared: Prepared, say: Progress) -> Prepared:
     """Pull and build what the release needs. Raises Fault if an image is not there then."""
     services, release = compose_services(prepared.rendered), prepared.release
@@ -3910,12 +3863,14 @@ def fetch_images(project: Project, prepared: Prepared, say: Progress) -> Prepare
                     f"{': ' + trouble if trouble else ''}")
     if trouble:
         say(f"could not pull, using the copies on this server: {trouble}")
-    pulled = {name: digest for name, found in facts.items() if (digest := digest_name(found, name))}
+    pulled = {name: digest for name, found in facts.items()
+              for digest in found.get("RepoDigests") or ()
+              if repository_of(digest).endswith(repository_of(name))}
     return dataclasses.replace(prepared, release=dataclasses.replace(
         release, images={name: str(found["Id"]) for name, found in facts.items()}, pulled=pulled))
 
 
-def attached_to(project: Project, network: Mapping[str, Any]) -> list[str]:
+def attached_to(project: Project, network: Json) -> list[str]:
     """The project's containers on a network. Raises Refused where those of others are on it."""
     attached = project.api.attached(str(network["Id"]))
     if others := [row["Names"][0].lstrip("/") for row in attached
@@ -3963,8 +3918,8 @@ def restore_images(project: Project, release: Release, wanted: Iterable[str]) ->
     An image that is gone is pulled again by its digest, or built again; the release with what
     came of that. The names of what a neighbour builds are the neighbour's. Raises Fault.
     """
-    images, services, context = dict(release.images), compose_services(release.model), (
-        project.context({}))
+    images, services = dict(release.images), compose_services(release.model)
+    context = project.context({})
     theirs = tuple(other.name + mark for other in context.others for mark in "-/")
     for name in sorted({release.image_names[service] for service in wanted}):
         identity = images.get(name, "")
@@ -3999,28 +3954,26 @@ def restore_images(project: Project, release: Release, wanted: Iterable[str]) ->
 
 
 def make_binds(project: Project, model: Model) -> None:
-    """Look at every bound path without following links; make missing folders, as the user."""
-    for bind in binds_of(model):
-        for root in (project.paths.worktree, project.paths.data):
-            relative = beneath(bind.source, str(root))
-            if relative:
-                with as_user(project.account):
-                    make_bind(root, relative, bind)
+    """Look at every bound path without following links; make missing folders, as the user.
 
-
-def make_bind(root: Path, relative: str, bind: Bind) -> None:
-    *parts, name = relative.split("/")
-    folder = bind.kind == "bind"
-    try:
-        with folder_beneath(root, parts, make=folder) as parent:
-            if folder:
-                with contextlib.suppress(FileExistsError):
-                    os.mkdir(name, 0o755, dir_fd=parent)
-            found = os.stat(name, dir_fd=parent, follow_symlinks=False)
-    except FileNotFoundError:
-        raise Refused(f"{bind.compose_service}: {bind.kind} {bind.source} is missing") from None
-    if not stat.S_ISDIR(found.st_mode) and not stat.S_ISREG(found.st_mode):
-        raise Refused(f"{bind.compose_service}: {bind.source} is a link or a device; remove it")
+    Raises Refused where a path is missing, a link or a device.
+    """
+    for bind, root in itertools.product(binds_of(model), (project.paths.worktree,
+                                                          project.paths.data)):
+        relative, folder = beneath(bind.source, str(root)), bind.kind == "bind"
+        if not relative:
+            continue
+        *parts, name = relative.split("/")
+        try:
+            with (as_user(project.account), folder_beneath(root, parts, make=folder) as parent):
+                if folder:
+                    with contextlib.suppress(FileExistsError):
+                        os.mkdir(name, 0o755, dir_fd=parent)
+                mode = os.stat(name, dir_fd=parent, follow_symlinks=False).st_mode
+        except FileNotFoundError:
+            raise Refused(f"{bind.compose_service}: {bind.kind} {bind.source} is missing") from None
+        if not stat.S_ISDIR(mode) and not stat.S_ISREG(mode):
+            raise Refused(f"{bind.compose_service}: {bind.source} is a link or a device; remove it")
 
 
 class Installation:
@@ -4196,8 +4149,10 @@ class Reconciler:
         self.publish()
         return self.rows
 
-    def cure(self, release: Release, rows: Sequence[Row], say: Progress) -> Release:
-        """Remove rows; the release with the images that it has now. Raises Fault."""
+    def cure(self, rows: Sequence[Row], say: Progress) -> None:
+        """Remove rows of the current release. Raises Fault."""
+        release = self.store.current
+        assert release
         installation = Installation(self.project, release, say)
         try:
             installation.cure(rows, self.snapshot)
@@ -4207,7 +4162,8 @@ class Reconciler:
             raise
         finally:
             self.was_stopped = False
-        return installation.release
+        if installation.release != release:
+            self.store.set_current(installation.release)
 
     # A deploy, step by step:
 
@@ -4286,7 +4242,7 @@ class Reconciler:
         make_binds(self.project, release.model)
         rows = compare(release, self.snapshot, self.store.done)
         if rows:
-            self.store.set_current(self.cure(release, rows, say))
+            self.cure(rows, say)
         else:
             installation.write_model()
 
@@ -4317,16 +4273,11 @@ class Reconciler:
                 if not waits and (trouble or cures >= TRIES):
                     return trouble or Refused(why)
                 cures += 1
-                trouble = self.attempt(functools.partial(self.cure_now, say))
+                trouble = self.attempt(lambda: self.cure(self.rows, say))
             if why != told:
                 say(f"waits: {why}")
                 told = why
             self.pause(1.0)
-
-    def cure_now(self, say: Progress) -> None:
-        release = self.store.current
-        assert release
-        self.store.set_current(self.cure(release, self.rows, say))
 
     def record_success(self, by: str, began: float) -> None:
         release, good = self.store.current, self.store.good
@@ -4335,13 +4286,12 @@ class Reconciler:
         since = good.since if good and same else time.time()
         if not same:
             self.project.git.git("update-ref", "refs/pgod/good", release.commit)
-        self.store.set_good(dataclasses.replace(release, since=since, ill=()))
+        self.store.set_current(dataclasses.replace(release, since=since, ill=()), good=True)
         self.store.note(failure=None)
         keep_images(self.project, release)
         self.append_history(release.commit, by, began, "deployed", "")
 
-    def record_failure(self, commit: str, fault: Fault, retry: bool, by: str,
-                       began: float) -> None:
+    def record_failure(self, commit: str, fault: Fault, retry: bool, by: str, began: float) -> None:
         failure = Failure(commit, self.project.configuration(),
                           redact(str(fault), self.project.service.secrets), retry)
         if self.store.note(failure=failure):
@@ -4383,12 +4333,11 @@ class Reconciler:
                         ) from None
         current = self.store.current
         assert current
-        self.store.set_good(dataclasses.replace(current, since=good.since, ill=()))
+        self.store.set_current(dataclasses.replace(current, since=good.since, ill=()), good=True)
         self.project.shared.metrics.add("pgo_service_rollbacks_total", service=self.project.name)
         log.warning("%s: rolled back to %s", self.project.name, short(good.commit))
 
-    def append_history(self, commit: str, by: str, began: float, outcome: str,
-                       reason: str) -> None:
+    def append_history(self, commit: str, by: str, began: float, outcome: str, reason: str) -> None:
         """A line of history, and the metrics of a deploy."""
         author, subject = self.project.git.describe(commit)
         seconds = round(time.monotonic() - began, 1)
@@ -4405,9 +4354,7 @@ class Reconciler:
     def heal(self, rows: Sequence[Row], say: Progress) -> None:
         """Remove these rows. Raises Fault."""
         say(f"brings back: {'; '.join(map(str, rows))}")
-        release = self.store.current
-        assert release
-        self.store.set_current(self.cure(release, rows, log.debug))
+        self.cure(rows, log.debug)
         self.project.shared.metrics.add("pgo_service_heals_total", service=self.project.name)
         self.look()
 
@@ -4421,7 +4368,7 @@ class Reconciler:
         """Bring up the current release, without a deploy, and wait until it is well."""
         self.look()
         before = {c.identity: c.restarts for c in self.snapshot.containers}
-        trouble = self.attempt(functools.partial(self.cure_now, say)) if self.rows else None
+        trouble = self.attempt(lambda: self.cure(self.rows, say)) if self.rows else None
         if trouble := self.settle(before, say, trouble):
             raise trouble
 
@@ -4439,6 +4386,86 @@ class Reconciler:
                 say(f"waits: {text}")
                 told = text
             self.pause(1.0)
+
+# ---- Set-up ------------------------------------------------------------------------------------
+
+
+def set_up(project: Project) -> None:
+    """The folders of a service, and the take-over of a checkout of the Go program. Raises Fault."""
+    paths, account = project.paths, project.account
+    make_folder(paths.own, 0o711)
+    follow_user(project)
+    removed = sorted((paths.own.parent / "removed").glob(f"{project.name}-????????T*"))
+    if removed and not paths.worktree.exists():
+        log.warning("%s: begins anew; what it had before it left the configuration is in %s",
+                    project.name, removed[-1])
+    make_folder(paths.worktree, 0o700, account)
+    if not paths.data.exists():
+        make_folder(paths.data, 0o750, account)
+    if project.service.mount and not paths.data.is_mount():
+        parts = urllib.parse.urlsplit(project.service.mount)
+        words = ["mount", "-t", "nfs", "-o", "rw,nosuid,hard", f"{parts.netloc}:{parts.path}"]
+        project.shared.children.run(
+            [*words, str(paths.data)], RunAs(project.name), deadline=DEADLINE["mount"],
+            kind=("mount", "nfs")).check(f"mount of {project.service.mount}")
+    project.git.prepare()
+    project.compose.prepare()
+    if project.store.current:
+        with contextlib.suppress(EngineGone):
+            Installation(project, project.store.current, log.debug).write_model()
+    if (paths.worktree / ".git").is_dir():
+        take_over(project)
+
+
+def follow_user(project: Project) -> None:
+    """Where `user` is another one than before: files of the commit and of git go to him."""
+    root, git, account = project.paths.worktree, project.git.folder, project.account
+    former = root.lstat().st_uid if root.exists() else account.uid
+    if former != account.uid:
+        chown_tracked(root, project.store.tracked(), former, account)
+        chown_tracked(git, [os.path.relpath(os.path.join(top, name), git)
+                            for top, folders, files in os.walk(git)
+                            for name in (*folders, *files)], former, account)
+
+
+def take_over(project: Project) -> None:
+    """Go on where the Go program stopped, touching neither its files nor its containers.
+
+    Its .git goes last: until then, the next start begins again. Keys in it are not believed:
+    a container could write it.
+    """
+    if not project.store.current:
+        try:
+            adopt(project, project.git.take_over())
+        except EngineGone:
+            raise
+        except Fault as fault:  # what runs stays as it is, and is not started again
+            log.warning("%s: its checkout cannot be taken over, begins anew: %s",
+                        project.name, fault)
+    aside = project.paths.own / "taken-over.git"
+    shutil.rmtree(aside, ignore_errors=True)
+    (project.paths.worktree / ".git").rename(aside)
+
+
+def adopt(project: Project, commit: str) -> None:
+    """Take what runs for a good deploy of the commit. Raises Refused where the policy does."""
+    tree = project.git.export(commit)
+    project.store.set_tracked(tree)
+    model = render(project, tree)
+    enforce(project, model, tree)
+    release = make_release(project, commit, model, tree, read_values(project, model), {})
+    names = release.image_names
+    images = project.api.images(names.values()) | {
+        names[c.compose_service]: c.image for c in project.api.containers(project.name)
+        if c.compose_service in names}
+    networks = {f"network {name}": digest
+                for name, digest in network_digests(project.name, model).items()}
+    project.store.set_current(dataclasses.replace(
+        release, model=with_value_names(model), adopted={**release.digests, **networks},
+        images=images, since=time.time()), good=True)
+    keep_images(project, project.store.good)
+    Installation(project, release, log.debug).write_model()
+    log.info("%s: taken over at %s", project.name, short(commit))
 
 # ---- Worker ------------------------------------------------------------------------------------
 
@@ -4564,7 +4591,7 @@ class Worker(threading.Thread):
                 break
             try:
                 if not prepared:
-                    self.prepare()
+                    set_up(self.project)
                     prepared = True
                 if job:
                     job.act(self, job)
@@ -4641,90 +4668,6 @@ class Worker(threading.Thread):
         delay = retry_delay(self.shared.settings.duration, self.failures, self.shared.chance())
         self.next_poll = self.shared.clock() + delay
 
-    # At the start:
-
-    def prepare(self) -> None:
-        """The service's folders, and the take-over of a checkout of the Go program."""
-        project, paths = self.project, self.project.paths
-        make_folder(paths.own, 0o711)
-        self.follow_user()
-        removed = sorted((paths.own.parent / "removed").glob(f"{self.name}-????????T*"))
-        if removed and not paths.worktree.exists():
-            log.warning("%s: begins anew; what it had before it left the configuration is in %s",
-                        self.name, removed[-1])
-        make_folder(paths.worktree, 0o700, project.account)
-        if not paths.data.exists():
-            make_folder(paths.data, 0o750, project.account)
-        self.mount_data()
-        project.git.prepare()
-        project.compose.prepare()
-        if self.store.current:
-            with contextlib.suppress(EngineGone):
-                Installation(project, self.store.current, log.debug).write_model()
-        if (paths.worktree / ".git").is_dir():
-            self.take_over()
-
-    def follow_user(self) -> None:
-        """Where `user` is another one than before: files of the commit and of git go to him."""
-        project = self.project
-        root, git, account = project.paths.worktree, project.git.folder, project.account
-        former = root.lstat().st_uid if root.exists() else account.uid
-        if former != account.uid:
-            chown_tracked(root, self.store.tracked(), former, account)
-            chown_tracked(git, [os.path.relpath(os.path.join(top, name), git)
-                                for top, folders, files in os.walk(git)
-                                for name in (*folders, *files)], former, account)
-
-    def mount_data(self) -> None:
-        """Mount `mount` on the data folder, if it is not mounted. Raises Fault."""
-        data = self.project.paths.data
-        if not self.service.mount or data.is_mount():
-            return
-        parts = urllib.parse.urlsplit(self.service.mount)
-        words = ["mount", "-t", "nfs", "-o", "rw,nosuid,hard", f"{parts.netloc}:{parts.path}",
-                 str(data)]
-        self.shared.children.run(words, RunAs(self.name), deadline=DEADLINE["mount"],
-                                 kind=("mount", "nfs")).check(f"mount of {self.service.mount}")
-
-    def take_over(self) -> None:
-        """Go on where the Go program stopped, touching neither its files nor its containers.
-
-        Its .git goes last: until then, the next start begins again. Keys in it are not believed:
-        a container could write it.
-        """
-        if not self.store.current:
-            try:
-                self.adopt(self.project.git.take_over())
-            except EngineGone:
-                raise
-            except Fault as fault:  # what runs stays as it is, and is not started again
-                log.warning("%s: its checkout cannot be taken over, begins anew: %s",
-                            self.name, fault)
-        aside = self.project.paths.own / "taken-over.git"
-        shutil.rmtree(aside, ignore_errors=True)
-        (self.project.paths.worktree / ".git").rename(aside)
-
-    def adopt(self, commit: str) -> None:
-        """Take what runs for a good deploy of the commit. Raises Refused where the policy does."""
-        project = self.project
-        tree = project.git.export(commit)
-        self.store.set_tracked(tree)
-        model = render(project, tree)
-        enforce(project, model, tree)
-        release = make_release(project, commit, model, tree, read_values(project, model), {})
-        names = release.image_names
-        images = project.api.images(names.values()) | {
-            names[c.compose_service]: c.image for c in project.api.containers(self.name)
-            if c.compose_service in names}
-        networks = {f"network {name}": digest
-                    for name, digest in network_digests(self.name, model).items()}
-        self.store.set_good(dataclasses.replace(
-            release, model=with_value_names(model), adopted={**release.digests, **networks},
-            images=images, since=time.time()))
-        keep_images(project, self.store.good)
-        Installation(project, release, log.debug).write_model()
-        log.info("%s: taken over at %s", self.name, short(commit))
-
     # A look:
 
     def reconcile(self, wakes: frozenset[str], say: Progress, by: str,
@@ -4757,9 +4700,8 @@ class Worker(threading.Thread):
     def end_hold(self) -> Hold | None:
         """The hold in force; one whose time is over is removed."""
         hold = self.store.hold()
-        if not self.store.operators_hold() and (
-                self.store.hold_in(self.project.paths.own / "hold.json", "hold")):
-            self.store.release_hold()
+        if not self.store.hold_of("hold") and self.store.hold_file("hold").exists():
+            self.store.release("hold")
             self.project.say("hold ended: its time is over")
         return hold
 
@@ -4885,14 +4827,14 @@ def saying(worker: Worker, job: Job) -> Progress:
 
 
 def refuse_hold(worker: Worker) -> None:
-    if held := worker.store.operators_hold():
+    if held := worker.store.hold_of("hold"):
         raise Refused(f"{held}; release it first")
 
 
 def job_up(worker: Worker, job: Job) -> None:
     """Release a stop, deploy the newest commit, and fail where the deploy fails."""
     refuse_hold(worker)
-    worker.store.release_stop()
+    worker.store.release("stop")
     worker.reconcile(frozenset({"start"}), saying(worker, job), job.by, asked=True)
     if worker.remote_error:
         raise Fault(worker.remote_error)
@@ -4916,7 +4858,7 @@ def job_pull(worker: Worker, job: Job) -> None:
 
 def job_stop(worker: Worker, job: Job) -> None:
     """The file goes first: nothing must bring back what is being stopped."""
-    held = worker.store.hold_in(worker.project.paths.stop, "stop")
+    held = worker.store.hold_of("stop")
     if not held or not held.by_hand:
         worker.store.set_hold(Hold(job.by, "", time.time(), services=job.operands))
     log.info("%s: %s: by %s", worker.name, job.command, job.by)
@@ -4933,9 +4875,8 @@ def job_stop(worker: Worker, job: Job) -> None:
 def job_start(worker: Worker, job: Job) -> None:
     """Release a stop and bring up what was deployed last, without a fetch."""
     refuse_hold(worker)
-    worker.store.refuse_lock()
     require_release(worker)
-    worker.store.release_stop()
+    worker.store.release("stop")
     worker.reconciler.bring_up(job.say)
 
 
@@ -5039,7 +4980,7 @@ def status_facts(worker: Worker, now: float) -> dict[str, Any]:
                         "restarts": c.restarts, "started": c.started} for c in view.containers]}
 
 
-def render_status(facts: Mapping[str, Any]) -> str:
+def render_status(facts: Json) -> str:
     """For people: aligned, the newest thing first."""
     now, since = time.time(), facts["since"]
     age = f" since {format_time(since)} ({format_duration(now - since)})" if since else ""
@@ -5094,10 +5035,10 @@ def answer_hold(worker: Worker, command: ParsedCommand, by: str) -> str:
 
 
 def answer_release(worker: Worker, command: ParsedCommand, by: str) -> str:
-    if not worker.store.operators_hold():
+    if not worker.store.hold_of("hold"):
         hold = worker.store.hold()
         raise Refused(f"{hold}; up or start ends that" if hold else "there is no hold")
-    worker.store.release_hold()
+    worker.store.release("hold")
     log.info("%s: hold released by %s", worker.name, by)
     worker.wake("release")
     return "released"
@@ -5176,8 +5117,7 @@ def parse_options(command: str, arguments: Sequence[str]
     table = option_names(command)
     short_ones = "".join(name[1] + ":" * valued for name, valued in table.items()
                          if not name.startswith("--"))
-    long_ones = [name[2:] + "=" * valued for name, valued in table.items()
-                 if name.startswith("--")]
+    long_ones = [name[2:] + "=" * valued for name, valued in table.items() if name.startswith("--")]
     split = getopt.getopt if command == "exec" else getopt.gnu_getopt
     try:
         found, operands = split([*arguments], short_ones, long_ones)
@@ -5311,13 +5251,11 @@ def start_stream(compose: Compose, words: list[str], reads: bool) -> tuple[Child
 async def ready(descriptor: int, writing: bool = False) -> None:
     """Until it can be read (of a pidfd_open(2): until the process has ended) or written."""
     loop, event = asyncio.get_running_loop(), asyncio.Event()
-    add, remove = ((loop.add_writer, loop.remove_writer) if writing
-                   else (loop.add_reader, loop.remove_reader))
-    add(descriptor, event.set)
+    (loop.add_writer if writing else loop.add_reader)(descriptor, event.set)
     try:
         await event.wait()
     finally:
-        remove(descriptor)
+        (loop.remove_writer if writing else loop.remove_reader)(descriptor)
 
 
 def version_of(module: Any) -> tuple[int, ...]:
@@ -5337,6 +5275,32 @@ async def write_all(descriptor: int, data: bytes) -> bool:
     return bool(data) or os.isatty(descriptor)
 
 
+async def pump_out(source: Any, writer: Any) -> None:
+    """What the child writes, until it writes no more."""
+    with contextlib.suppress(OSError):  # EIO is a terminal's end
+        while True:
+            await ready(source.fileno())
+            if not (data := os.read(source.fileno(), 1 << 16)):
+                return
+            writer.write(data)
+            await writer.drain()
+
+
+async def pump_in(process: Any, target: Any, asyncssh: Any) -> None:
+    """What the client writes, to its end; dropped if there is nobody (left) to read it."""
+    data = b"-"
+    while data:
+        try:
+            data = await process.stdin.read(1 << 16)
+        except asyncssh.TerminalSizeChanged as change:
+            set_terminal_size(target, change.width, change.height)
+            continue
+        except (asyncssh.BreakReceived, asyncssh.SignalReceived):
+            continue
+        if target and not target.closed and not await write_all(target.fileno(), data):
+            target.close()
+
+
 class SshServer:
     """pgod's own SSH port, by asyncssh: exec requests of key holders and nothing else."""
 
@@ -5351,16 +5315,14 @@ class SshServer:
     def serve(self, address: tuple[str, int]) -> None:
         """Listen; returns when it does. Raises Fault."""
         started = Future[None]()
-        threading.Thread(target=self._run, args=(address, started), name="ssh",
-                         daemon=True).start()
+        threading.Thread(target=self._run, args=(address, started), name="ssh", daemon=True).start()
         started.result()
 
     def _run(self, address: tuple[str, int], started: Future[None]) -> None:
         try:
             self.loop.run_until_complete(self._listen(address))
         except (OSError, ValueError, Fault, self.asyncssh.Error) as error:
-            started.set_exception(
-                Fault(f"SSH cannot listen on {address[0]}:{address[1]}: {error}"))
+            started.set_exception(Fault(f"SSH cannot listen on {address[0]}:{address[1]}: {error}"))
             return
         started.set_result(None)
         self.loop.run_forever()
@@ -5585,8 +5547,7 @@ class SshServer:
         if mark and not ended_by_itself:
             kill_all(marked_processes(mark), signal.SIGKILL)
 
-    async def pump(self, process: Any, child: Child, streams: Mapping[str, Any],
-                   mark: str) -> int:
+    async def pump(self, process: Any, child: Child, streams: Json, mark: str) -> int:
         """Pump until the child ends or the client goes; flow control holds both back.
 
         asyncssh's own redirect loses the last bytes of an input now and then, and output that a
@@ -5595,9 +5556,10 @@ class SshServer:
         descriptor = os.pidfd_open(child.pid)
         ended = asyncio.ensure_future(ready(descriptor))
         gone = asyncio.ensure_future(process.channel.wait_closed())
-        feed = asyncio.ensure_future(self.pump_in(process, streams.get("stdin")))
-        pumps = asyncio.gather(*(self.pump_out(streams[name], getattr(process, name))
-                                 for name in ("stdout", "stderr") if name in streams))
+        feed = asyncio.ensure_future(pump_in(process, streams.get("stdin"), self.asyncssh))
+        pumps = asyncio.gather(*(pump_out(streams[name], getattr(process, name))
+                                 for name in ("stdout", "stderr") if name in streams),
+                               return_exceptions=True)
         try:
             await asyncio.wait({ended, gone}, return_when=asyncio.FIRST_COMPLETED)
             await self.loop.run_in_executor(None, self.end_stream, child, mark)
@@ -5611,30 +5573,6 @@ class SshServer:
             os.close(descriptor)
             for stream in streams.values():
                 stream.close()
-
-    async def pump_out(self, source: Any, writer: Any) -> None:
-        """What the child writes, until it writes no more."""
-        with contextlib.suppress(OSError, self.asyncssh.Error):  # EIO is a terminal's end
-            while True:
-                await ready(source.fileno())
-                if not (data := os.read(source.fileno(), 1 << 16)):
-                    return
-                writer.write(data)
-                await writer.drain()
-
-    async def pump_in(self, process: Any, target: Any) -> None:
-        """What the client writes, to its end; dropped if there is nobody (left) to read it."""
-        data = b"-"
-        while data:
-            try:
-                data = await process.stdin.read(1 << 16)
-            except self.asyncssh.TerminalSizeChanged as change:
-                set_terminal_size(target, change.width, change.height)
-                continue
-            except (self.asyncssh.BreakReceived, self.asyncssh.SignalReceived):
-                continue
-            if target and not target.closed and not await write_all(target.fileno(), data):
-                target.close()
 
 
 def import_asyncssh() -> Any:
@@ -5672,8 +5610,7 @@ class HttpHandler(http.server.BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         if self.path == "/metrics":
             show_metrics(self.server.shared)
-            self.answer(200, self.server.shared.metrics.render(),
-                        "text/plain; version=0.0.4; charset=utf-8")
+            self.answer(200, self.server.shared.metrics.render(), "text/plain; version=0.0.4")
         elif self.path == "/healthz":
             self.answer(200, "ok\n")
         else:
@@ -5705,10 +5642,10 @@ class HttpHandler(http.server.BaseHTTPRequestHandler):
         return any(hmac.compare_digest(self.headers.get(name, "").encode(), value.encode())
                    for name, value in (*wanted, ("X-Gitlab-Token", secret)))
 
-    def answer(self, status: int, text: str, kind: str = "text/plain; charset=utf-8") -> None:
+    def answer(self, status: int, text: str, kind: str = "text/plain") -> None:
         data = text.encode()
         self.send_response(status)
-        self.send_header("Content-Type", kind)
+        self.send_header("Content-Type", f"{kind}; charset=utf-8")
         self.send_header("Content-Length", str(len(data)))
         self.end_headers()
         if self.command != "HEAD":
@@ -5840,7 +5777,7 @@ class EventStream(threading.Thread):
                 worker.wake("event")
         return not self.shared.stopping.is_set()
 
-    def handle(self, event: Mapping[str, Any]) -> None:
+    def handle(self, event: Json) -> None:
         """Wake the worker that an event concerns. Raises KeyError where it is none."""
         worker = self.shared.workers.get(event["Actor"]["Attributes"].get(PROJECT_LABEL))
         if worker:
@@ -5971,27 +5908,22 @@ class Daemon:
         """Believed when two looks in a row agree and the result is valid."""
         try:
             digest = configuration_digest(self.settings.config)
+            stable, self.read_before = digest == self.read_before, digest
+            if digest == self.configuration.digest:
+                self.complain("")
+            elif stable:
+                read_configuration(self.settings.config)
+                return True
         except OSError as error:
             self.complain(f"cannot be read: {error.strerror}")
-            return False
-        stable, self.read_before = digest == self.read_before, digest
-        if digest == self.configuration.digest:
-            self.shared.metrics.set("pgo_configuration_valid", 1)
-            self.complained = ""
-            return False
-        if not stable:
-            return False
-        try:
-            read_configuration(self.settings.config)
         except ConfigurationError as error:
             self.complain(str(error))
-            return False
-        return True
+        return False
 
     def complain(self, text: str) -> None:
-        """Once for each new trouble."""
-        self.shared.metrics.set("pgo_configuration_valid", 0)
-        if text != self.complained:
+        """Once for each new trouble; nothing, where it is over."""
+        self.shared.metrics.set("pgo_configuration_valid", not text)
+        if text and text != self.complained:
             log.error("%s is not valid, the old configuration goes on:\n%s",
                       self.settings.config, text)
         self.complained = text
