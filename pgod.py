@@ -88,7 +88,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import FrameType
 from typing import Any, BinaryIO, NoReturn
 
 VERSION = "0.1.0"
@@ -686,11 +685,6 @@ def write_beneath(root: Path, path: str, data: BinaryIO, mode: int = 0o644) -> N
     replace_beneath(root, path, make)
 
 
-def link_beneath(root: Path, path: str, target: str) -> None:
-    """A symlink beneath root; what it leads to is not looked at."""
-    replace_beneath(root, path, lambda name, folder: os.symlink(target, name, dir_fd=folder))
-
-
 def remove_beneath(root: Path, path: str, keep: frozenset[str]) -> None:
     """Unlink a file, and the folders that this leaves empty, but for those in `keep`."""
     *parts, name = path.split("/")
@@ -727,11 +721,6 @@ METRICS: dict[str, tuple[str, str]] = {
     "pgo_configuration_valid": ("gauge", "0 while pgo.toml on disk is not valid."),
     "pgo_build_info": ("gauge", "Version of pgod; always 1."),
 }
-
-
-def escape_label(text: str) -> str:
-    """As the exposition format wants it."""
-    return text.replace("\\", r"\\").replace('"', r"\"").replace("\n", r"\n")
 
 
 class Metrics:
@@ -772,7 +761,7 @@ class Metrics:
             for name, (kind, text) in METRICS.items():
                 lines += [f"# HELP {name} {text}", f"# TYPE {name} {kind}"]
                 for key, value in self._values[name].items():
-                    labels = ",".join(f'{label}="{escape_label(text)}"' for label, text in key)
+                    labels = ",".join(f"{label}={json.dumps(text)}" for label, text in key)
                     number = f"{value:.3f}".rstrip("0").rstrip(".")
                     lines.append(f"{name}{{{labels}}} {number}" if labels else f"{name} {number}")
         return "\n".join(lines) + "\n"
@@ -1201,18 +1190,6 @@ def folders_of(path: str) -> list[str]:
     return ["/".join(parts[:depth]) for depth in range(1, len(parts))]
 
 
-def blob_of(data: bytes) -> str:
-    """The name that git gives a content (SHA-1 repositories)."""
-    return hashlib.sha1(b"blob %d\0" % len(data) + data, usedforsecurity=False).hexdigest()
-
-
-def untracked_beneath(root: Path, path: str, known: set[str]) -> list[str]:
-    """Files in a folder that the last commit did not put there."""
-    with folder_beneath(root, path.split("/")) as folder:
-        return [name for top, _, files, _ in os.fwalk(".", dir_fd=folder) for file in files
-                if (name := os.path.normpath(f"{path}/{top}/{file}")) not in known]
-
-
 def same_entry(root: Path, export: Path, path: str, mode: str) -> bool:
     """Whether the work tree has at `path` what the export has there."""
     found, (*parts, name) = stat_beneath(root, path), path.split("/")
@@ -1240,7 +1217,9 @@ def conflicts_at(root: Path, export: Path, path: str, mode: str, known: set[str]
         if depth < len(parts) and stat.S_ISDIR(found.st_mode):
             continue
         if stat.S_ISDIR(found.st_mode):
-            return untracked_beneath(root, at, known)
+            with folder_beneath(root, at.split("/")) as folder:
+                return [name for top, _, files, _ in os.fwalk(".", dir_fd=folder) for file in files
+                        if (name := os.path.normpath(f"{at}/{top}/{file}")) not in known]
         return [] if same_entry(root, export, path, mode) else [at]
     return []
 
@@ -1255,13 +1234,6 @@ def refuse_on_permission_error(root: Path, path: str) -> Iterator[None]:
                       "as when a container took it; chown it") from None
 
 
-def try_to_write(root: Path, folder: str) -> None:
-    """Raises PermissionError where nothing can be made in root/folder."""
-    with folder_beneath(root, folder.split("/") if folder else ()) as descriptor:
-        os.mkdir(temporary_name(), 0o700, dir_fd=descriptor)
-        os.rmdir(temporary_name(), dir_fd=descriptor)
-
-
 def worktree_conflicts(root: Path, export: Path, tracked: Tree, new: Tree) -> list[str]:
     """All that the commit would overwrite. Raises Refused where the user is kept out."""
     known, conflicts = set(tracked), []
@@ -1272,8 +1244,10 @@ def worktree_conflicts(root: Path, export: Path, tracked: Tree, new: Tree) -> li
     changes = {path for path in {*tracked, *new} if tracked.get(path) != new.get(path)}
     for folder, path in {path.rpartition("/")[0]: path for path in sorted(changes)}.items():
         with (refuse_on_permission_error(root, path),
-              contextlib.suppress(FileNotFoundError, Refused)):
-            try_to_write(root, folder)
+              contextlib.suppress(FileNotFoundError, Refused),
+              folder_beneath(root, folder.split("/") if folder else ()) as descriptor):
+            os.mkdir(temporary_name(), 0o700, dir_fd=descriptor)
+            os.rmdir(temporary_name(), dir_fd=descriptor)
     return conflicts
 
 
@@ -1283,7 +1257,8 @@ def write_entry(root: Path, export: Path, path: str, mode: str) -> None:
         if same_entry(root, export, path, mode):
             return
     if mode == "120000":
-        link_beneath(root, path, os.readlink(export / path))
+        target = os.readlink(export / path)
+        replace_beneath(root, path, lambda name, folder: os.symlink(target, name, dir_fd=folder))
     else:
         with (export / path).open("rb") as data:
             write_beneath(root, path, data, 0o755 if mode == "100755" else 0o644)
@@ -1937,12 +1912,6 @@ def inherits_bind(binds: Iterable[Bind], service: Json, image_volumes: Iterable[
     return any(os.path.normpath(bind.target) in anonymous for bind in binds)
 
 
-def waits_for_up(model: Model) -> bool:
-    """`x-pgo: {reload: false}`: changes wait for `up`."""
-    own = model.get("x-pgo")
-    return isinstance(own, dict) and own.get("reload") is False
-
-
 def image_of(project: str, name: str, service: Json) -> str:
     """The image's name; compose makes one up for what it builds."""
     return str(service.get("image") or f"{project}-{name}")
@@ -1983,13 +1952,6 @@ def with_value_names(model: Model) -> Model:
         if entry.get("environment"):
             entry["environment"] = VALUE_PREFIX + str(entry["environment"])
     return result
-
-
-def values_file(names: Iterable[str]) -> Model:
-    """A compose file whose rendering has the variables' values, and whether they are set."""
-    return {"services": {"values": {"image": "none"}},
-            "x-pgod-values": {name: f"${{{name}-}}" for name in names},
-            "x-pgod-set": {name: f"${{{name}+set}}" for name in names}}
 
 
 class Files:
@@ -2147,12 +2109,6 @@ class PolicyContext:
         return begins(self.name) and not any(
             begins(other.name) for other in self.others if other.name.startswith(self.name))
 
-    def neighbour_names(self) -> set[str]:
-        """Names that a shared network must not answer to in our place."""
-        theirs = {name for other in self.others for name in (other.name, *targets(other))}
-        return {name.lower() for name in theirs - {self.name, *targets(self.service)}}
-
-
 Found = Iterator[Violation]
 Check = Callable[[str, Any, "PolicyContext"], Found]
 
@@ -2260,14 +2216,6 @@ def unknown_keys(where: str, prefix: str, value: Json | None, known: Iterable[st
         if key not in known and not key.startswith("x-") and item not in NOTHING:
             yield Violation(where, prefix + key, shown(item), "is not known to this pgod",
                             key if key in ALLOW else f"key:{key}")
-
-
-def capability(item: Any) -> str:
-    return str(item).upper().removeprefix("CAP_")
-
-
-def device_path(item: Any) -> str:
-    return str(item.get("source") if isinstance(item, dict) else item).split(":")[0]
 
 
 def log_settings(value: Any) -> list[Any]:
@@ -2466,7 +2414,8 @@ SERVICE_RULES: dict[str, Rule] = {rule.key: rule for rule in (
     Rule("blkio_config", "takes the host's disks"),
     Rule("build", allow="network:.+|privileged|entitlements|ssh", example="network:host",
          check=check_build),
-    Rule("cap_add", HOST, USUAL_CAPABILITIES, "[A-Z_]+", "NET_ADMIN", name=capability),
+    Rule("cap_add", HOST, USUAL_CAPABILITIES, "[A-Z_]+", "NET_ADMIN",
+         name=lambda item: str(item).upper().removeprefix("CAP_")),
     Rule("cgroup", HOST, "private", "[a-z]+", "host"),
     Rule("cgroup_parent", "leaves the engine's limits", "", ".+", "/apps"),
     Rule("container_name", allow=".+", example="x", check=check_container_name),
@@ -2475,7 +2424,8 @@ SERVICE_RULES: dict[str, Rule] = {rule.key: rule for rule in (
     Rule("credential_spec", HOST),
     Rule("deploy", allow=None, check=check_deploy),
     Rule("device_cgroup_rules", HOST, "", ".+", "c 1:3 mr"),
-    Rule("devices", "is a device of the host", "", ".+", "/dev/ttyUSB0", name=device_path),
+    Rule("devices", "is a device of the host", "", ".+", "/dev/ttyUSB0", name=lambda item:
+         str(item.get("source") if isinstance(item, dict) else item).split(":")[0]),
     Rule("external_links", "is another's container", "", ".+", "db"),
     Rule("gpus", "is a device of the host"),
     Rule("group_add", "may be a group of the host", "", ".+", "44"),
@@ -2588,7 +2538,8 @@ def check_attachments(model: Model, context: PolicyContext) -> Found:
     listed_by_others = {name for other in context.others for name in other.networks}
     shared = {key for key, network in part(model, "networks").items()
               if network and (network.get("external") or network.get("name") in listed_by_others)}
-    taken = context.neighbour_names()
+    theirs = {name for other in context.others for name in (other.name, *targets(other))}
+    taken = {name.lower() for name in theirs - {context.name, *targets(context.service)}}
     for (where, service), key in ((item, key) for item in compose_services(model).items()
                                   for key in networks_used(item[1])):
         attachment, place = part(part(service, "networks"), key), f"networks.{key}"
@@ -2805,17 +2756,17 @@ as_branch = matching(r"(?!.*(\.\.|@\{|//|/\.|\.lock(/|$)|[/.]$))[^-/.\x00-\x20~^
 
 def as_compose(value: object) -> tuple[str, ...]:
     """One file of the repository or a list of them."""
-    return tuple(as_file_in_repository(item)
-                 for item in ([value] if isinstance(value, str) else as_strings(value)))
+    files = (value,) if isinstance(value, str) else as_strings(value)
+    return tuple(map(as_file_in_repository, files))
 
 
 def as_env(value: object) -> tuple[tuple[str, str], ...]:
     """A list of NAME=VALUE."""
-    for number, item in enumerate(as_strings(value), 1):
-        if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*=[^\0]*", item, re.DOTALL):
+    pairs = tuple(text.partition("=")[::2] for text in as_strings(value))
+    for number, text in enumerate(as_strings(value), 1):
+        if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*=[^\0]*", text, re.DOTALL):
             raise ValueError(f"entry {number} is not of the form NAME=VALUE")
-    pairs = (item.partition("=") for item in as_strings(value))
-    return tuple((name, text) for name, _, text in pairs)
+    return pairs
 
 
 def as_urls(value: object) -> tuple[tuple[str, str], ...]:
@@ -2831,11 +2782,6 @@ def as_urls(value: object) -> tuple[tuple[str, str], ...]:
     return tuple(sorted(value.items()))
 
 
-def as_networks(value: object) -> tuple[str, ...]:
-    """Names of networks."""
-    return tuple(map(as_network, as_strings(value)))
-
-
 def as_outside_file(value: object) -> str:
     """An absolute path of a file that can be read."""
     path = Path(as_string(value))
@@ -2846,11 +2792,6 @@ def as_outside_file(value: object) -> str:
             return str(path)
     except OSError as error:
         raise ValueError(f"{value!r} cannot be read: {error.strerror}") from None
-
-
-def as_seconds(value: object) -> float:
-    """A duration of at least a second."""
-    return parse_duration(as_string(value), 1)
 
 
 def as_secret(value: object) -> str:
@@ -2889,25 +2830,22 @@ def as_allow(value: object) -> tuple[str, ...]:
     return as_strings(value)
 
 
-# The keys of a [[services]] entry: field of Service, parser. What needs two keys is done below.
-SERVICE_KEYS: dict[str, tuple[str, Callable[[object], Any]]] = {
-    "name": ("name", as_name), "user": ("user", as_known_user),
-    "repository": ("repository", as_string), "branch": ("branch", as_branch),
-    "registries": ("registries", as_strings), "compose": ("compose", as_compose),
-    "env": ("env", as_env), "env_file": ("env_file", as_outside_file), "urls": ("urls", as_urls),
-    "networks": ("networks", as_networks), "import": ("import_file", as_file_in_repository),
-    "reload": ("reload", lambda value: parse_reload(as_string(value))),
-    "mount": ("mount", as_mount), "deploy_key": ("deploy_key", as_outside_file),
-    "profiles": ("profiles", as_strings), "allow": ("allow", as_allow),
-    "webhook": ("webhook", as_secret),
-    "wait": ("wait", as_seconds), "rollback": ("rollback", as_bool),
+# The keys of a [[services]] entry and their parsers. What needs two keys is done below.
+SERVICE_KEYS: dict[str, Callable[[object], Any]] = {
+    "name": as_name, "user": as_known_user, "repository": as_string, "branch": as_branch,
+    "registries": as_strings, "compose": as_compose, "env": as_env, "env_file": as_outside_file,
+    "urls": as_urls, "networks": lambda value: tuple(map(as_network, as_strings(value))),
+    "import": as_file_in_repository, "reload": lambda value: parse_reload(as_string(value)),
+    "mount": as_mount, "deploy_key": as_outside_file, "profiles": as_strings, "allow": as_allow,
+    "webhook": as_secret, "wait": lambda value: parse_duration(as_string(value), 1),
+    "rollback": as_bool,
 }
 REQUIRED_KEYS = ("name", "user", "repository")
 
 
 def combine_fields(fields: dict[str, Any], label: str) -> tuple[Service | None, list[str]]:
     """What needs more than one key, or must not show its value in an error."""
-    errors = []
+    errors, env_file = [], fields.pop("env_file", None)
     try:
         fields["repository"] = parse_remote(fields["repository"])
     except ValueError as error:
@@ -2917,11 +2855,9 @@ def combine_fields(fields: dict[str, Any], label: str) -> tuple[Service | None, 
                                      for text in fields.get("registries", ()))
     except ValueError as error:
         errors.append(f"{label}: registries: an entry {error}")
-    env_file = fields.pop("env_file", None)
     try:
-        if env_file:
-            lines = dict(parse_env_lines(Path(env_file).read_text()))
-            fields["env"] = tuple((lines | dict(fields.get("env", ()))).items())
+        lines = dict(parse_env_lines(Path(env_file).read_text())) if env_file else {}
+        fields["env"] = tuple((lines | dict(fields.get("env", ()))).items())
     except (ValueError, OSError) as error:
         errors.append(f"{label}: env_file {env_file}: {error}")
     if fields.get("reload") and not fields.get("import_file"):
@@ -2936,15 +2872,12 @@ def parse_service(table: Mapping[str, object], label: str) -> tuple[Service | No
         if key not in SERVICE_KEYS:
             errors.append(f"{label}: unknown key {key!r}{nearest(key, SERVICE_KEYS)}")
             continue
-        name, parser = SERVICE_KEYS[key]
         try:
-            fields[name] = parser(value)
+            fields["import_file" if key == "import" else key] = SERVICE_KEYS[key](value)
         except ValueError as error:
             errors.append(f"{label}: {key}: {error}")
     errors += [f"{label}: {key} is missing" for key in REQUIRED_KEYS if key not in table]
-    if errors:
-        return None, errors
-    return combine_fields(fields, label)
+    return (None, errors) if errors else combine_fields(fields, label)
 
 
 def check_services(services: Sequence[Service]) -> list[str]:
@@ -3393,13 +3326,6 @@ def format_time(seconds: float) -> str:
     return moment.strftime("%Y-%m-%d %H:%M:%SZ")
 
 
-def stopped_services(hold: Hold | None, current: Release | None) -> frozenset[str]:
-    """The compose services that `stop` or `down` has stopped; a file made by hand only holds."""
-    if not hold or not hold.stops or not current:
-        return frozenset()
-    return frozenset(hold.services or compose_services(current.model))
-
-
 def deploy_reason(seen: Situation, target: str) -> str:
     """Why the target must be deployed, or nothing."""
     current = seen.current
@@ -3416,7 +3342,8 @@ def decide(seen: Situation) -> Decision:
     """The one place where it is decided what is done for a service. Pure."""
     current, failure = seen.current, seen.failure
     if seen.hold:
-        up = seen.running & stopped_services(seen.hold, current)
+        stopped = seen.hold.services or compose_services(current.model if current else {})
+        up = seen.running & {*stopped} if seen.hold.stops else ()
         return Decision("stop" if up else "nothing", "", (str(seen.hold),), tuple(sorted(up)))
     target = seen.wanted or (current.commit if current else "")
     if not target:
@@ -3686,17 +3613,13 @@ class Shared:
 # ---- Reverse proxy -----------------------------------------------------------------------------
 
 
-def import_text(services: Iterable[Service]) -> str:
-    """Caddy's import file: a block a host, in order."""
+def import_of(project: Project) -> dict[str, str]:
+    """Caddy's import file, a block a host, that pgod writes into a work tree, if it is to."""
+    services, file = project.shared.configuration.services, project.service.import_file
     urls = sorted({host: target for service in services for host, target in service.urls}.items())
     blocks = [f"{host} {{\n\treverse_proxy {target}\n}}\n" for host, target in urls]
-    return "# Written by pgod from pgo.toml; changes here are lost.\n" + "\n".join(blocks)
-
-
-def import_of(project: Project) -> dict[str, str]:
-    """The import file that pgod writes into a work tree, with its text; empty if there is none."""
-    file = project.service.import_file
-    return {file: import_text(project.shared.configuration.services)} if file else {}
+    text = "# Written by pgod from pgo.toml; changes here are lost.\n" + "\n".join(blocks)
+    return {file: text} if file else {}
 
 
 def write_import(project: Project) -> None:
@@ -3775,7 +3698,10 @@ def read_values(project: Project, model: Model) -> dict[str, str]:
         return {}
     if wrong := [name for name in names if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name)]:
         raise Refused(f"environment: {printable(wrong[0])!r} is not the name of a variable")
-    project.compose.write("values.json", json.dumps(values_file(names)).encode())
+    asking = {"services": {"values": {"image": "none"}},
+              "x-pgod-values": {name: f"${{{name}-}}" for name in names},
+              "x-pgod-set": {name: f"${{{name}+set}}" for name in names}}
+    project.compose.write("values.json", json.dumps(asking).encode())
     path = project.paths.own / "values.json"
     chown(path, project.account)
     found = project.compose.render([str(path)])
@@ -3820,7 +3746,7 @@ def bound_links(project: Project, containers: Iterable[Container], tree: Tree) -
 def make_release(project: Project, commit: str, model: Model, tree: Tree,
                  values: Mapping[str, str], adopted: Mapping[str, str]) -> Release:
     """The release of a checked model; its images are not known yet."""
-    generated = {path: blob_of(text.encode()) for path, text in import_of(project).items()}
+    generated = {path: digest_of(text, b"") for path, text in import_of(project).items()}
     files, key = Files(tree, str(project.paths.worktree), generated), project.store.digest_key()
     digests = {name: digest_of(service_facts(model, name, files, values), key)
                for name in compose_services(model)}
@@ -4174,7 +4100,8 @@ class Reconciler:
         with slots.slot(shared.stopping):
             try:
                 prepared = prepare(self.project, commit)
-                if waits_for_up(prepared.rendered) and self.store.current and not asked:
+                waits = part(prepared.rendered, "x-pgo").get("reload") is False
+                if waits and self.store.current and not asked:
                     failure = Failure(commit, prepared.release.configuration,
                                       "x-pgo: reload: false", waits=True)
                     if self.store.note(failure=failure):
@@ -4929,9 +4856,9 @@ def job_plan(worker: Worker, job: Job) -> None:
 
 
 def require_release(worker: Worker) -> Release:
-    if not worker.store.current:
+    if not worker.view.release:
         raise Refused("nothing was deployed yet; up does it")
-    return worker.store.current
+    return worker.view.release
 
 
 def run_compose(worker: Worker, job: Job) -> None:
@@ -4942,12 +4869,6 @@ def run_compose(worker: Worker, job: Job) -> None:
 
 
 # What is answered at once:
-
-
-def answer_hash(worker: Worker, command: ParsedCommand, by: str) -> str:
-    if not (release := worker.view.release):
-        raise Refused("nothing was deployed yet")
-    return release.commit
 
 
 def answer_journal(worker: Worker, command: ParsedCommand, by: str) -> str:
@@ -5083,7 +5004,8 @@ COMMANDS: dict[str, Command] = {
                     "SERVICE COMMAND [ARGUMENT...]"),
     "load": Command("check the newest commit against the policy, change nothing", job=job_load),
     "git pull": Command("fetch, and deploy what is new", job=job_pull),
-    "git hash": Command("print the commit that runs", answer=answer_hash),
+    "git hash": Command("print the commit that runs",
+                        answer=lambda worker, *_: require_release(worker).commit),
     "ping": Command("answer pong", answer=lambda *_: "pong"),
     "plan": Command("show what would be done now and why, do nothing", job=job_plan),
     "status": Command("show what runs, since when, and why not the newest", "--json",
@@ -5594,7 +5516,8 @@ def import_asyncssh() -> Any:
 
 
 WEBHOOK_BYTES = 25 << 20  # GitHub sends no more
-WEBHOOK_SIGNATURES = (  # header, what stands before the HMAC in it
+# Header, and what stands before the HMAC-SHA256 in it; GitLab sends the secret itself.
+WEBHOOK_SIGNATURES = (
     ("X-Hub-Signature-256", "sha256="), ("X-Gitea-Signature", ""), ("X-Forgejo-Signature", ""),
     ("X-Gogs-Signature", ""))
 
@@ -5630,17 +5553,14 @@ class HttpHandler(http.server.BaseHTTPRequestHandler):
         while left and (data := self.rfile.read(min(left, 1 << 16))):
             code.update(data)
             left -= len(data)
-        if worker and secret and self.is_signed(secret, code.hexdigest()):
+        right = [(name, prefix + code.hexdigest()) for name, prefix in WEBHOOK_SIGNATURES]
+        if worker and secret and any(
+                hmac.compare_digest(self.headers.get(name, "").encode(), value.encode())
+                for name, value in (*right, ("X-Gitlab-Token", secret))):
             worker.wake("webhook")
             self.answer(202, "looks at the repository\n")
         else:
             self.answer(403, "the signature is wrong, or this service has no webhook\n")
-
-    def is_signed(self, secret: str, digest: str) -> bool:
-        """Whether an HMAC-SHA256, or the token that GitLab sends instead, is right."""
-        wanted = [(name, prefix + digest) for name, prefix in WEBHOOK_SIGNATURES]
-        return any(hmac.compare_digest(self.headers.get(name, "").encode(), value.encode())
-                   for name, value in (*wanted, ("X-Gitlab-Token", secret)))
 
     def answer(self, status: int, text: str, kind: str = "text/plain") -> None:
         data = text.encode()
@@ -5835,7 +5755,10 @@ class Daemon:
     def run(self) -> int:
         """The exit status: 0 after TERM, 2 after HUP or a new configuration. Raises Fault."""
         asyncssh = import_asyncssh() if self.settings.ssh else None
-        self.make_folders()
+        for folder in (self.settings.directory, self.settings.datadir):
+            if not folder.exists():
+                make_folder(folder, 0o755)
+        make_folder(self.settings.directory / ".pgod", 0o711)
         lock = Lock(self.settings.directory)
         lock.take()
         metrics = Metrics()
@@ -5843,7 +5766,7 @@ class Daemon:
         self.shared = Shared(self.settings, self.configuration, children, metrics,
                              compose_program(children), EngineApi())
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-            signal.signal(number, self.queue_signal)
+            signal.signal(number, lambda number, _: self.wakeup.put(number))
         metrics.set("pgo_configuration_valid", 1)
         metrics.set("pgo_build_info", 1, version=VERSION)
         try:
@@ -5852,16 +5775,6 @@ class Daemon:
             return self.watch()
         finally:
             self.end()
-
-    def make_folders(self) -> None:
-        for folder in (self.settings.directory, self.settings.datadir):
-            if not folder.exists():
-                make_folder(folder, 0o755)
-        make_folder(self.settings.directory / ".pgod", 0o711)
-
-    def queue_signal(self, number: int, frame: FrameType | None) -> None:
-        """Only queue it; `watch` acts."""
-        self.wakeup.put(number)
 
     def start(self, asyncssh: Any) -> None:
         """Servers and threads; then systemd is told that all is ready."""
@@ -6033,13 +5946,6 @@ class LogFormatter(logging.Formatter):
         return (prefix if self.journal else "") + text.replace("\n", "\n    ")
 
 
-def set_up_logging(debug: bool) -> None:
-    handler = logging.StreamHandler()
-    handler.setFormatter(LogFormatter("JOURNAL_STREAM" in os.environ))
-    log.addHandler(handler)
-    log.setLevel(logging.DEBUG if debug else logging.INFO)
-
-
 def check_identity(configuration: Configuration) -> None:
     """pgod is root, unless every service's user is who runs it. Raises Fault."""
     me = pwd.getpwuid(os.geteuid()).pw_name
@@ -6061,7 +5967,10 @@ def main(words: Sequence[str]) -> int:
         print(UNIT.format(python=sys.executable, program=Path(__file__).resolve(),
                           config=settings.config, directory=settings.directory), end="")
         return 0
-    set_up_logging(settings.debug)
+    handler = logging.StreamHandler()
+    handler.setFormatter(LogFormatter("JOURNAL_STREAM" in os.environ))
+    log.addHandler(handler)
+    log.setLevel(logging.DEBUG if settings.debug else logging.INFO)
     try:
         configuration = read_configuration(settings.config)
         for warning in configuration.warnings:
