@@ -509,10 +509,8 @@ _libc = ctypes.CDLL(None, use_errno=True)
 
 @contextlib.contextmanager
 def as_user(account: Account) -> Iterator[None]:
-    """Within it, this thread's file operations are the user's (setfsuid(2) is the thread's own).
-
-    Root's power over files (CAP_DAC_OVERRIDE, CAP_CHOWN, …) is off meanwhile, capabilities(7).
-    """
+    """Within it, this thread's file operations are the user's (setfsuid(2) is the thread's own)."""
+    # Root's power over files (CAP_DAC_OVERRIDE, CAP_CHOWN, …) is off meanwhile, capabilities(7).
     if os.geteuid() != 0:
         yield
         return
@@ -572,10 +570,7 @@ FOLDER_FLAGS = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 
 @contextlib.contextmanager
 def folder_beneath(root: Path, parts: Sequence[str], make: bool = False) -> Iterator[int]:
-    """A descriptor of root/parts; no part of it, root's last one included, may be a link.
-
-    Raises FileNotFoundError where it is missing and not to be made, Refused at a link.
-    """
+    """A descriptor of root/parts, by no link. Raises FileNotFoundError, and Refused at a link."""
     descriptor = os.open(root, FOLDER_FLAGS)
     try:
         for number, part in enumerate(parts, 1):
@@ -652,10 +647,7 @@ def temporary_name() -> str:
 
 
 def replace_beneath(root: Path, path: str, make: Callable[[str, int], None]) -> None:
-    """What `make` makes of a temporary name in a folder, at root/path; its folders are made.
-
-    A folder in its place is Refused.
-    """
+    """What `make` makes of a temporary name, at root/path. Raises Refused where a folder is."""
     *parts, name = path.split("/")
     temporary = temporary_name()
     with folder_beneath(root, parts, make=True) as folder:
@@ -853,11 +845,9 @@ LEFT_BEHIND = "something that it left behind holds its pipes"
 
 
 class Children:
-    """The one door to other programs: argument lists, never a shell; each in its own session.
-
-    Every child gets an environment, a user, a folder and a deadline, and is counted. `stop` makes
-    every `run` end its child after a grace of 10 seconds and raise Stopping.
-    """
+    """The one door to other programs: argument lists, never a shell; each in its own session."""
+    # Every child gets an environment, a user, a folder and a deadline, and is counted. `stop` makes
+    # every `run` end its child after a grace of 10 seconds and raise Stopping.
 
     GRACE = 10.0
 
@@ -908,11 +898,9 @@ class Children:
     def run(self, words: Sequence[str], who: RunAs, *, deadline: float, kind: tuple[str, str],
             stdin: bytes = b"", limit: int = CHILD_OUTPUT,
             on_line: Progress | None = None) -> Result:
-        """Run a child to its end, and count it as `kind`: (command, subcommand).
-
-        Its output is collected up to `limit` bytes; lines of its standard error go to `on_line`
-        as they come. A deadline or limit that is passed ends its session and shows in `trouble`.
-        """
+        """Run a child to its end, and count it as `kind`: (command, subcommand)."""
+        # Its output is collected up to `limit` bytes; lines of its standard error go to `on_line`
+        # as they come. A deadline or limit that is passed ends its session and shows in `trouble`.
         child = self.start(words, who, stdin=PIPE if stdin else DEVNULL)
         ended = False
         try:
@@ -985,10 +973,8 @@ def printable(text: str) -> str:
 
 
 class Repository:
-    """The git folder of one service. It lies outside the work tree, so no container reaches it.
-
-    git runs as the service's user, without the docker group, without any configuration but ours.
-    """
+    """The git folder of one service. It lies outside the work tree, so no container reaches it."""
+    # git runs as the service's user, without the docker group, without any configuration but ours.
 
     def __init__(self, service: Service, paths: ServicePaths, account: Account,
                  children: Children) -> None:
@@ -1159,10 +1145,8 @@ class Repository:
         return tree
 
     def take_over(self) -> str:
-        """The commit that a checkout of the Go program has.
-
-        upload-pack is made for repositories that are not trusted: it runs nothing of theirs.
-        """
+        """The commit that a checkout of the Go program has."""
+        # upload-pack is made for repositories that are not trusted: it runs nothing of theirs.
         self.git("fetch", "--quiet", "--no-tags", "--depth=1", "--no-write-fetch-head",
                  str(self.paths.worktree / ".git"), "+HEAD:refs/pgod/good")
         return self.identity("refs/pgod/good")
@@ -1266,12 +1250,10 @@ def write_entry(root: Path, export: Path, path: str, mode: str) -> None:
 
 def update_worktree(root: Path, export: Path, tracked: Tree, new: Tree,
                     keep: frozenset[str]) -> list[str]:
-    """Make tracked files those of the commit; why some could not be made so.
-
-    In place: no folder is ever replaced, for a bind mount would keep the old one. Call it as the
-    user. In the way may be a link, a folder with untracked files, or a container that keeps the
-    user out; what the commit does not change may well be a container's by now.
-    """
+    """Make tracked files those of the commit; why some could not be made so."""
+    # In place: no folder is ever replaced, for a bind mount would keep the old one. Call it as the
+    # user. In the way may be a link, a folder with untracked files, or a container that keeps the
+    # user out; what the commit does not change may well be a container's by now.
     failures = []
 
     def attempt(path: str, act: Callable[[], None]) -> None:
@@ -1305,10 +1287,8 @@ def update_worktree(root: Path, export: Path, tracked: Tree, new: Tree,
 
 
 def chown_tracked(root: Path, paths: Iterable[str], former: int, account: Account) -> None:
-    """Give paths beneath root, and the folders above them, to the account, by no link.
-
-    Only those that are the former user's (a number): what a container took stays the container's.
-    """
+    """Give paths beneath root, and the folders above them, to the account, by no link."""
+    # Only those that are the former user's (a number): what a container took stays the container's.
     for path in {*paths, *(folder for file in paths for folder in folders_of(file))}:
         *parts, name = path.split("/")
         with contextlib.suppress(FileNotFoundError, Refused), folder_beneath(root, parts) as folder:
@@ -1372,11 +1352,9 @@ class Container:
 
 @dataclass(frozen=True)
 class Snapshot:
-    """What the engine has for a project at the moment `now`, by the engine's own clock.
-
-    `networks` are all of the engine, as it describes them; `volumes` and `images` those that were
-    asked for and are there.
-    """
+    """What the engine has for a project at the moment `now`, by the engine's own clock."""
+    # `networks` are all of the engine, as it describes them; `volumes` and `images` those that were
+    # asked for and are there.
 
     containers: tuple[Container, ...] = ()
     networks: Mapping[str, Json] = field(default_factory=dict)
@@ -1513,10 +1491,8 @@ class EngineApi:
         return tuple(sorted(found, key=lambda container: container.name))
 
     def was_ended(self, container: Container, ended: float) -> bool:
-        """Whether somebody stopped or killed it. The engine remembers its last 256 events.
-
-        It tells of a kill a moment later than it kills, and waits for what is yet to come.
-        """
+        """Whether somebody stopped or killed it. The engine remembers its last 256 events."""
+        # It tells of a kill a moment later than it kills, and waits for what is yet to come.
         until = min(ended + 1, time.time())
         query = {"since": f"{container.started - 1:.9f}", "until": f"{until:.9f}",
                  "filters": {"container": [container.identity], "event": ["kill"]}}
@@ -1590,10 +1566,8 @@ class EngineApi:
         return [name for row in rows for name in row.get("RepoTags") or ()]
 
     def events(self, on_event: Callable[[Json], None], going_on: Callable[[], bool]) -> None:
-        """Hand on what happens to containers, until the stream ends. Raises Fault.
-
-        `going_on` is asked twice a second. HTTP/1.0, because then lines come as they are.
-        """
+        """Hand on what happens to containers, until the stream ends. Raises Fault."""
+        # `going_on` is asked twice a second. HTTP/1.0, because then lines come as they are.
         kinds = ["die", "destroy", "kill", "oom", "stop", "health_status", "start"]
         query = {"filters": {"type": ["container"], "event": kinds}}
         connection = EngineConnection(self.address, API_SECONDS)
@@ -1670,11 +1644,9 @@ def render_fault(result: Result, files: Sequence[str]) -> Fault:
 
 
 class Compose:
-    """docker compose for one service.
-
-    Rendering has no access to the engine; all else runs as the user with the docker group, on the
-    model that was checked.
-    """
+    """docker compose for one service."""
+    # Rendering has no access to the engine; all else runs as the user with the docker group, on the
+    # model that was checked.
 
     def __init__(self, service: Service, paths: ServicePaths, children: Children,
                  program: tuple[str, ...]) -> None:
@@ -1745,10 +1717,8 @@ class Compose:
         return [str(self.paths.export / name) for name in names]
 
     def render(self, files: Sequence[str]) -> dict[str, Any]:
-        """The model of files, by compose itself, with the exported commit as project directory.
-
-        As the user, without the docker group, with limits. Raises Refused.
-        """
+        """The model of files, by compose itself, in the export. Raises Refused."""
+        # As the user, without the docker group, with limits.
         words = [word for name in files for word in ("--file", name)]
         env = {"PWD": str(self.paths.export), **self.environment(), "GIT_ALLOW_PROTOCOL": "none",
                "DOCKER_CONFIG": "/nonexistent", "GOMAXPROCS": "2"}
@@ -1801,10 +1771,7 @@ class Compose:
 
     def up(self, services: Sequence[str], values: Mapping[str, str], on_line: Progress,
            force: bool = False) -> None:
-        """Bring up these compose services of the model and no others; remove orphans.
-
-        Raises Fault; EngineGone if the engine went meanwhile.
-        """
+        """Bring up these compose services and no others; no orphans. Raises Fault or EngineGone."""
         forced = ["--force-recreate"] if force else []
         result = self.run(
             "up", "--detach", "--no-build", "--quiet-pull", "--pull", "never", "--no-deps",
@@ -1901,10 +1868,8 @@ def with_tmpfs_sizes(model: Model) -> Model:
 
 
 def inherits_bind(binds: Iterable[Bind], service: Json, image_volumes: Iterable[str]) -> bool:
-    """Whether compose would hand an old container's bind on to the new one.
-
-    It does so where the new one has an anonymous volume, of the compose file or of the image.
-    """
+    """Whether compose would hand an old container's bind on to the new one."""
+    # It does so where the new one has an anonymous volume, of the compose file or of the image.
     mounts = {os.path.normpath(str(mount.get("target"))): mount.get("source")
               for mount in service.get("volumes") or () if isinstance(mount, dict)}
     anonymous = {*map(os.path.normpath, image_volumes)} - {*mounts} | {
@@ -2032,10 +1997,8 @@ def with_labels(model: Model, digests: Mapping[str, str], adopted: Mapping[str, 
 
 
 def with_network_labels(project: str, model: Model, there: Mapping[str, Json]) -> Model:
-    """The model with the digest of each network, but for those that are there without one.
-
-    compose's own hash of a network covers its labels: one more would make it anew.
-    """
+    """The model with the digest of each network, but for those that are there without one."""
+    # compose's own hash of a network covers its labels: one more would make it anew.
     result, digests = copied(model), network_digests(project, model)
     for key, (name, network) in named_things(project, result, "networks").items():
         if name not in there or part(there[name], "Labels").get(DIGEST_LABEL):
@@ -2623,11 +2586,9 @@ def nested_binds(binds: Iterable[Bind], writers: Sequence[Bind]) -> Iterator[tup
 
 
 def check_nested_binds(binds: Sequence[Bind], context: PolicyContext) -> Found:
-    """No source beneath one that a container can write: it could put a link to /etc there.
-
-    Also where `allow` has the upper one: only an entry for the very path is the administrator's
-    word that he knows.
-    """
+    """No source beneath one that a container can write: it could put a link to /etc there."""
+    # Also where `allow` has the upper one: only an entry for the very path is the administrator's
+    # word that he knows.
     for bind, above in nested_binds(binds, binds):
         if not {f"bind:{bind.source}", f"bind:{bind.source}:ro"} & {*context.service.allow}:
             yield Violation(bind.compose_service, bind.kind, bind.source,
@@ -2690,10 +2651,8 @@ def check_budget(model: Model) -> Found:
 
 
 def check_policy(model: Model, context: PolicyContext) -> list[Violation]:
-    """Every violation of a model whose paths are those of the work tree. Pure.
-
-    One that is too large is not read any further: it may be made to take minutes.
-    """
+    """Every violation of a model whose paths are those of the work tree. Pure."""
+    # One that is too large is not read any further: it may be made to take minutes.
     if found := [*itertools.islice(check_budget(model), VIOLATIONS)]:
         return found
     if found := [*check_size(model, context)]:
@@ -2922,10 +2881,7 @@ def parse_configuration(text: str) -> tuple[Service, ...]:
 
 
 def configuration_digest(path: Path) -> str:
-    """Changes when pgo.toml changes, or a file that it names: env_file or deploy_key.
-
-    Of one that is no TOML its own bytes count. Raises OSError.
-    """
+    """Changes when pgo.toml does, or an env_file or deploy_key in it. Raises OSError."""
     text = path.read_bytes()
     digest, tables = hashlib.sha256(text), []
     with contextlib.suppress(ValueError):
@@ -3003,10 +2959,8 @@ class DoneJob:
 
 @dataclass(frozen=True)
 class RowKind:
-    """A kind of difference. `cure`: up, force (up that recreates), restart, remove, network or "".
-
-    `ill`: it is no difference to what should be there, but what is there is not well.
-    """
+    """A kind of difference, and its cure: up, force, restart, remove, network or none."""
+    # force: up that recreates. ill: it is what should be there, but it is not well.
 
     cure: str
     does: str = ""
@@ -3055,10 +3009,8 @@ class Row:
 
 
 def changed_networks(release: Release, snapshot: Snapshot) -> dict[str, str]:
-    """The networks that are there and not as the release has them: key: name in the engine.
-
-    One without a label is not pgod's; of it counts what was taken over, and whether it is closed.
-    """
+    """The networks that are there and not as the release has them: key: name in the engine."""
+    # One without a label is not pgod's: what was taken over counts, and whether it is closed.
     digests, changed = network_digests(release.project, release.model), {}
     for key, (name, wanted) in named_things(release.project, release.model, "networks").items():
         there = snapshot.networks.get(name) or {}
@@ -3117,10 +3069,8 @@ def running_facts(container: Container, now: float) -> Facts:
 
 
 def ended_facts(container: Container, job: DoneJob | None, known: str) -> Facts:
-    """What has ended; nothing of it is true where it is done.
-
-    `job`: what is known of its compose service; `known`: the job that the release has there.
-    """
+    """What has ended; nothing of it is true where it is done."""
+    # `job`: what is known of its compose service; `known`: the job that the release has there.
     yield container.by_hand, "stopped", "was stopped by hand"
     yield (container.status != "exited" or container.exit_code, "ended",
            f"exited with status {container.exit_code}")
@@ -3229,11 +3179,9 @@ def plan_cure(release: Release, rows: Iterable[Row], snapshot: Snapshot) -> Cure
 
 def judge(rows: Iterable[Row], before: Mapping[str, int], ill: Iterable[str], now: float,
           over: bool = False) -> tuple[str, str]:
-    """One look at a deploy: ("good" | "wait" | "bad", why). Pure.
-
-    `before`: restarts of the containers that were there when it began. `ill`: those of them that
-    were ill and that it did not touch; they say nothing about the commit. `over`: its time is.
-    """
+    """One look at a deploy: ("good" | "wait" | "bad", why). Pure."""
+    # `before`: restarts of the containers that were there when it began. `ill`: those of them that
+    # were ill and that it did not touch; they say nothing about the commit. `over`: its time is.
     rows = [row for row in rows if not row.container or row.container.identity not in {*ill}]
     for row in rows:
         crashing = row.container and now - row.container.created >= CRASH_AGE and (
@@ -3523,10 +3471,8 @@ class Store:
 
 
 class Project:
-    """A service with all that is known of it: its paths, git folder, store, compose and engine.
-
-    Only the service's own thread changes anything through it.
-    """
+    """A service with all that is known of it: its paths, git folder, store, compose and engine."""
+    # Only the service's own thread changes anything through it.
 
     def __init__(self, service: Service, shared: Shared) -> None:
         self.service = service
@@ -3689,10 +3635,8 @@ def render(project: Project, tree: Tree) -> Model:
 
 
 def read_values(project: Project, model: Model) -> dict[str, str]:
-    """The variables that are configs or secrets, as compose finds them: `env`, then .env.
-
-    Raises Refused if one is not set: compose would make the container and not fill it.
-    """
+    """The variables that are configs or secrets, by `env`, then .env. Raises Refused."""
+    # compose would make the container and not fill it, if one is not set.
     names = value_names(model)
     if not names:
         return {}
@@ -3839,11 +3783,9 @@ def keep_images(project: Project, *releases: Release | None) -> None:
 
 
 def restore_images(project: Project, release: Release, wanted: Iterable[str]) -> Release:
-    """Have the names of these compose services' images lead to what the release ran.
-
-    An image that is gone is pulled again by its digest, or built again; the release with what
-    came of that. The names of what a neighbour builds are the neighbour's. Raises Fault.
-    """
+    """Have the names of these compose services' images lead to what the release ran."""
+    # An image that is gone is pulled again by its digest, or built again; the release with what
+    # came of that. The names of what a neighbour builds are the neighbour's. Raises Fault.
     images, services = dict(release.images), compose_services(release.model)
     context = project.context({})
     theirs = tuple(other.name + mark for other in context.others for mark in "-/")
@@ -3880,10 +3822,7 @@ def restore_images(project: Project, release: Release, wanted: Iterable[str]) ->
 
 
 def make_binds(project: Project, model: Model) -> None:
-    """Look at every bound path without following links; make missing folders, as the user.
-
-    Raises Refused where a path is missing, a link or a device.
-    """
+    """Look at every bound path, by no link; make missing folders, as the user. Raises Refused."""
     for bind, root in itertools.product(binds_of(model), (project.paths.worktree,
                                                           project.paths.data)):
         relative, folder = beneath(bind.source, str(root)), bind.kind == "bind"
@@ -3911,10 +3850,8 @@ class Installation:
         self.say = say
 
     def update_files(self, tree: Tree, containers: Iterable[Container], strict: bool) -> None:
-        """Tracked files follow the commit; the list of them never lacks one that is there.
-
-        Raises Refused if it is to be `strict`; a rollback takes what it can get.
-        """
+        """Tracked files follow the commit. Raises Refused if it is to be `strict`."""
+        # The list of them never lacks one that is there. A rollback takes what it can get.
         project, paths = self.project, self.project.paths
         tracked = project.store.tracked()
         mounted = [bind for container in containers for bind in container.binds]
@@ -3935,11 +3872,9 @@ class Installation:
             project.store.set_tracked(tree)
 
     def remove_racing(self, containers: Sequence[Container]) -> None:
-        """Let no container be there that can write above a path, beside one that binds it.
-
-        It could put a link there, and the next start of the other one would follow it as root.
-        Running or stopped: the engine's restart policy asks nobody. Raises Fault.
-        """
+        """Let no container be there that can write above a path, beside one that binds it."""
+        # It could put a link there, and the next start of the other one would follow it as root.
+        # Running or stopped: the engine's restart policy asks nobody. Raises Fault.
         binds = binds_of(self.release.model)
         permitted = {(bind.source, above.source) for bind, above in nested_binds(binds, binds)}
 
@@ -3955,11 +3890,9 @@ class Installation:
             self.project.api.remove(racing)
 
     def remove_half_made(self, snapshot: Snapshot) -> None:
-        """Remove what was created and cannot be filled or started; never start it half-made.
-
-        compose creates the new container as ID_NAME with the volumes of the old one, removes
-        that, and renames: where the old one is gone, the new one alone holds its volumes.
-        """
+        """Remove what was created and cannot be filled or started; never start it half-made."""
+        # compose creates the new container as ID_NAME with the volumes of the old one, removes
+        # that, and renames: where the old one is gone, the new one alone holds its volumes.
         api, names = self.project.api, {c.name for c in snapshot.containers}
         for container in snapshot.containers:
             if container.status != "created":
@@ -4043,11 +3976,9 @@ def describe(rows: Iterable[Row], release: Release, former: Release | None) -> d
 
 
 class Reconciler:
-    """Makes what runs what should run, for one project: deploy, roll back, heal, stop.
-
-    All of it happens in the service's thread. `pause` waits a moment, less if the engine tells
-    of something, and raises Stopping; `publish` shows others what is known.
-    """
+    """Makes what runs what should run, for one project: deploy, roll back, heal, stop."""
+    # All of it happens in the service's thread. `pause` waits a moment, less if the engine tells of
+    # something, and raises Stopping; `publish` shows others what is known.
 
     def __init__(self, project: Project, pause: Callable[[float], None],
                  publish: Callable[[], None]) -> None:
@@ -4175,11 +4106,9 @@ class Reconciler:
 
     def settle(self, before: Mapping[str, int], say: Progress,
                trouble: Fault | None) -> Fault | None:
-        """Wait until nothing differs, and cure what comes up meanwhile; why it did not end well.
-
-        After a compose that failed, what it made decides: a service that others wait for may
-        have been between two restarts.
-        """
+        """Wait until nothing differs, and cure what comes up meanwhile; why it did not end well."""
+        # After a compose that failed, what it made decides: a service that others wait for may have
+        # been between two restarts.
         until, told, cures = time.monotonic() + self.project.service.wait, "", 0
         while True:
             trouble_now = self.attempt(self.look)
@@ -4356,11 +4285,9 @@ def follow_user(project: Project) -> None:
 
 
 def take_over(project: Project) -> None:
-    """Go on where the Go program stopped, touching neither its files nor its containers.
-
-    Its .git goes last: until then, the next start begins again. Keys in it are not believed:
-    a container could write it.
-    """
+    """Go on where the Go program stopped, touching neither its files nor its containers."""
+    # Its .git goes last: until then, the next start begins again. Keys in it are not believed: a
+    # container could write it.
     if not project.store.current:
         try:
             adopt(project, project.git.take_over())
@@ -4452,10 +4379,8 @@ class View:
 
 
 class Worker(threading.Thread):
-    """The thread of one service. All that changes the service happens in it, one by one.
-
-    It sleeps until its timer, a webhook, an event of the engine or a job wakes it.
-    """
+    """The thread of one service. All that changes the service happens in it, one by one."""
+    # It sleeps until its timer, a webhook, an event of the engine or a job wakes it.
 
     def __init__(self, service: Service, shared: Shared) -> None:
         super().__init__(name=service.name, daemon=True)
@@ -4633,10 +4558,8 @@ class Worker(threading.Thread):
         return hold
 
     def ask_remote(self, say: Callable[..., None]) -> None:
-        """Learn the branch's commit; fetch it, and the keys in it, if it is new.
-
-        What went wrong shows in `remote_error`.
-        """
+        """Learn the branch's commit; fetch it, and the keys in it, if it is new."""
+        # What went wrong shows in `remote_error`.
         found = ""
         try:
             found = self.project.git.ask()
@@ -4967,10 +4890,8 @@ def answer_release(worker: Worker, command: ParsedCommand, by: str) -> str:
 
 @dataclass(frozen=True)
 class Command:
-    """What a key holder may say: one of `job`, `answer` or, for compose's own, neither.
-
-    `options` as help shows them: names with | between them, and = before what they take.
-    """
+    """What a key holder may say: one of `job`, `answer` or, for compose's own, neither."""
+    # `options` as help shows them: names with | between them, and = before what they take.
 
     help: str
     options: str = ""
@@ -5032,10 +4953,8 @@ def option_names(command: str) -> dict[str, bool]:
 
 def parse_options(command: str, arguments: Sequence[str]
                   ) -> tuple[tuple[tuple[str, str], ...], tuple[str, ...]]:
-    """Options by the table, and the operands. Raises Refused.
-
-    All that follows exec's first operand belongs to the command that it runs.
-    """
+    """Options by the table, and the operands. Raises Refused."""
+    # All that follows exec's first operand belongs to the command that it runs.
     table = option_names(command)
     short_ones = "".join(name[1] + ":" * valued for name, valued in table.items()
                          if not name.startswith("--"))
@@ -5120,10 +5039,8 @@ class Client:
 
 
 def bound_input(channel: Any) -> None:
-    """Grant the client no more than a window of input that nobody has read yet.
-
-    asyncssh forgets what waits in its buffer: 200 MB for a slow reader took 100 MB of memory.
-    """
+    """Grant the client no more than a window of input that nobody has read yet."""
+    # asyncssh forgets what waits in its buffer: 200 MB for a slow reader took 100 MB of memory.
     if not hasattr(channel, "_init_recv_window"):
         return
     deliver, window = channel._deliver_data, channel._init_recv_window
@@ -5315,11 +5232,9 @@ class SshServer:
                              for key in worker.view.keys))
 
     def admit(self, connection: Any) -> None:
-        """Limits for clients that have proven nothing, and the proof itself.
-
-        A key counts when its signature was verified. That it was offered, or that some key was
-        accepted, does not (CVE-2024-45337). asyncssh reads without limit before authentication.
-        """
+        """Limits for clients that have proven nothing, and the proof itself."""
+        # A key counts when its signature was verified. That it was offered, or that some key was
+        # accepted, does not (CVE-2024-45337). asyncssh reads without limit before authentication.
         peer = connection.get_extra_info("peername") or ("?", 0)
         client = connection.pgod_client = Client(str(peer[0]))
         same = [c for c, other in self.unproven.items() if other.address == client.address]
@@ -5470,11 +5385,9 @@ class SshServer:
             kill_all(marked_processes(mark), signal.SIGKILL)
 
     async def pump(self, process: Any, child: Child, streams: Json, mark: str) -> int:
-        """Pump until the child ends or the client goes; flow control holds both back.
-
-        asyncssh's own redirect loses the last bytes of an input now and then, and output that a
-        child wrote right before its end.
-        """
+        """Pump until the child ends or the client goes; flow control holds both back."""
+        # asyncssh's own redirect loses the last bytes of an input now and then, and output that a
+        # child wrote right before its end.
         descriptor = os.pidfd_open(child.pid)
         ended = asyncio.ensure_future(ready(descriptor))
         gone = asyncio.ensure_future(process.channel.wait_closed())
