@@ -1405,20 +1405,17 @@ def parse_container(facts: Json) -> Container:
                     for mount in facts.get("Mounts") or () if mount["Type"] == "bind"))
 
 
-class EngineConnection(http.client.HTTPConnection):
-    """HTTP over the engine's socket."""
-
-    def __init__(self, address: tuple[str, int], timeout: float) -> None:
-        super().__init__(address[0] if address[1] else "docker", address[1] or 80, timeout=timeout)
-        self.address = address
-
-    def connect(self) -> None:
-        if self.address[1]:
-            super().connect()
-            return
-        self.sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        self.sock.settimeout(self.timeout)
-        self.sock.connect(self.address[0])
+def engine_connection(address: tuple[str, int], seconds: float) -> http.client.HTTPConnection:
+    """HTTP over the engine's socket. Raises OSError."""
+    host, port = address
+    connection = http.client.HTTPConnection(host if port else "docker", port or 80, timeout=seconds)
+    if port:
+        connection.connect()
+    else:
+        connection.sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        connection.sock.settimeout(seconds)
+        connection.sock.connect(host)
+    return connection
 
 
 class EngineApi:
@@ -1445,18 +1442,15 @@ class EngineApi:
     def exchange(self, method: str, path: str, body: Any = None,
                  seconds: float = API_SECONDS) -> tuple[bytes, http.client.HTTPMessage]:
         """The answer's body and headers. Raises NotThere, Fault with its words, or EngineGone."""
-        connection = EngineConnection(self.address, seconds)
         try:
-            data = None if body is None else json.dumps(body).encode()
-            connection.request(method, path, data, {"Content-Type": "application/json"})
-            answer = connection.getresponse()
-            text = answer.read(API_BYTES + 1)
+            with contextlib.closing(engine_connection(self.address, seconds)) as connection:
+                data = None if body is None else json.dumps(body).encode()
+                connection.request(method, path, data, {"Content-Type": "application/json"})
+                answer = connection.getresponse()
+                text = answer.read(API_BYTES + 1)
         except (OSError, http.client.HTTPException) as error:
-            self._version = ""
-            raise EngineGone(f"the engine does not answer: {error or type(error).__name__}"
-                             ) from None
-        finally:
-            connection.close()
+            self._version, why = "", error or type(error).__name__
+            raise EngineGone(f"the engine does not answer: {why}") from None
         if len(text) > API_BYTES:
             raise Fault(f"the engine answered {path} with more than {API_BYTES >> 20} MiB")
         if answer.status >= 400:
@@ -1570,28 +1564,22 @@ class EngineApi:
         # `going_on` is asked twice a second. HTTP/1.0, because then lines come as they are.
         kinds = ["die", "destroy", "kill", "oom", "stop", "health_status", "start"]
         query = {"filters": {"type": ["container"], "event": kinds}}
-        connection = EngineConnection(self.address, API_SECONDS)
         try:
-            path = self.path("/events", query)
-            connection.connect()
-            connection.sock.sendall(f"GET {path} HTTP/1.0\r\nHost: docker\r\n\r\n".encode())
-            lines = connection.sock.makefile("rb", buffering=0)
-            rest = b""
-            while going_on():
-                if not select.select([lines], [], [], 0.5)[0]:
-                    continue
-                data = lines.read(1 << 16)
-                if not data:
-                    return
-                *whole, rest = (rest + data).split(b"\n")
-                rest = rest if len(rest) < API_BYTES else b""
-                for line in whole:
-                    with contextlib.suppress(ValueError, KeyError, TypeError):
-                        on_event(json.loads(line))
+            path, rest = self.path("/events", query), b""
+            with engine_connection(self.address, API_SECONDS).sock as stream:
+                stream.sendall(f"GET {path} HTTP/1.0\r\nHost: docker\r\n\r\n".encode())
+                while going_on():
+                    if not select.select([stream], [], [], 0.5)[0]:
+                        continue
+                    if not (data := stream.recv(1 << 16)):
+                        return
+                    *whole, rest = (rest + data).split(b"\n")
+                    rest = rest if len(rest) < API_BYTES else b""
+                    for line in whole:
+                        with contextlib.suppress(ValueError, KeyError, TypeError):
+                            on_event(json.loads(line))
         except OSError as error:
             raise EngineGone(f"the engine does not answer: {error}") from None
-        finally:
-            connection.close()
 
 
 def compose_program(children: Children) -> tuple[str, ...]:
@@ -4536,7 +4524,14 @@ class Worker(threading.Thread):
         log.debug("%s: %s: %s", self.name, decision.action, "; ".join(decision.reasons))
         if decision.reasons == (CALM,) and self.store.failure:  # what failed was taken back
             self.store.note(failure=None)
-        self.act(decision, say, by, asked)
+        if decision.action == "deploy":
+            self.reconciler.deploy(decision, say, by, asked)
+        elif decision.action == "rollback":
+            self.reconciler.roll_back(say)
+        elif decision.action == "heal":
+            self.heal(say)
+        elif decision.action == "stop":
+            self.reconciler.stop(decision)
         target = self.service.reload and self.shared.workers.get(self.service.reload.service)
         follow_import(self.project, target.project if target else None)
         if not any(row.how.waits for row in self.reconciler.rows):
@@ -4582,16 +4577,6 @@ class Worker(threading.Thread):
         return Situation(self.project.configuration(), hold, self.wanted, store.current,
                          store.good, store.failure, looked.rows, running, asked,
                          self.shared.clock() >= self.next_poll, self.service.rollback)
-
-    def act(self, decision: Decision, say: Progress, by: str, asked: bool) -> None:
-        if decision.action == "deploy":
-            self.reconciler.deploy(decision, say, by, asked)
-        elif decision.action == "rollback":
-            self.reconciler.roll_back(say)
-        elif decision.action == "heal":
-            self.heal(say)
-        elif decision.action == "stop":
-            self.reconciler.stop(decision)
 
     def heal(self, say: Progress) -> None:
         """Bring back what fell; what ends by itself or cannot be healed once an interval."""
@@ -5152,19 +5137,12 @@ class SshServer:
         self.beat = time.monotonic()
 
     def serve(self, address: tuple[str, int]) -> None:
-        """Listen; returns when it does. Raises Fault."""
-        started = Future[None]()
-        threading.Thread(target=self._run, args=(address, started), name="ssh", daemon=True).start()
-        started.result()
-
-    def _run(self, address: tuple[str, int], started: Future[None]) -> None:
+        """Listen, in a thread. Raises Fault."""
+        threading.Thread(target=self.loop.run_forever, name="ssh", daemon=True).start()
         try:
-            self.loop.run_until_complete(self._listen(address))
-        except (OSError, ValueError, Fault, self.asyncssh.Error) as error:
-            started.set_exception(Fault(f"SSH cannot listen on {address[0]}:{address[1]}: {error}"))
-            return
-        started.set_result(None)
-        self.loop.run_forever()
+            asyncio.run_coroutine_threadsafe(self._listen(address), self.loop).result()
+        except (OSError, ValueError, self.asyncssh.Error) as error:
+            raise Fault(f"SSH cannot listen on {address[0]}:{address[1]}: {error}") from None
 
     async def _listen(self, address: tuple[str, int]) -> None:
         server = self
@@ -5197,7 +5175,6 @@ class SshServer:
             password_auth=False, kbdint_auth=False, host_based_auth=False, gss_host=None,
             login_timeout=SSH_LOGIN_SECONDS, keepalive_interval=30, keepalive_count_max=3,
             server_version=f"pgod_{VERSION}", **self.algorithms())
-        self.loop.call_soon(self._heartbeat)
 
     def algorithms(self) -> dict[str, Any]:
         """Those of SSH_ALGORITHMS that this asyncssh has."""
@@ -5209,10 +5186,6 @@ class SshServer:
         return {name: [a for a in wanted if a not in bad
                        and (name not in have or a.encode() in have[name])]
                 for name, wanted in SSH_ALGORITHMS.items()}
-
-    def _heartbeat(self) -> None:
-        self.beat = time.monotonic()
-        self.loop.call_later(1.0, self._heartbeat)
 
     def host_key(self) -> Any:
         """Made once, kept ever after. Raises Fault."""
@@ -5529,20 +5502,10 @@ class HttpServer(http.server.ThreadingHTTPServer):
     def handle_error(self, request: Any, client_address: Any) -> None:
         log.debug("HTTP: %s: %s", client_address[0], sys.exc_info()[1])
 
-
-def serve_http(address: tuple[str, int], shared: Shared) -> HttpServer:
-    """Listen in a thread. Raises Fault."""
-    try:
-        server = HttpServer(address, shared)
-    except OSError as error:
-        raise Fault(f"metrics cannot listen on {address[0]}:{address[1]}: {error}") from None
-    threading.Thread(target=server.serve_forever, name="http", daemon=True).start()
-    return server
-
 # ---- Daemon --------------------------------------------------------------------------------------
 
 CONFIGURATION_SECONDS = 2.0
-SSH_SILENCE = 120.0  # seconds; its loop beats each second
+SSH_SILENCE = 120.0  # seconds; it is asked for a sign of life at each look
 
 
 def notify(text: str) -> None:
@@ -5564,27 +5527,22 @@ def left_behind(mark: str) -> list[int]:
     return [p for p in marked_processes(mark) if namespace(p) == namespace("self")]
 
 
-class Lock:
-    """One pgod a folder. The file says who holds it, and by which mark its children are known."""
-
-    def __init__(self, directory: Path) -> None:
-        self.path = directory / ".pgod" / "lock"
-        self.mark = f"PGOD_RUN={os.urandom(16).hex()}"
-        self.descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-
-    def take(self) -> None:
-        """Raises Fault if another holds it. Ends what a pgod that was killed left behind."""
-        text = os.read(self.descriptor, 4096).decode(errors="replace").split()
-        try:
-            fcntl.flock(self.descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise Fault(f"{self.path.parent.parent} belongs to a pgod that runs, process "
-                        f"{text[0] if text else '?'}") from None
-        if len(text) == 2 and text[1].startswith("PGOD_RUN="):
-            kill_all(left_behind(text[1]), signal.SIGKILL)
-        os.truncate(self.descriptor, 0)
-        os.pwrite(self.descriptor, f"{os.getpid()}\n{self.mark}\n".encode(), 0)
-        os.fsync(self.descriptor)
+def take_lock(directory: Path) -> str:
+    """One pgod a folder; the mark by which its children are known. Raises Fault."""
+    # The file says who holds it, for as long as he lives. What one that was killed left ends.
+    descriptor = os.open(directory / ".pgod" / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    text = os.read(descriptor, 4096).decode(errors="replace").split()
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise Fault(f"{directory} belongs to a pgod that runs, process {text[0]}") from None
+    if len(text) == 2 and text[1].startswith("PGOD_RUN="):
+        kill_all(left_behind(text[1]), signal.SIGKILL)
+    mark = f"PGOD_RUN={os.urandom(16).hex()}"
+    os.truncate(descriptor, 0)
+    os.pwrite(descriptor, f"{os.getpid()}\n{mark}\n".encode(), 0)
+    os.fsync(descriptor)
+    return mark
 
 
 class EventStream(threading.Thread):
@@ -5663,7 +5621,6 @@ class Daemon:
         self.read_before = configuration.digest
         self.complained = ""
         self.ssh: SshServer | None = None
-        self.http: HttpServer | None = None
 
     def run(self) -> int:
         """The exit status: 0 after TERM, 2 after HUP or a new configuration. Raises Fault."""
@@ -5672,10 +5629,8 @@ class Daemon:
             if not folder.exists():
                 make_folder(folder, 0o755)
         make_folder(self.settings.directory / ".pgod", 0o711)
-        lock = Lock(self.settings.directory)
-        lock.take()
         metrics = Metrics()
-        children = Children(metrics, lock.mark)
+        children = Children(metrics, take_lock(self.settings.directory))
         self.shared = Shared(self.settings, self.configuration, children, metrics,
                              compose_program(children), EngineApi())
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
@@ -5694,7 +5649,12 @@ class Daemon:
         for service in self.configuration.services:
             self.shared.workers[service.name] = Worker(service, self.shared)
         if self.settings.metric:
-            self.http = serve_http(self.settings.metric, self.shared)
+            host, port = self.settings.metric
+            try:
+                http_server = HttpServer((host, port), self.shared)
+            except OSError as error:
+                raise Fault(f"metrics cannot listen on {host}:{port}: {error}") from None
+            threading.Thread(target=http_server.serve_forever, name="http", daemon=True).start()
         if self.settings.ssh:
             self.ssh = SshServer(self.shared, asyncssh)
             self.ssh.serve(self.settings.ssh)
@@ -5722,10 +5682,11 @@ class Daemon:
                 return 2
 
     def alive(self) -> bool:
-        """Whether every service's thread lives and the SSH loop was seen at work lately."""
+        """Whether every service's thread lives and the SSH loop answered lately."""
         dead = [worker.name for worker in self.shared.workers.values() if not worker.is_alive()]
-        if self.ssh and time.monotonic() - self.ssh.beat > SSH_SILENCE:
-            dead.append("ssh")
+        if self.ssh:
+            self.ssh.loop.call_soon_threadsafe(setattr, self.ssh, "beat", time.monotonic())
+            dead += ["ssh"] * (time.monotonic() - self.ssh.beat > SSH_SILENCE)
         if dead:
             log.error("watchdog: no sign of life: %s", ", ".join(dead))
         return not dead
