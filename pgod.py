@@ -1546,10 +1546,7 @@ class EngineApi:
 
     def tag(self, image: str, name: str) -> None:
         """Give an image one more name, with a tag or without. Raises NotThere."""
-        repository, mark, tag = name.rpartition(":")
-        if not mark or "/" in tag:
-            repository, tag = name, "latest"
-        self.ask("POST", f"/images/{image}/tag", {"repo": repository, "tag": tag})
+        self.ask("POST", f"/images/{image}/tag", {"repo": name})
 
     def untag(self, name: str) -> None:
         self.act("DELETE", f"/images/{urllib.parse.quote(name)}", {"noprune": 1})
@@ -3647,21 +3644,20 @@ def read_values(project: Project, model: Model) -> dict[str, str]:
 
 def unfit(project: Project, model: Model, tree: Tree) -> list[str]:
     """Configs and secrets that compose could not put into their containers, and why."""
-    found = []
-    for name, service in compose_services(model).items():
-        for kind in ("configs", "secrets"):
-            entries = entries_used(service.get(kind), model.get(kind) or {}).items()
-            found += [f"{name}: {key} has its text in the compose file or in a variable, and "
-                      "read_only: true keeps it from being written; use a file" for key, entry
-                      in entries if service.get("read_only") and "file" not in entry]
-    roots = (project.paths.worktree, project.paths.data)
-    for bind, root in ((bind, root) for bind in binds_of(model) for root in roots):
+    found = [f"{name}: {key} has its text in the compose file or in a variable, and read_only: "
+             "true keeps it from being written; use a file"
+             for name, service in compose_services(model).items() if service.get("read_only")
+             for kind in ("configs", "secrets")
+             for key, entry in entries_used(service.get(kind), part(model, kind)).items()
+             if "file" not in entry]
+    for bind, root in itertools.product(binds_of(model), (project.paths.worktree,
+                                                          project.paths.data)):
         relative = beneath(bind.source, str(root))
-        if not relative or bind.kind == "bind" or (root == roots[0] and relative in tree):
-            continue
-        with as_user(project.account):
-            if not stat_beneath(root, relative):
-                found.append(f"{bind.compose_service}: {bind.kind} {bind.source} is missing")
+        committed = root == project.paths.worktree and relative in tree
+        if relative and bind.kind != "bind" and not committed:
+            with as_user(project.account):
+                if not stat_beneath(root, relative):
+                    found.append(f"{bind.compose_service}: {bind.kind} {bind.source} is missing")
     return found
 
 
@@ -3948,18 +3944,14 @@ def describe(rows: Iterable[Row], release: Release, former: Release | None) -> d
     """For each compose service: what is done to it and why, in words."""
     changes: dict[str, str] = {}
     old = former.model if former else {}
-    for row in rows:
-        name, does = row.compose_service, row.how.does
-        if not does or (name in changes and row.kind != "digest"):
-            continue
-        if row.kind == "missing" and name not in compose_services(old):
-            changes[name] = does
+    for row in (row for row in rows if row.how.does):
+        name, new = row.compose_service, row.compose_service not in compose_services(old)
+        if row.kind == "extra" or (row.kind == "missing" and new):
+            changes.setdefault(name, row.how.does)
         elif row.kind == "digest":
-            changes[name] = f"{does}: {why_changed(old, release.model, name)}"
-        elif row.kind == "extra":
-            changes[name] = does
+            changes[name] = f"{row.how.does}: {why_changed(old, release.model, name)}"
         else:
-            changes[name] = f"{does}: {row}"
+            changes.setdefault(name, f"{row.how.does}: {row}")
     return changes
 
 
@@ -4631,15 +4623,9 @@ class ParsedCommand:
 
     def words(self, hidden: bool = False) -> list[str]:
         """The options as words; `hidden`: without the values of -e."""
-        words: list[str] = []
-        for name, value in self.options:
-            shown = "***" if hidden and name in ("-e", "--env") else value
-            valued = option_names(self.command)[name]
-            if name.startswith("--"):
-                words.append(f"{name}={shown}" if valued else name)
-            else:
-                words += [name, shown] if valued else [name]
-        return words
+        valued = option_names(self.command)
+        return [word for name, value in self.options for word in (
+            name, "***" if hidden and name in ("-e", "--env") else value)[:1 + valued[name]]]
 
     def option(self, *names: str) -> str | None:
         """The last value of an option, `` for one without, None if it is not there."""
@@ -5768,23 +5754,26 @@ def argument(parser: Callable[..., Any], *more: Any) -> Callable[[str], Any]:
     return parse
 
 
+def absolute(text: str) -> Path:
+    return Path(text).absolute()
+
+
+# Their defaults are those of Settings.
 OPTIONS: tuple[tuple[tuple[str, ...], dict[str, Any]], ...] = (
-    (("-c", "--config"), {"type": Path, "default": Path("/etc/pgo.toml"), "metavar": "FILE",
+    (("-c", "--config"), {"type": absolute, "metavar": "FILE",
                           "help": "configuration (default /etc/pgo.toml)"}),
-    (("-d", "--dir"), {"type": Path, "default": Path("/var/lib/pgo"), "metavar": "DIR",
+    (("-d", "--dir"), {"type": absolute, "metavar": "DIR", "dest": "directory",
                        "help": "where repositories are checked out (default /var/lib/pgo)"}),
-    (("--datadir",), {"type": Path, "default": Path("/data"), "metavar": "DIR",
+    (("--datadir",), {"type": absolute, "metavar": "DIR",
                       "help": "data of the services, a folder each (default /data)"}),
-    (("-s", "--ssh"), {"type": argument(parse_address), "default": ("", 2222),
-                       "metavar": "ADDRESS", "help": "SSH address (default :2222; '' is off)"}),
-    (("-m", "--metric"), {"type": argument(parse_address), "default": ("", 9112),
-                          "metavar": "ADDRESS",
+    (("-s", "--ssh"), {"type": argument(parse_address), "metavar": "ADDRESS",
+                       "help": "SSH address (default :2222; '' is off)"}),
+    (("-m", "--metric"), {"type": argument(parse_address), "metavar": "ADDRESS",
                           "help": "metrics address (default :9112; '' is off)"}),
-    (("-t", "--duration"), {"type": argument(parse_duration, 0.001), "default": 300.0,
-                            "metavar": "DURATION", "help": "between polls (default 5m0s)"}),
+    (("-t", "--duration"), {"type": argument(parse_duration, 0.001), "metavar": "DURATION",
+                            "help": "between polls (default 5m0s)"}),
     (("--debug",), {"action": "store_true", "help": "log everything"}),
-    (("--restart",), {"type": bool_word, "nargs": "?", "const": True, "default": True,
-                      "metavar": "BOOL",
+    (("--restart",), {"type": bool_word, "nargs": "?", "const": True, "metavar": "BOOL",
                       "help": "exit with 2 when the configuration changed (default true)"}),
     (("-v", "--version"), {"action": "version", "version": f"pgod {VERSION}"}),
     (("--check",), {"action": "store_true", "help": "check the configuration and exit"}),
@@ -5792,7 +5781,7 @@ OPTIONS: tuple[tuple[tuple[str, ...], dict[str, Any]], ...] = (
 )
 
 
-def parse_arguments(words: Sequence[str]) -> argparse.Namespace:
+def parse_arguments(words: Sequence[str]) -> tuple[Settings, argparse.Namespace]:
     """The command line; exits with 2 and a message where it is wrong."""
     parser = argparse.ArgumentParser(
         "pgod", description="git decides what runs: follow the repositories of the configuration "
@@ -5800,13 +5789,17 @@ def parse_arguments(words: Sequence[str]) -> argparse.Namespace:
         allow_abbrev=False)
     for names, facts in OPTIONS:
         parser.add_argument(*names, **facts)
-    return parser.parse_args(words)
+    fields = vars(Settings())
+    parser.set_defaults(**fields)
+    options = parser.parse_args(words)
+    return Settings(**{name: getattr(options, name) for name in fields}), options
+
+
+JOURNAL_LEVELS = {logging.ERROR: "<3>", logging.WARNING: "<4>", logging.INFO: "<6>"}
 
 
 class LogFormatter(logging.Formatter):
     """Under systemd the journal has time and level of its own."""
-
-    LEVELS = ((logging.ERROR, "<3>"), (logging.WARNING, "<4>"), (logging.INFO, "<6>"), (0, "<7>"))
 
     def __init__(self, journal: bool) -> None:
         super().__init__("%(message)s" if journal else "%(asctime)s %(levelname)s %(message)s",
@@ -5814,10 +5807,10 @@ class LogFormatter(logging.Formatter):
         self.journal = journal
 
     def format(self, record: logging.LogRecord) -> str:
-        prefix = next(text for level, text in self.LEVELS if record.levelno >= level)
         # What a repository says must neither steer a terminal nor look like a line of pgod's.
         text = re.sub(r"[^\n\x20-\x7e\xa0-\U0010ffff]", "?", super().format(record))
-        return (prefix if self.journal else "") + text.replace("\n", "\n    ")
+        prefix = JOURNAL_LEVELS.get(record.levelno, "<7>") if self.journal else ""
+        return prefix + text.replace("\n", "\n    ")
 
 
 def check_identity(configuration: Configuration) -> None:
@@ -5833,10 +5826,7 @@ def check_identity(configuration: Configuration) -> None:
 
 def main(words: Sequence[str]) -> int:
     """Dispatch; the exit status."""
-    options = parse_arguments(words)
-    settings = Settings(options.config.absolute(), options.dir.absolute(),
-                        options.datadir.absolute(), options.ssh, options.metric,
-                        options.duration, options.debug, options.restart)
+    settings, options = parse_arguments(words)
     if options.unit:
         print(UNIT.format(python=sys.executable, program=Path(__file__).resolve(),
                           config=settings.config, directory=settings.directory), end="")

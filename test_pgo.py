@@ -3699,12 +3699,12 @@ def test_what_the_table_does_not_list_is_refused(text: str) -> None:
 
 @pytest.mark.parametrize(("text", "words"), [
     ("a//logs -fn 5 web", ["logs", "-f", "-n", "5", "--", "web"]),
-    ("a//logs -n5 --since=1h", ["logs", "-n", "5", "--since=1h", "--"]),
+    ("a//logs -n5 --since=1h", ["logs", "-n", "5", "--since", "1h", "--"]),
     ("a//exec -Tit -eA=1 -u 0 web sh -c 'a  b' --privileged",
      ["exec", "-T", "-e", "A=1", "-u", "0", "--", "web", "sh", "-c", "a  b", "--privileged"]),
     ("a//down -t -5", ["down", "-t", "-5", "--"]),
     ("a//ps --format 'table {{.Name}}\t{{json .}}'",
-     ["ps", "--format=table {{.Name}}\t{{json .}}", "--"]),
+     ["ps", "--format", "table {{.Name}}\t{{json .}}", "--"]),
 ])
 def test_orders_reach_compose_as_they_were_given(text: str, words: list[str]) -> None:
     assert pgod.compose_command(pgod.parse_command(text), terminal=False) == words
