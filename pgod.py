@@ -846,18 +846,15 @@ LEFT_BEHIND = "something that it left behind holds its pipes"
 
 class Children:
     """The one door to other programs: argument lists, never a shell; each in its own session."""
-    # Every child gets an environment, a user, a folder and a deadline, and is counted. `stop` makes
-    # every `run` end its child after a grace of 10 seconds and raise Stopping.
+    # Every child gets an environment, a user, a folder and a deadline, and is counted. Once
+    # `stopped_at` is set, every `run` ends its child after a grace and raises Stopping.
 
-    GRACE = 10.0
+    GRACE = 10.0  # seconds
 
     def __init__(self, metrics: Metrics, mark: str = "") -> None:
         self.metrics = metrics
         self.mark = mark  # PGOD_RUN=…: what a killed pgod left behind is known by it
-        self.stopped_at: float | None = None
-
-    def stop(self) -> None:
-        self.stopped_at = time.monotonic()
+        self.stopped_at = 0.0
 
     def start(self, words: Sequence[str], who: RunAs, *, stdin: int = DEVNULL, stdout: int = PIPE,
               stderr: int = PIPE, session: bool = True) -> Child:
@@ -949,8 +946,7 @@ class Children:
                     if key.data == "stderr" and on_line:
                         line = feed_lines(line + data, on_line, secrets)
                 if sum(map(len, output.values())) > limit:
-                    return {name: bytearray() for name in output}, (
-                        f"wrote more than {limit >> 10} KiB")
+                    return dict.fromkeys(output, bytearray()), f"wrote over {limit >> 10} KiB"
         return output, ""
 
 # ---- Git ---------------------------------------------------------------------------------------
@@ -1057,17 +1053,15 @@ class Repository:
                 return commit
         raise Fault(f"the repository has no branch {self.service.branch!r}")
 
-    def fetch(self) -> str:
+    def fetch(self, folder: Path = Path()) -> str:
         """Fetch the branch's commit alone, by force; its identity. Raises Fault."""
-        def fetch() -> str:
-            self.fetch_into(self.folder)
-            return self.identity("refs/pgod/wanted")
-        return str(self.repaired(fetch))
-
-    def fetch_into(self, folder: Path) -> None:
         ref = f"+refs/heads/{self.service.branch}:refs/pgod/wanted"
-        self.git("fetch", "--quiet", "--no-tags", "--depth=1", "--no-write-fetch-head",
-                 self.service.repository.url, ref, deadline="fetch", folder=folder)
+        self.fetch_ref(self.service.repository.url, ref, folder)
+        return self.identity("refs/pgod/wanted", folder)
+
+    def fetch_ref(self, url: str, ref: str, folder: Path = Path()) -> None:
+        self.git("fetch", "--quiet", "--no-tags", "--depth=1", "--no-write-fetch-head", url, ref,
+                 deadline="fetch", folder=folder)
 
     def repaired(self, act: Callable[[], Any]) -> Any:
         """What `act` returns; where it fails, once more with a git folder that is made again."""
@@ -1086,17 +1080,17 @@ class Repository:
             shutil.rmtree(path, ignore_errors=True)
         make_folder(fresh, 0o700, self.account)
         self.init(fresh)
-        self.fetch_into(fresh)
+        self.fetch(fresh)
         with contextlib.suppress(Fault):  # the last good commit, for a rollback
-            self.git("fetch", "--quiet", "--depth=1", "--no-write-fetch-head", str(self.folder),
-                     "+refs/pgod/good:refs/pgod/good", folder=fresh)
+            self.fetch_ref(str(self.folder), "+refs/pgod/good:refs/pgod/good", fresh)
         self.folder.rename(old)
         fresh.rename(self.folder)
         shutil.rmtree(old, ignore_errors=True)
         log.warning("%s: git folder made again: %s", self.service.name, reason)
 
-    def identity(self, ref: str) -> str:
-        return self.git("rev-parse", "--verify", "--quiet", f"{ref}^{{commit}}").decode().strip()
+    def identity(self, ref: str, folder: Path = Path()) -> str:
+        words = ("rev-parse", "--verify", "--quiet", f"{ref}^{{commit}}")
+        return self.git(*words, folder=folder).decode().strip()
 
     def describe(self, commit: str) -> tuple[str, str]:
         """Author and subject, for people; empty if git cannot say."""
@@ -1147,8 +1141,7 @@ class Repository:
     def take_over(self) -> str:
         """The commit that a checkout of the Go program has."""
         # upload-pack is made for repositories that are not trusted: it runs nothing of theirs.
-        self.git("fetch", "--quiet", "--no-tags", "--depth=1", "--no-write-fetch-head",
-                 str(self.paths.worktree / ".git"), "+HEAD:refs/pgod/good")
+        self.fetch_ref(str(self.paths.worktree / ".git"), "+HEAD:refs/pgod/good")
         return self.identity("refs/pgod/good")
 
     def public_keys(self, tree: Tree) -> tuple[PublicKey, ...]:
@@ -1692,8 +1685,7 @@ class Compose:
 
     def files(self, tree: Tree) -> list[str]:
         """The files of the commit to render. Raises Refused if there is none."""
-        names = self.service.compose or next(
-            ((name,) for name in COMPOSE_FILES if name in tree), ())
+        names = self.service.compose or tuple(n for n in COMPOSE_FILES if n in tree)[:1]
         if not names:
             raise Refused(f"the repository has none of {', '.join(COMPOSE_FILES)}")
         for name in names:
@@ -2635,6 +2627,10 @@ def check_budget(model: Model) -> Found:
             left.append((item, name[:MODEL_KEY], depth + 1))
 
 
+MODEL_CHECKS = (check_top_level, check_networks, check_attachments, check_volumes, check_binds,
+                check_build_secrets)
+
+
 def check_policy(model: Model, context: PolicyContext) -> list[Violation]:
     """Every violation of a model whose paths are those of the work tree. Pure."""
     # One that is too large is not read any further: it may be made to take minutes.
@@ -2642,11 +2638,9 @@ def check_policy(model: Model, context: PolicyContext) -> list[Violation]:
         return found
     if found := [*check_size(model, context)]:
         return [v for v in found if v.allow not in context.service.allow]
-    found += check_top_level(model, context)
     for where, service in compose_services(model).items():
         found += check_compose_service(where, service or {}, context)
-    for check in (check_networks, check_attachments, check_volumes, check_binds,
-                  check_build_secrets):
+    for check in MODEL_CHECKS:
         found += check(model, context)
     allowed = set(context.service.allow)
     offered = (v if permits(v.allow) else dataclasses.replace(v, allow="")
@@ -3855,10 +3849,10 @@ class Installation:
         if tracked != tree:
             project.store.set_tracked(tree)
 
-    def remove_racing(self, containers: Sequence[Container]) -> None:
-        """Let no container be there that can write above a path, beside one that binds it."""
+    def guard(self, containers: Sequence[Container]) -> None:
+        """Nothing is started beside a container that can write above a path that it binds."""
         # It could put a link there, and the next start of the other one would follow it as root.
-        # Running or stopped: the engine's restart policy asks nobody. Raises Fault.
+        # It is removed: also of a stopped one the engine's restart policy asks nobody.
         binds = binds_of(self.release.model)
         permitted = {(bind.source, above.source) for bind, above in nested_binds(binds, binds)}
 
@@ -3869,9 +3863,9 @@ class Installation:
         theirs = [bind for container in containers for bind in container.binds]
         racing = sorted(c.identity for c in containers if race([*binds, *theirs], c.binds)
                         or race(c.binds, [*binds, *theirs]))
-        if racing:
-            self.project.api.stop(racing)
-            self.project.api.remove(racing)
+        self.project.api.stop(racing)
+        self.project.api.remove(racing)
+        make_binds(self.project, self.release.model)
 
     def remove_half_made(self, snapshot: Snapshot) -> None:
         """Remove what was created and cannot be filled or started; never start it half-made."""
@@ -3915,13 +3909,11 @@ class Installation:
         project, cure = self.project, plan_cure(self.release, rows, snapshot)
         if not cure:
             return
-        if cure.remove:
-            project.api.stop(cure.remove)
-            project.api.remove(cure.remove)
+        project.api.stop(cure.remove)
+        project.api.remove(cure.remove)
+        self.guard(snapshot.containers)
         if cure.up:
             self.release = restore_images(project, self.release, cure.up)
-            self.remove_racing(snapshot.containers)
-            make_binds(project, self.release.model)
             self.remove_half_made(snapshot)
             self.remove_heirs(snapshot)
             self.remove_networks(cure.networks, snapshot)
@@ -4030,31 +4022,25 @@ class Reconciler:
             except Fault as fault:
                 self.record_failure(commit, fault, fault.retry, by, began)
                 raise
-            release, rows, before = self.begin(prepared.release)
-            changed = time.monotonic()
-            changes = describe(rows, release, self.store.current)
+            changed, current = time.monotonic(), self.store.current
+            release = dataclasses.replace(prepared.release, ill=self.ill_before())
+            changes = describe(compare(release, self.snapshot, self.store.done), release, current)
             for name, change in changes.items():
                 say(f"{name}: {change}")
             self.store.set_current(release)
-            trouble = self.attempt(lambda: self.install(release, prepared.tree, say))
-        trouble = self.settle(before, say, trouble)
-        if trouble:
+            trouble = self.attempt(lambda: self.install(prepared.tree, say))
+        if trouble := self.settle(say, trouble):
             self.fail(commit, trouble, say, by, began, changed, [*changes])
         self.record_success(by, began)
         say(f"runs {short(commit)}, healthy after {time.monotonic() - began:.1f} s")
 
-    def begin(self, release: Release) -> tuple[Release, tuple[Row, ...], dict[str, int]]:
-        """The release with what was ill before it, its rows, and the restarts until now."""
+    def ill_before(self) -> tuple[str, ...]:
+        """The containers that are ill before a deploy. Where one was cut short, before that one."""
         current = self.store.current
-        ill: tuple[str, ...] = ()
-        if current and not current.since:  # what came before the one that was cut short counts
-            ill = current.ill
-        elif current:
-            rows = compare(current, self.snapshot, self.store.done)
-            ill = tuple(row.container.identity for row in rows if row.container and row.how.ill)
-        release = dataclasses.replace(release, ill=ill)
-        return (release, compare(release, self.snapshot, self.store.done),
-                {c.identity: c.restarts for c in self.snapshot.containers})
+        if not current or not current.since:
+            return current.ill if current else ()
+        rows = compare(current, self.snapshot, self.store.done)
+        return tuple(row.container.identity for row in rows if row.container and row.how.ill)
 
     def attempt(self, act: Callable[[], object]) -> Fault | None:
         """Why it failed. EngineGone and Stopping are no fault of any commit, and raised."""
@@ -4070,26 +4056,25 @@ class Reconciler:
             return fault
         return None
 
-    def install(self, release: Release, tree: Tree, say: Progress, strict: bool = True) -> None:
-        """Files, import and containers. Raises Fault."""
+    def install(self, tree: Tree, say: Progress, strict: bool = True) -> None:
+        """Files, import and containers of the current release. Raises Fault."""
+        release = self.store.current
+        assert release
         keep_images(self.project, release, self.store.good)
         installation = Installation(self.project, release, say)
         installation.update_files(tree, self.snapshot.containers, strict)
         write_import(self.project)
-        installation.remove_racing(self.snapshot.containers)
-        make_binds(self.project, release.model)
-        rows = compare(release, self.snapshot, self.store.done)
-        if rows:
+        if rows := compare(release, self.snapshot, self.store.done):
             self.cure(rows, say)
         else:
             installation.write_model()
 
-    def settle(self, before: Mapping[str, int], say: Progress,
-               trouble: Fault | None) -> Fault | None:
+    def settle(self, say: Progress, trouble: Fault | None) -> Fault | None:
         """Wait until nothing differs, and cure what comes up meanwhile; why it did not end well."""
         # After a compose that failed, what it made decides: a service that others wait for may have
         # been between two restarts.
         until, told, cures = time.monotonic() + self.project.service.wait, "", 0
+        before = {c.identity: c.restarts for c in self.snapshot.containers}
         while True:
             trouble_now = self.attempt(self.look)
             release = self.store.current
@@ -4156,17 +4141,16 @@ class Reconciler:
                           if bound_links(self.project, [container], tree)]:
                 self.project.api.remove(linked)
                 self.snapshot = self.project.snapshot(good)
-            before = {c.identity: c.restarts for c in self.snapshot.containers}
-            release = dataclasses.replace(good, since=0.0, ill=current.ill if current else ())
-            self.store.set_current(release)
-            trouble = self.attempt(lambda: self.install(release, tree, say, strict=False))
-            if trouble := self.settle(before, say, trouble):
+            ill = current.ill if current else ()
+            self.store.set_current(dataclasses.replace(good, since=0.0, ill=ill))
+            trouble = self.attempt(lambda: self.install(tree, say, strict=False))
+            if trouble := self.settle(say, trouble):
                 raise trouble
         except EngineGone:
             raise
         except (Fault, OSError) as error:
-            raise Fault(f"ROLLBACK to {short(good.commit)} FAILED, will be tried again: {error}"
-                        ) from None
+            to = short(good.commit)
+            raise Fault(f"ROLLBACK to {to} FAILED, will be tried again: {error}") from None
         current = self.store.current
         assert current
         self.store.set_current(dataclasses.replace(current, since=good.since, ill=()), good=True)
@@ -4187,13 +4171,6 @@ class Reconciler:
 
     # Besides deploys:
 
-    def heal(self, rows: Sequence[Row], say: Progress) -> None:
-        """Remove these rows. Raises Fault."""
-        say(f"brings back: {'; '.join(map(str, rows))}")
-        self.cure(rows, log.debug)
-        self.project.shared.metrics.add("pgo_service_heals_total", service=self.project.name)
-        self.look()
-
     def stop(self, decision: Decision) -> None:
         """Stop what an engine started that was restarted, though a command had stopped it."""
         self.project.say(f"stops what runs: {'; '.join(decision.reasons)}")
@@ -4203,9 +4180,8 @@ class Reconciler:
     def bring_up(self, say: Progress) -> None:
         """Bring up the current release, without a deploy, and wait until it is well."""
         self.look()
-        before = {c.identity: c.restarts for c in self.snapshot.containers}
         trouble = self.attempt(lambda: self.cure(self.rows, say)) if self.rows else None
-        if trouble := self.settle(before, say, trouble):
+        if trouble := self.settle(say, trouble):
             raise trouble
 
     def await_ill(self, say: Progress) -> None:
@@ -4551,7 +4527,7 @@ class Worker(threading.Thread):
         try:
             found = self.project.git.ask()
             if found != self.wanted or not self.keys:
-                found = self.project.git.fetch()
+                found = str(self.project.git.repaired(self.project.git.fetch))
                 self.keys = self.project.git.public_keys(self.project.git.export(found))
                 self.store.set_keys(found, self.keys)
                 self.wanted = found
@@ -4579,7 +4555,10 @@ class Worker(threading.Thread):
         if not rows:
             return
         try:
-            self.reconciler.heal(rows, say)
+            say(f"brings back: {'; '.join(map(str, rows))}")
+            self.reconciler.cure(rows, log.debug)
+            self.shared.metrics.add("pgo_service_heals_total", service=self.name)
+            self.reconciler.look()
         except Fault:
             self.heal_after = now + interval
             raise
@@ -4706,8 +4685,7 @@ def job_restart(worker: Worker, job: Job) -> None:
         raise Refused(f"{hold}; up or start ends that")
     installation = Installation(worker.project, require_release(worker), job.say)
     worker.reconciler.look()
-    installation.remove_racing(worker.reconciler.snapshot.containers)
-    make_binds(worker.project, installation.release.model)
+    installation.guard(worker.reconciler.snapshot.containers)
     run_compose(worker, job)
     worker.watch_until = worker.shared.clock() + worker.service.wait
     worker.reconciler.look()
@@ -5531,34 +5509,26 @@ def take_lock(directory: Path) -> str:
     return mark
 
 
-class EventStream(threading.Thread):
-    """The engine's events of all containers: wakes the service whose container changed."""
-
-    def __init__(self, shared: Shared) -> None:
-        super().__init__(name="events", daemon=True)
-        self.shared = shared
-
-    def run(self) -> None:
-        while not self.shared.stopping.is_set():
-            try:
-                self.shared.api.events(self.handle, self.going_on)
-            except Exception as error:  # the thread's outermost line
-                log.debug("events: %s", error)
-            self.shared.events_flow.clear()
-            self.shared.stopping.wait(2.0)
-
-    def going_on(self) -> bool:
-        if not self.shared.events_flow.is_set():
-            self.shared.events_flow.set()  # what fell before, a look will find
-            for worker in self.shared.workers.values():
+def follow_events(shared: Shared) -> None:
+    """Wake the service whose container changed, as the engine's events tell; until the end."""
+    def going_on() -> bool:
+        if not shared.events_flow.is_set():
+            shared.events_flow.set()  # what fell before, a look will find
+            for worker in shared.workers.values():
                 worker.wake("event")
-        return not self.shared.stopping.is_set()
+        return not shared.stopping.is_set()
 
-    def handle(self, event: Json) -> None:
-        """Wake the worker that an event concerns. Raises KeyError where it is none."""
-        worker = self.shared.workers.get(event["Actor"]["Attributes"].get(PROJECT_LABEL))
-        if worker:
+    def handle(event: Json) -> None:
+        if worker := shared.workers.get(event["Actor"]["Attributes"].get(PROJECT_LABEL)):
             worker.wake("event")
+
+    while not shared.stopping.is_set():
+        try:
+            shared.api.events(handle, going_on)
+        except Exception as error:  # the thread's outermost line
+            log.debug("events: %s", error)
+        shared.events_flow.clear()
+        shared.stopping.wait(2.0)
 
 
 def remove_service(shared: Shared, path: Path) -> None:
@@ -5644,7 +5614,8 @@ class Daemon:
         if self.settings.ssh:
             self.ssh = SshServer(self.shared, asyncssh)
             self.ssh.serve(self.settings.ssh)
-        EventStream(self.shared).start()
+        threading.Thread(target=follow_events, args=(self.shared,), name="events",
+                         daemon=True).start()
         for worker in self.shared.workers.values():
             worker.start()
         log.info("pgod %s follows %d services", VERSION, len(self.shared.workers))
@@ -5705,7 +5676,7 @@ class Daemon:
         """Containers keep running; children get a grace, threads are waited for."""
         notify("STOPPING=1")
         self.shared.stopping.set()
-        self.shared.children.stop()
+        self.shared.children.stopped_at = time.monotonic()
         for worker in self.shared.workers.values():
             worker.wake("end")
         until = time.monotonic() + 20
