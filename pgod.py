@@ -344,9 +344,9 @@ def format_duration(seconds: float) -> str:
     """The two largest units: 3d4h, 2h5m, 4m7s, 12s."""
     left, parts = int(seconds), list[str]()
     for unit, size in (("d", 86400), ("h", 3600), ("m", 60), ("s", 1)):
-        if left >= size or (unit == "s" and not parts):
-            parts.append(f"{left // size}{unit}")
-            left %= size
+        count, left = divmod(left, size)
+        if count or (unit == "s" and not parts):
+            parts.append(f"{count}{unit}")
     return "".join(parts[:2])
 
 
@@ -632,14 +632,6 @@ def read_beneath(root: Path, path: str, limit: int) -> bytes:
     """The content of a regular file beneath root, `limit` bytes of it: it may be endless."""
     with open_beneath(root, path) as file:
         return file.read(limit)
-
-
-def same_content(one: BinaryIO, other: BinaryIO) -> bool:
-    """Whether two files read the same; neither is ever in memory as a whole."""
-    while (chunk := one.read(1 << 20)) == other.read(1 << 20):
-        if not chunk:
-            return True
-    return False
 
 
 def temporary_name() -> str:
@@ -1180,7 +1172,10 @@ def same_entry(root: Path, export: Path, path: str, mode: str) -> bool:
     if not stat.S_ISREG(found.st_mode) or not executable or found.st_size != size:
         return False
     with open_beneath(root, path) as one, (export / path).open("rb") as other:
-        return same_content(one, other)
+        while (chunk := one.read(1 << 20)) == other.read(1 << 20):  # never in memory as a whole
+            if not chunk:
+                return True
+    return False
 
 
 def conflicts_at(root: Path, export: Path, path: str, mode: str, known: set[str]) -> list[str]:
@@ -4187,13 +4182,11 @@ class Reconciler:
     def await_ill(self, say: Progress) -> None:
         """Wait until also what was ill before is well. Raises Fault that names it."""
         until, told = time.monotonic() + self.project.service.wait, ""
-        while self.look():
-            text = "; ".join(str(row) for row in self.rows)
-            if time.monotonic() > until or not any(row.how.ill or row.how.waits
-                                                   for row in self.rows):
-                release = self.store.current
-                raise Fault(f"{short(release.commit) if release else 'nothing'} is deployed, but "
-                            f"{text}, as it was before")
+        while rows := self.look():
+            text = "; ".join(map(str, rows))
+            if time.monotonic() > until or not any(row.how.ill or row.how.waits for row in rows):
+                commit = self.store.current.commit if self.store.current else ""
+                raise Fault(f"{short(commit)} is deployed, but {text}, as it was before")
             if text != told:
                 say(f"waits: {text}")
                 told = text
@@ -4291,7 +4284,8 @@ class Job:
     options: tuple[str, ...]
     operands: tuple[str, ...]
     by: str
-    say: Progress
+    say: Progress  # to the one who asked
+    tell: Progress  # and to the log
     done: Future[int] = field(default_factory=Future)
 
 
@@ -4572,21 +4566,19 @@ def show_metrics(shared: Shared) -> None:
     """Set the gauges of every service, from what its thread shows."""
     metrics = shared.metrics
     for name, worker in shared.workers.items():
-        view, hold = worker.view, worker.store.hold()
-        metrics.set("pgo_service_in_sync", view.in_sync, service=name)
-        metrics.set("pgo_service_held", hold is not None, service=name)
-        metrics.set("pgo_service_consecutive_failures", view.failures, service=name)
-        metrics.replace("pgo_service_info", name, [
-            ({"commit": view.release.commit if view.release else "", "wanted": view.wanted}, 1)])
-        if view.last_success:
-            metrics.set("pgo_service_last_success_timestamp_seconds", view.last_success,
-                        service=name)
+        view, release = worker.view, worker.view.release
         counts = collections.Counter(c.status for c in view.containers)
-        counts["healthy"] = sum(c.health == "healthy" and c.status == "running"
+        counts["healthy"] = sum(c.status == "running" and c.health == "healthy"
                                 for c in view.containers)
-        metrics.replace("pgo_service_containers", name, [
-            ({"state": key}, counts[key])
-            for key in ("running", "healthy", "exited", "restarting")])
+        rows: dict[str, list[tuple[dict[str, str], float]]] = {
+            "in_sync": [({}, view.in_sync)], "held": [({}, worker.store.hold() is not None)],
+            "consecutive_failures": [({}, view.failures)],
+            "info": [({"commit": release.commit if release else "", "wanted": view.wanted}, 1)],
+            "last_success_timestamp_seconds": [({}, view.last_success)] * bool(view.last_success),
+            "containers": [({"state": state}, counts[state])
+                           for state in ("running", "healthy", "exited", "restarting")]}
+        for gauge, values in rows.items():
+            metrics.replace(f"pgo_service_{gauge}", name, values)
 
 # ---- Commands ----------------------------------------------------------------------------------
 
@@ -4618,14 +4610,6 @@ class ParsedCommand:
 # What a service's thread does:
 
 
-def saying(worker: Worker, job: Job) -> Progress:
-    """Tell the one who asked, and the log."""
-    def say(text: str) -> None:
-        job.say(text)
-        worker.project.say(text)
-    return say
-
-
 def refuse_hold(worker: Worker) -> None:
     if held := worker.store.hold_of("hold"):
         raise Refused(f"{held}; release it first")
@@ -4635,7 +4619,7 @@ def job_up(worker: Worker, job: Job) -> None:
     """Release a stop, deploy the newest commit, and fail where the deploy fails."""
     refuse_hold(worker)
     worker.store.release("stop")
-    worker.reconcile(frozenset({"start"}), saying(worker, job), job.by, asked=True)
+    worker.reconcile(frozenset({"start"}), job.tell, job.by, asked=True)
     if worker.remote_error:
         raise Fault(worker.remote_error)
     if hold := worker.store.hold():
@@ -4645,7 +4629,7 @@ def job_up(worker: Worker, job: Job) -> None:
 
 def job_pull(worker: Worker, job: Job) -> None:
     """Fetch, and deploy if there is something new."""
-    decision = worker.reconcile(frozenset({"timer"}), saying(worker, job), job.by)
+    decision = worker.reconcile(frozenset({"timer"}), job.tell, job.by)
     release, failure = worker.store.current, worker.store.failure
     if decision.action == "nothing":
         job.say(f"{short(release.commit) if release else 'nothing runs'}: "
@@ -4675,8 +4659,8 @@ def job_stop(worker: Worker, job: Job) -> None:
 def job_start(worker: Worker, job: Job) -> None:
     """Release a stop and bring up what was deployed last, without a fetch."""
     refuse_hold(worker)
-    require_release(worker)
     worker.store.release("stop")
+    require_release(worker)
     worker.reconciler.bring_up(job.say)
 
 
@@ -5286,13 +5270,17 @@ class SshServer:
         def say(text: str) -> None:
             self.loop.call_soon_threadsafe(self.tell, process, text, stream)
 
+        def tell(text: str) -> None:
+            say(text)
+            worker.project.say(text)
+
         release = worker.view.release
         known = compose_services(release.model) if release else command.operands
         if unknown := [name for name in command.operands if name not in known]:
             raise Refused(f"{command.command}: there is no compose service {unknown[0]!r}; "
                           f"there are: {', '.join(known)}")
         job = worker.ask(Job(command.command, act, tuple(command.words()), command.operands, by,
-                             say))
+                             say, tell))
         done = asyncio.ensure_future(asyncio.wrap_future(job.done))
         gone = asyncio.ensure_future(process.channel.wait_closed())
         await asyncio.wait({done, gone}, return_when=asyncio.FIRST_COMPLETED)
