@@ -133,18 +133,15 @@ NO_TRANSPORT = ("{}: install OpenSSH's client (apt install openssh-client), or a
 
 # ==== Errors ======================================================================================
 
-
 class ControlError(Exception):
     """No answer from pgod; the message says what, where and what to do."""
 
     status = 255
 
-
 class UsageError(ControlError):
     """The command line is wrong."""
 
     status = 2
-
 
 class SignalError(BaseException):
     """A signal ends pgoctl, or ended the command; no library may catch it."""
@@ -153,9 +150,7 @@ class SignalError(BaseException):
         super().__init__()
         self.status = 128 + number
 
-
 # ==== Values ======================================================================================
-
 
 class Request(NamedTuple):
     """What is asked, of whom, as whom."""
@@ -180,11 +175,9 @@ class Request(NamedTuple):
         """The path of the file."""
         return os.path.join(self.folder, "known_hosts")
 
-
 PRIVATE_KEY = r"(?s)-----BEGIN ([A-Z ]*PRIVATE KEY)-----(.+?)-----END \1-----"
 OPENSSH_KEY = b"openssh-key-v1\0"  # then the cipher's length and name (PROTOCOL.key)
 HOST_NAME = r"(?a)\w[\w.-]*|\[[0-9A-Fa-f:.]+(%[\w.-]+)?\]"
-
 
 def decode_base64(text: str) -> bytes:
     """The bytes; none where the text is not base64."""
@@ -193,13 +186,11 @@ def decode_base64(text: str) -> bytes:
     except ValueError:
         return b""
 
-
 def fingerprint(key: bytes) -> str:
     """The fingerprint of a public key as ssh-keygen -l prints it."""
     import hashlib
     digest = binascii.b2a_base64(hashlib.sha256(key).digest(), newline=False)
     return "SHA256:" + digest.decode().rstrip("=")
-
 
 def parse_key(text: str, name: str) -> str:
     """A private key from what a CI secret may have become: CRLF, literal \\n, all on one line."""
@@ -217,14 +208,12 @@ def parse_key(text: str, name: str) -> str:
     lines = "\n".join(body[start:start + 64] for start in range(0, len(body), 64))
     return f"-----BEGIN {match[1]}-----\n{lines}\n-----END {match[1]}-----\n"
 
-
 def parse_host_key(text: str) -> str:
     """A public key without its comment."""
     kind, body = [*text.split(), "", ""][:2]
     if kind and decode_base64(body)[4:].startswith(kind.encode()):
         return f"{kind} {body}"
     raise ControlError("PGOCTL_HOSTKEY is no public key; it looks like 'ssh-ed25519 AAAA...'")
-
 
 def parse_target(text: str) -> tuple[str, str, str]:
     """Host, service and command; the last two are empty where a host stands alone."""
@@ -243,7 +232,6 @@ def parse_target(text: str) -> tuple[str, str, str]:
                              "example.org:web//ps, or a host alone")
     return host.strip("[]"), service, command
 
-
 def render_command(service: str, command: str, arguments: Sequence[str]) -> str:
     """The text of the SSH request; shlex.split gives the words back as they were."""
     text = shlex.join([f"{service}//{command}", *arguments])
@@ -251,9 +239,7 @@ def render_command(service: str, command: str, arguments: Sequence[str]) -> str:
         return text
     raise UsageError("an argument is not UTF-8")
 
-
 # ==== Streams and files ===========================================================================
-
 
 def write_all(descriptor: int, data: bytes) -> None:
     """Write to the last byte."""
@@ -261,12 +247,10 @@ def write_all(descriptor: int, data: bytes) -> None:
     while view:
         view = view[os.write(descriptor, view):]
 
-
 def say(text: str) -> None:
     """A line of pgoctl's own on standard error."""
     with contextlib.suppress(OSError):
         write_all(2, f"pgoctl: {text}\n".encode(errors="backslashreplace"))
-
 
 def output_failure() -> ControlError | SignalError:
     """What it means that standard output takes no more: its reader left, or the disk is full."""
@@ -275,7 +259,6 @@ def output_failure() -> ControlError | SignalError:
         return SignalError(signal.SIGPIPE)
     return ControlError("standard output was not written to its end: is the disk full?")
 
-
 def write_output(descriptor: int, data: bytes) -> None:
     """Write output; raises what it means that it takes no more."""
     try:
@@ -283,13 +266,11 @@ def write_output(descriptor: int, data: bytes) -> None:
     except OSError:
         raise output_failure() from None
 
-
 def start_thread(work: Callable[..., None], *arguments: object) -> threading.Thread:
     """A thread that holds nothing up when pgoctl ends."""
     thread = threading.Thread(target=work, args=arguments, daemon=True)
     thread.start()
     return thread
-
 
 def read_private(path: str) -> str:
     """The text of a file that nobody else may read; ssh, too, refuses others."""
@@ -302,7 +283,6 @@ def read_private(path: str) -> str:
     if secret and status.st_uid == os.getuid() and status.st_mode & 0o077:
         raise ControlError(f"key {path!r} is open to others: chmod 600 {shlex.quote(path)}")
     return text
-
 
 def private_file(text: str, stack: contextlib.ExitStack) -> str:
     """A path to a text, for us and our children until the stack ends; not on disk if avoidable."""
@@ -317,7 +297,6 @@ def private_file(text: str, stack: contextlib.ExitStack) -> str:
     stack.callback(os.close, descriptor)
     write_all(descriptor, text.encode())
     return path
-
 
 def run_child(words: Sequence[str], stdin: bool,
               started: Callable[[subprocess.Popen[bytes]], None]) -> int:
@@ -337,9 +316,7 @@ def run_child(words: Sequence[str], stdin: bool,
         child.terminate()
         child.wait()
 
-
 # ==== Known hosts =================================================================================
-
 
 def name_matches(field: str, name: str) -> bool:
     """Whether the first field of a line of known_hosts, hashed or not, is about a name."""
@@ -349,12 +326,10 @@ def name_matches(field: str, name: str) -> bool:
     salt, _, digest = field[3:].partition("|")
     return hmac.digest(decode_base64(salt), name.encode(), "sha1") == decode_base64(digest)
 
-
 def known_keys(text: str, name: str) -> set[str]:
     """The keys, "type base64", that the text of known_hosts has for a name."""
     lines = (line.split() for line in text.splitlines() if not line.startswith(("#", "@")))
     return {f"{line[1]} {line[2]}" for line in lines if line[2:] and name_matches(line[0], name)}
-
 
 def append_known_host(path: str, line: str) -> None:
     """Append a line in one piece, whoever else does so."""
@@ -363,7 +338,6 @@ def append_known_host(path: str, line: str) -> None:
             file.write(line.encode())
     except OSError:
         say(UNREMEMBERED.format(path))
-
 
 def load_known_keys(request: Request) -> set[str]:
     """The keys that a host may have: the pinned one, else those of known_hosts, if it is there.
@@ -385,7 +359,6 @@ def load_known_keys(request: Request) -> set[str]:
         append_known_host(request.known_hosts, "\n")  # ssh would write on in that line
     return known_keys(text, request.known_name)
 
-
 def is_right_host(request: Request, known: set[str], key: str) -> bool:
     """Whether a host's key is a known one or the first one, which is kept."""
     if not known:
@@ -393,9 +366,7 @@ def is_right_host(request: Request, known: set[str], key: str) -> bool:
         known.add(key)
     return key in known
 
-
 # ==== Failures explained ==========================================================================
-
 
 def explain(request: Request, words: str, keys: Sequence[str] = ()) -> ControlError:
     """What to tell, given the words of ssh or asyncssh and the public keys that were offered."""
@@ -413,14 +384,12 @@ def explain(request: Request, words: str, keys: Sequence[str] = ()) -> ControlEr
             break
     return ControlError(f"{request.host} port {request.port}: {words}")
 
-
 # ==== OpenSSH =====================================================================================
 
 OFFERED = r"Offering public key: (.+?) \S+ (SHA256:\S+)"
 WRITE_FAILED = "channel 0: write failed"
 CHATTER = ("debug1", "Authenticated to ", "Warning: Permanently added", "Transferred: ",
            "Bytes per second: ")
-
 
 class SshLog:
     """ssh's own log (-E), followed while ssh runs.
@@ -476,11 +445,9 @@ class SshLog:
         offers = [f"{mark} ({name})" for name, mark in re.findall(OFFERED, text)]
         return explain(request, words or "ssh failed; what it said stands above", offers)
 
-
 def quote_path(path: str) -> str:
     """A path as an option's value (ssh_config(5): quotes, tokens)."""
     return '"' + path.replace("%", "%%") + '"'
-
 
 def home_words(request: Request) -> list[str]:
     """ssh asks the password database where home is; $HOME may be elsewhere, as in CI."""
@@ -497,7 +464,6 @@ def home_words(request: Request) -> list[str]:
     return [*(["-F", config] if os.path.exists(config) else []),
             *(f"-oIdentityFile={quote_path(key)}" for key in keys)]
 
-
 def ssh_words(request: Request, log: str, key: str, hosts: str, known: bool) -> list[str]:
     """The command line of ssh; log, key and hosts are paths, and key may be empty.
 
@@ -512,7 +478,6 @@ def ssh_words(request: Request, log: str, key: str, hosts: str, known: bool) -> 
     return ["ssh", "-E", log, "-l", USER, "-p", str(request.port),
             "-t" if request.terminal else "-T", *(f"-o{option}" for option in options),
             *home_words(request), "--", request.host, request.command]
-
 
 def run_ssh(request: Request) -> int:
     """Have OpenSSH do it on our own standard streams; the command's status."""
@@ -535,9 +500,7 @@ def run_ssh(request: Request) -> int:
         say(UNREMEMBERED.format(request.known_hosts))
     return status
 
-
 # ==== asyncssh ====================================================================================
-
 
 def load_asyncssh() -> ModuleType:
     """asyncssh, which takes half a second to import, with nothing to say for itself."""
@@ -551,7 +514,6 @@ def load_asyncssh() -> ModuleType:
     except (ImportError, AttributeError) as error:  # the latter: two packages do not fit
         raise ControlError(NO_TRANSPORT.format(f"there is no ssh to use, and {error}")) from None
     return asyncssh
-
 
 async def load_keys(asyncssh: ModuleType, request: Request) -> list[Any]:
     """The one key that was given, else the agent's and the default ones."""
@@ -568,7 +530,6 @@ async def load_keys(asyncssh: ModuleType, request: Request) -> list[Any]:
         with contextlib.suppress(OSError, ValueError, asyncssh.Error):
             keys.append(asyncssh.read_private_key(os.path.join(request.folder, name)))
     return keys
-
 
 async def connect(asyncssh: ModuleType, request: Request) -> Any:
     """A connection to pgod, logged in."""
@@ -593,7 +554,6 @@ async def connect(asyncssh: ModuleType, request: Request) -> Any:
         offers = [f"{fingerprint(key.public_data)} ({request.key_name or key.get_comment()})"
                   for key in keys]
         raise explain(request, f"{type(error).__name__}: {error}", offers) from None
-
 
 class AsyncSession:
     """A command over asyncssh: the loop has a thread of its own, and so has each stream.
@@ -659,7 +619,6 @@ class AsyncSession:
         self.loop.call_soon_threadsafe(connection.close)
         return int(process.returncode)
 
-
 def run_asyncssh(request: Request) -> int:
     """Have asyncssh do it; the command's status."""
     if request.terminal:
@@ -669,9 +628,7 @@ def run_asyncssh(request: Request) -> int:
         raise SignalError(-status)
     return status
 
-
 # ==== Command line ================================================================================
-
 
 def render_help() -> str:
     """The help, made of the tables."""
@@ -690,7 +647,6 @@ def render_help() -> str:
         lines += ["", f"{title}:", *(f"  {name:{width}}  {text}" for name, text in rows.items())]
     return "\n".join(lines) + "\n"
 
-
 def parse_options(words: Sequence[str]) -> tuple[dict[str, str], list[str]]:
     """The options by their long names, and the words from the target on."""
     short = "".join(letter + ":" * bool(value) for letter, _, value, _ in OPTIONS)
@@ -702,7 +658,6 @@ def parse_options(words: Sequence[str]) -> tuple[dict[str, str], list[str]]:
     names = {f"-{letter}": name for letter, name, _, _ in OPTIONS}
     return {names.get(option, option[2:]): value for option, value in pairs}, rest
 
-
 def find_key(path: str | None, environ: Mapping[str, str]) -> tuple[str, str]:
     """Name and text of the key of -i, else of PGOCTL_ID; empty where neither was given."""
     if path is not None:
@@ -711,7 +666,6 @@ def find_key(path: str | None, environ: Mapping[str, str]) -> tuple[str, str]:
     if text is not None and not text.strip():
         raise ControlError("PGOCTL_ID is empty: does this CI job get its secret?")
     return ("PGOCTL_ID", parse_key(text, "PGOCTL_ID")) if text else ("", "")
-
 
 def build_request(options: Mapping[str, str], words: Sequence[str],
                   environ: Mapping[str, str]) -> Request:
@@ -731,7 +685,6 @@ def build_request(options: Mapping[str, str], words: Sequence[str],
         stdin=command in READS_STDIN, terminal="tty" in options, key_name=key_name, key=key,
         pin="" if pin is None else parse_host_key(pin), folder=os.path.expanduser("~/.ssh"))
 
-
 def choose_transport(wanted: str) -> Callable[[Request], int]:
     """OpenSSH where it is installed and nothing else is wanted."""
     transports = {"ssh": run_ssh, "asyncssh": run_asyncssh}
@@ -742,9 +695,7 @@ def choose_transport(wanted: str) -> Callable[[Request], int]:
         raise ControlError(NO_TRANSPORT.format("there is no ssh on PATH"))
     return transports[wanted or ("ssh" if found else "asyncssh")]
 
-
 # ==== Main ========================================================================================
-
 
 def open_streams() -> None:
     """Standard streams that came closed become /dev/null, lest a socket get their place."""
@@ -752,13 +703,11 @@ def open_streams() -> None:
         pass
     os.close(descriptor)
 
-
 def interrupt(number: int, frame: FrameType | None) -> None:
     """Let a signal unwind the stack; the next one ends us at once."""
     for other in SIGNALS:
         signal.signal(other, signal.SIG_DFL)
     raise SignalError(number)
-
 
 def run(words: Sequence[str], environ: Mapping[str, str]) -> int:
     """Do what is asked for; the exit status."""
@@ -770,7 +719,6 @@ def run(words: Sequence[str], environ: Mapping[str, str]) -> int:
     request = build_request(options, rest, environ)
     transport = choose_transport(environ.get("PGOCTL_TRANSPORT", ""))
     return transport(request)
-
 
 def main(words: Sequence[str]) -> int:
     """The exit status; what went wrong is told on standard error."""
@@ -785,7 +733,6 @@ def main(words: Sequence[str]) -> int:
     except ControlError as error:
         say(str(error))
         return error.status
-
 
 if __name__ == "__main__":
     sys.exit(main(sys.argv[1:]))

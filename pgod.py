@@ -168,22 +168,18 @@ HTTP_SECONDS = 10.0
 Progress = Callable[[str], None]  # is told what happens, a line at a time
 Json = Mapping[str, Any]  # an object of JSON or of a compose file
 
-
 class Fault(Exception):
     """Something did not work; the text is for a person. `retry`: trying again may help."""
 
     retry = True
-
 
 class Refused(Fault):
     """The commit or the request is at fault: the same again will fail the same way."""
 
     retry = False
 
-
 class EngineGone(Fault):
     """The engine does not answer, or ended meanwhile: no fault of any commit."""
-
 
 class ConfigurationError(Exception):
     """pgo.toml is wrong; `errors` has every line that says why."""
@@ -192,10 +188,8 @@ class ConfigurationError(Exception):
         super().__init__("\n".join(errors))
         self.errors = tuple(errors)
 
-
 class Stopping(Exception):
     """pgod is about to end: leave what you do."""
-
 
 @dataclass(frozen=True)
 class Account:
@@ -206,7 +200,6 @@ class Account:
     gid: int
     groups: tuple[int, ...] = ()
 
-
 @dataclass(frozen=True)
 class Registry:
     """One login: `docker login -u user address`, with the token on standard input."""
@@ -214,7 +207,6 @@ class Registry:
     address: str
     user: str
     token: str = field(repr=False)
-
 
 @dataclass(frozen=True)
 class Remote:
@@ -230,14 +222,12 @@ class Remote:
         head, mark, _ = self.url.partition("://")
         return head if mark else "file" if self.url.startswith("/") else "ssh"
 
-
 @dataclass(frozen=True)
 class Reload:
     """`words` run in compose service `words[0]`'s container, or in `service`'s of that name."""
 
     service: str
     words: tuple[str, ...]
-
 
 @dataclass(frozen=True)
 class Service:
@@ -281,7 +271,6 @@ class Service:
                  self.networks, self.mount, self.profiles, self.allow)
         return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
 
-
 @dataclass(frozen=True)
 class Configuration:
     """A whole pgo.toml; `digest` changes when the file or an env_file it names changes."""
@@ -289,7 +278,6 @@ class Configuration:
     services: tuple[Service, ...]
     digest: str
     warnings: tuple[str, ...] = ()
-
 
 @dataclass(frozen=True)
 class Settings:
@@ -304,7 +292,6 @@ class Settings:
     debug: bool = False
     restart: bool = True
 
-
 class ServicePaths:
     """Where a service's things lie. All but `worktree` and `data` are closed to containers."""
 
@@ -315,7 +302,6 @@ class ServicePaths:
         self.stop = directory / f"{service}.stop"
         self.worktree = directory / service
         self.data = datadir / service
-
 
 @dataclass(frozen=True)
 class PublicKey:
@@ -328,7 +314,6 @@ class PublicKey:
 
 DURATION_UNITS = {"h": 3600.0, "m": 60.0, "s": 1.0, "ms": 0.001}
 
-
 def parse_duration(text: str, least: float = 0.0) -> float:
     """Seconds of a duration in Go's notation, 90s, 5m0s, 1h30m or 1.5h; not under `least`."""
     parts = re.findall(r"(\d+(?:\.\d+)?)(ms|h|m|s)", text)
@@ -339,7 +324,6 @@ def parse_duration(text: str, least: float = 0.0) -> float:
         raise ValueError(f"{text!r} is too short; at least {least:g}s")
     return seconds
 
-
 def format_duration(seconds: float) -> str:
     """The two largest units: 3d4h, 2h5m, 4m7s, 12s."""
     left, parts = int(seconds), list[str]()
@@ -349,7 +333,6 @@ def format_duration(seconds: float) -> str:
             parts.append(f"{count}{unit}")
     return "".join(parts[:2])
 
-
 def parse_address(text: str) -> tuple[str, int] | None:
     """Host and port of `:2222`, `127.0.0.1:2222` or `[::1]:2222`; None of an empty text."""
     if not text:
@@ -358,7 +341,6 @@ def parse_address(text: str) -> tuple[str, int] | None:
     if not colon or not port.isdigit() or int(port) > 65535:
         raise ValueError(f"{text!r} is not an address; write it like :2222 or 127.0.0.1:2222")
     return host.removeprefix("[").removesuffix("]"), int(port)
-
 
 def remote_with_token(parts: urllib.parse.SplitResult) -> Remote:
     """An https address: user and token become a header that git gets by its environment."""
@@ -372,7 +354,6 @@ def remote_with_token(parts: urllib.parse.SplitResult) -> Remote:
     secrets = {basic, raw[-1], urllib.parse.unquote(raw[-1]),
                urllib.parse.quote(urllib.parse.unquote(raw[-1]), safe="")}
     return Remote(url, f"Authorization: Basic {basic}", tuple(sorted(secrets)))
-
 
 def parse_remote(text: str) -> Remote:
     """A repository's address, with its credentials taken out of it."""
@@ -391,7 +372,6 @@ def parse_remote(text: str) -> Remote:
         raise ValueError("has a password, which only https can take; use deploy_key")
     return Remote(text)
 
-
 def parse_registry(text: str, user: str) -> Registry:
     """`user:token@registry`, `:token@registry` or `token@registry`; the user defaults to `user`."""
     login, at, address = text.rpartition("@")
@@ -402,7 +382,6 @@ def parse_registry(text: str, user: str) -> Registry:
         raise ValueError("is not a login of the form user:token@registry")
     return Registry(address, name or user, token)
 
-
 def parse_reload(text: str) -> Reload:
     """`host:service//exec word word …`, words split as a shell would."""
     match = re.fullmatch(r"(?:[^/\s]*:)?([^/:\s]+)//exec\s+(.+)", text, re.DOTALL)
@@ -412,7 +391,6 @@ def parse_reload(text: str) -> Reload:
     if not words or words[0].startswith("-"):
         raise ValueError("has no command after exec")
     return Reload(match[1], words)
-
 
 def parse_env_lines(text: str) -> tuple[tuple[str, str], ...]:
     """The NAME=VALUE lines of an env_file; blank ones and those with # in front are skipped."""
@@ -429,7 +407,6 @@ def parse_env_lines(text: str) -> tuple[tuple[str, str], ...]:
         pairs.append((name, value))
     return tuple(pairs)
 
-
 def rsa_bits(blob: bytes) -> int:
     """Size of the modulus of an ssh-rsa key (RFC 4253, 6.6)."""
     for _ in range(3):
@@ -437,15 +414,12 @@ def rsa_bits(blob: bytes) -> int:
         number, blob = blob[4:4 + length], blob[4 + length:]
     return int.from_bytes(number, "big").bit_length()
 
-
 KEY_TYPES = ("ssh-ed25519", "ecdsa-sha2-nistp256", "ecdsa-sha2-nistp384", "ecdsa-sha2-nistp521",
              "sk-ssh-ed25519@openssh.com", "sk-ecdsa-sha2-nistp256@openssh.com", "ssh-rsa")
-
 
 def key_fingerprint(blob: bytes) -> str:
     """As `ssh-keygen -l` shows it."""
     return "SHA256:" + base64.b64encode(hashlib.sha256(blob).digest()).decode().rstrip("=")
-
 
 def parse_public_key(line: str) -> PublicKey:
     """One line of a .pub file. Options in front of a key are refused: they would be ignored."""
@@ -463,7 +437,6 @@ def parse_public_key(line: str) -> PublicKey:
         raise ValueError("is an RSA key of under 2048 bits")
     return PublicKey(key_fingerprint(blob), re.sub(r"[^\x20-\x7e]", "?", comment)[:100])
 
-
 def parse_key_file(data: bytes) -> tuple[list[PublicKey], str]:
     """The keys in a file of at most 16 KiB, one a line, and what is wrong with the other lines."""
     if len(data) > KEY_FILE_BYTES:
@@ -479,22 +452,18 @@ def parse_key_file(data: bytes) -> tuple[list[PublicKey], str]:
                 wrong = wrong or f"line {number} {error}"
     return keys, wrong
 
-
 def redact(text: str, secrets: Iterable[str]) -> str:
     """The text with every secret in it as ***; longer ones first, for one may hold another."""
     for secret in sorted(filter(None, secrets), key=len, reverse=True):
         text = text.replace(secret, "***")
     return text
 
-
 def nearest(word: str, known: Iterable[str]) -> str:
     """` (did you mean "x"?)`, or nothing."""
     close = difflib.get_close_matches(word, list(known), 1, 0.6)
     return f' (did you mean "{close[0]}"?)' if close else ""
 
-
 COMPOSE_PROGRESS = re.compile(r"\s*(Container|Network|Volume|Image) \S+ +[A-Z][a-z]+\s*")
-
 
 def one_line(text: str, limit: int = 300) -> str:
     """The last lines of a program's complaint, as one."""
@@ -505,7 +474,6 @@ def one_line(text: str, limit: int = 300) -> str:
 # ---- Files -------------------------------------------------------------------------------------
 
 _libc = ctypes.CDLL(None, use_errno=True)
-
 
 @contextlib.contextmanager
 def as_user(account: Account) -> Iterator[None]:
@@ -522,13 +490,11 @@ def as_user(account: Account) -> Iterator[None]:
         _libc.setfsuid(0)
         _libc.setfsgid(0)
 
-
 def chown(path: Path | int, account: Account | None, gid: int | None = None) -> None:
     """Give a path or descriptor to the account (None: root), where pgod may."""
     if os.geteuid() == 0:
         uid = account.uid if account else 0
         os.chown(path, uid, gid if gid is not None else account.gid if account else 0)
-
 
 def make_folder(path: Path, mode: int, account: Account | None = None,
                 gid: int | None = None) -> None:
@@ -538,7 +504,6 @@ def make_folder(path: Path, mode: int, account: Account | None = None,
         raise Fault(f"{path} is not a folder; remove it")
     chown(path, account, gid)
     path.chmod(mode)
-
 
 def write_atomic(path: Path, data: bytes, mode: int = 0o600, account: Account | None = None,
                  gid: int | None = None) -> None:
@@ -564,9 +529,7 @@ def write_atomic(path: Path, data: bytes, mode: int = 0o600, account: Account | 
     finally:
         os.close(folder)
 
-
 FOLDER_FLAGS = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
-
 
 @contextlib.contextmanager
 def folder_beneath(root: Path, parts: Sequence[str], make: bool = False) -> Iterator[int]:
@@ -590,7 +553,6 @@ def folder_beneath(root: Path, parts: Sequence[str], make: bool = False) -> Iter
     finally:
         os.close(descriptor)
 
-
 def beneath(path: str, root: str) -> str | None:
     """The path relative to root (`` for root itself), or None if it lies elsewhere."""
     if os.path.normpath(path) != path.rstrip("/") and path != root:
@@ -598,7 +560,6 @@ def beneath(path: str, root: str) -> str | None:
     if path.rstrip("/") == root:
         return ""
     return path.rstrip("/")[len(root) + 1:] if path.startswith(root + "/") else None
-
 
 def stat_beneath(root: Path, path: str) -> os.stat_result | None:
     """What is at root/path, not following any link; None where nothing is."""
@@ -608,7 +569,6 @@ def stat_beneath(root: Path, path: str) -> os.stat_result | None:
             return os.stat(name, dir_fd=folder, follow_symlinks=False)
     except FileNotFoundError:
         return None
-
 
 def open_beneath(root: Path, path: str) -> BinaryIO:
     """A regular file beneath root, to read; a link, a device or a pipe is Refused."""
@@ -627,16 +587,13 @@ def open_beneath(root: Path, path: str) -> BinaryIO:
         raise Refused(f"{root}/{path} is not a regular file")
     return file
 
-
 def read_beneath(root: Path, path: str, limit: int) -> bytes:
     """The content of a regular file beneath root, `limit` bytes of it: it may be endless."""
     with open_beneath(root, path) as file:
         return file.read(limit)
 
-
 def temporary_name() -> str:
     return f".pgod-{os.getpid()}-{threading.get_ident()}"
-
 
 def replace_beneath(root: Path, path: str, make: Callable[[str, int], None]) -> None:
     """What `make` makes of a temporary name, at root/path. Raises Refused where a folder is."""
@@ -655,7 +612,6 @@ def replace_beneath(root: Path, path: str, make: Callable[[str, int], None]) -> 
                 raise
             raise Refused(f"{root}/{path} is a folder, not a file; move or remove it") from None
 
-
 def write_beneath(root: Path, path: str, data: BinaryIO, mode: int = 0o644) -> None:
     """A regular file beneath root, by a temporary name; a folder in its place is Refused."""
     def make(temporary: str, folder: int) -> None:
@@ -667,7 +623,6 @@ def write_beneath(root: Path, path: str, data: BinaryIO, mode: int = 0o644) -> N
             file.flush()
             os.fsync(descriptor)
     replace_beneath(root, path, make)
-
 
 def remove_beneath(root: Path, path: str, keep: frozenset[str]) -> None:
     """Unlink a file, and the folders that this leaves empty, but for those in `keep`."""
@@ -705,7 +660,6 @@ METRICS: dict[str, tuple[str, str]] = {
     "pgo_configuration_valid": ("gauge", "0 while pgo.toml on disk is not valid."),
     "pgo_build_info": ("gauge", "Version of pgod; always 1."),
 }
-
 
 class Metrics:
     """Counters, and gauges that are set; thread-safe."""
@@ -752,7 +706,6 @@ class Metrics:
 
 # ---- Children ----------------------------------------------------------------------------------
 
-
 @dataclass(frozen=True)
 class Result:
     """How a child ended: `status` is negative for a signal, as in subprocess."""
@@ -777,7 +730,6 @@ class Result:
             raise Fault(f"{doing}: {self.complaint}")
         return self
 
-
 @dataclass(frozen=True)
 class RunAs:
     """Who a child is: its account (None: pgod's own), environment and directory."""
@@ -789,7 +741,6 @@ class RunAs:
     secrets: tuple[str, ...] = ()  # are redacted in the log and in standard error
     limits: tuple[str, ...] = ()  # of prlimit(1)
 
-
 def processes(file: str, matches: Callable[[bytes], bool]) -> list[int]:
     """The processes whose /proc/PID/file matches, proc(5)."""
     found = []
@@ -800,7 +751,6 @@ def processes(file: str, matches: Callable[[bytes], bool]) -> list[int]:
                 found.append(int(entry))
     return found
 
-
 def session_processes(session: int) -> list[int]:
     """The processes of a session that have not ended."""
     def belongs(content: bytes) -> bool:
@@ -808,11 +758,9 @@ def session_processes(session: int) -> list[int]:
         return int(number) == session and state != b"Z"
     return processes("stat", belongs)
 
-
 def marked_processes(mark: str) -> list[int]:
     """The processes that carry that NAME=VALUE in their environment."""
     return processes("environ", lambda content: mark.encode() in content.split(b"\0"))
-
 
 def kill_all(processes: Iterable[int], number: int) -> None:
     """Signal each that is still there."""
@@ -820,10 +768,8 @@ def kill_all(processes: Iterable[int], number: int) -> None:
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.kill(process, number)
 
-
 Child = subprocess.Popen[bytes]
 PIPE, DEVNULL = subprocess.PIPE, subprocess.DEVNULL
-
 
 def feed_lines(data: bytearray, on_line: Progress, secrets: Sequence[str]) -> bytearray:
     """Hand on the whole lines in `data`; what is left of it."""
@@ -832,9 +778,7 @@ def feed_lines(data: bytearray, on_line: Progress, secrets: Sequence[str]) -> by
         on_line(redact(text, secrets))
     return bytearray(rest)
 
-
 LEFT_BEHIND = "something that it left behind holds its pipes"
-
 
 class Children:
     """The one door to other programs: argument lists, never a shell; each in its own session."""
@@ -954,11 +898,9 @@ GIT_SETTINGS = {
     "http.lowSpeedLimit": "100", "http.lowSpeedTime": "60",
 }
 
-
 def printable(text: str) -> str:
     """No control characters: what a repository says must not steer a terminal or a log."""
     return "".join(char if char.isprintable() else "?" for char in text)
-
 
 class Repository:
     """The git folder of one service. It lies outside the work tree, so no container reaches it."""
@@ -1152,12 +1094,10 @@ class Repository:
 
 # ---- Work tree ---------------------------------------------------------------------------------
 
-
 def folders_of(path: str) -> list[str]:
     """The folders that a path lies in, the topmost first."""
     parts = path.split("/")
     return ["/".join(parts[:depth]) for depth in range(1, len(parts))]
-
 
 def same_entry(root: Path, export: Path, path: str, mode: str) -> bool:
     """Whether the work tree has at `path` what the export has there."""
@@ -1177,7 +1117,6 @@ def same_entry(root: Path, export: Path, path: str, mode: str) -> bool:
                 return True
     return False
 
-
 def conflicts_at(root: Path, export: Path, path: str, mode: str, known: set[str]) -> list[str]:
     """Untracked files that a new one at `path` would overwrite, unless they are the same."""
     parts = path.split("/")
@@ -1195,7 +1134,6 @@ def conflicts_at(root: Path, export: Path, path: str, mode: str, known: set[str]
         return [] if same_entry(root, export, path, mode) else [at]
     return []
 
-
 @contextlib.contextmanager
 def refuse_on_permission_error(root: Path, path: str) -> Iterator[None]:
     """Say what to do where the user is kept out of his own work tree."""
@@ -1204,7 +1142,6 @@ def refuse_on_permission_error(root: Path, path: str) -> Iterator[None]:
     except PermissionError:
         raise Refused(f"{root}/{path} cannot be changed: it or its folder belongs to another user, "
                       "as when a container took it; chown it") from None
-
 
 def worktree_conflicts(root: Path, export: Path, tracked: Tree, new: Tree) -> list[str]:
     """All that the commit would overwrite. Raises Refused where the user is kept out."""
@@ -1222,7 +1159,6 @@ def worktree_conflicts(root: Path, export: Path, tracked: Tree, new: Tree) -> li
             os.rmdir(temporary_name(), dir_fd=descriptor)
     return conflicts
 
-
 def write_entry(root: Path, export: Path, path: str, mode: str) -> None:
     """What the export has at `path`, to the work tree, if that is not there already."""
     with contextlib.suppress(PermissionError):
@@ -1234,7 +1170,6 @@ def write_entry(root: Path, export: Path, path: str, mode: str) -> None:
     else:
         with (export / path).open("rb") as data:
             write_beneath(root, path, data, 0o755 if mode == "100755" else 0o644)
-
 
 def update_worktree(root: Path, export: Path, tracked: Tree, new: Tree,
                     keep: frozenset[str]) -> list[str]:
@@ -1273,7 +1208,6 @@ def update_worktree(root: Path, export: Path, tracked: Tree, new: Tree,
         remove(path)
     return failures
 
-
 def chown_tracked(root: Path, paths: Iterable[str], former: int, account: Account) -> None:
     """Give paths beneath root, and the folders above them, to the account, by no link."""
     # Only those that are the former user's (a number): what a container took stays the container's.
@@ -1298,10 +1232,8 @@ HARMLESS_SIGNALS = frozenset(("1", "10", "12", "17", "18", "23", "28"))
 FOREVER = ("always", "unless-stopped")  # restart policies of what is never done
 UP = ("running", "restarting", "paused", "removing")  # states of what has not ended
 
-
 class NotThere(Fault):
     """The engine has no such container, image, network or volume."""
-
 
 @dataclass(frozen=True)
 class Bind:
@@ -1312,7 +1244,6 @@ class Bind:
     source: str
     read_only: bool
     target: str = ""  # known of a container's
-
 
 @dataclass(frozen=True)
 class Container:
@@ -1337,7 +1268,6 @@ class Container:
     volumes_from: tuple[str, ...] = ()
     binds: tuple[Bind, ...] = ()
 
-
 @dataclass(frozen=True)
 class Snapshot:
     """What the engine has for a project at the moment `now`, by the engine's own clock."""
@@ -1350,7 +1280,6 @@ class Snapshot:
     images: Mapping[str, str] = field(default_factory=dict)  # name: identity
     now: float = 0.0
 
-
 def parse_docker_host(text: str) -> tuple[str, int]:
     """`(path, 0)` of a Unix socket or `(host, port)`, as docker reads DOCKER_HOST. Raises Fault."""
     scheme, _, rest = text.partition("://")
@@ -1362,14 +1291,12 @@ def parse_docker_host(text: str) -> tuple[str, int]:
             return parts.hostname, parts.port or 2375
     raise Fault(f"DOCKER_HOST={text}: pgod speaks to an engine by unix:///path or tcp://host:port")
 
-
 def parse_time(text: str) -> float:
     """Seconds since the epoch of an RFC 3339 time; 0 for the engine's "never"."""
     match = re.fullmatch(r"(\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d)(\.\d{1,6})?\d*(Z|[+-]\d\d:\d\d)", text)
     if not match or text.startswith("0001"):
         return 0.0
     return datetime.datetime.fromisoformat(match[1] + (match[2] or "") + match[3]).timestamp()
-
 
 def parse_container(facts: Json) -> Container:
     """A Container of what the engine says of it. Raises KeyError."""
@@ -1392,7 +1319,6 @@ def parse_container(facts: Json) -> Container:
                          mount["Destination"])
                     for mount in facts.get("Mounts") or () if mount["Type"] == "bind"))
 
-
 def engine_connection(address: tuple[str, int], seconds: float) -> http.client.HTTPConnection:
     """HTTP over the engine's socket. Raises OSError."""
     host, port = address
@@ -1404,7 +1330,6 @@ def engine_connection(address: tuple[str, int], seconds: float) -> http.client.H
         connection.sock.settimeout(seconds)
         connection.sock.connect(host)
     return connection
-
 
 class EngineApi:
     """The engine's own API, for questions and small acts. A connection a request: any thread."""
@@ -1566,7 +1491,6 @@ class EngineApi:
         except OSError as error:
             raise EngineGone(f"the engine does not answer: {error}") from None
 
-
 def compose_program(children: Children) -> tuple[str, ...]:
     """`docker compose`, or a standalone docker-compose of version 2. Raises Fault."""
     found = ""
@@ -1581,14 +1505,12 @@ def compose_program(children: Children) -> tuple[str, ...]:
     raise Fault(f"{found}docker compose 2 is needed: install docker-compose-v2 or "
                 "docker-compose-plugin")
 
-
 def docker_group() -> int | None:
     """The group that may speak to the engine's socket."""
     try:
         return grp.getgrnam("docker").gr_gid
     except KeyError:
         return None
-
 
 def account_of(user: str, with_docker: bool = False) -> Account:
     """The user with the groups it has, the docker group taken away or added."""
@@ -1598,7 +1520,6 @@ def account_of(user: str, with_docker: bool = False) -> Account:
     if docker is not None and user != "root":
         groups = groups | {docker} if with_docker else groups - {docker}
     return Account(user, entry.pw_uid, entry.pw_gid, tuple(sorted(groups)))
-
 
 def render_fault(result: Result, files: Sequence[str]) -> Fault:
     """Why a rendering failed; a limit's own words help nobody. A crash is no fault of the file."""
@@ -1614,7 +1535,6 @@ def render_fault(result: Result, files: Sequence[str]) -> Fault:
     elif match := re.search(r"yaml: (line \d+): (.*)", why):
         return Refused(f"{at}, {match[1]}: {match[2]}")
     return Refused(f"{at}: {why.replace(os.path.dirname(files[0]) + '/', '')}")
-
 
 class Compose:
     """docker compose for one service."""
@@ -1762,10 +1682,8 @@ VALUE_PREFIX = "PGOD_VALUE_"  # names of variables are the repository's: DOCKER_
 # Keys of a compose service that do not shape its containers.
 NOT_SHAPING = frozenset(("build", "pull_policy", "profiles", "depends_on", "scale", "develop"))
 
-
 def copied(model: Model) -> Model:
     return dict(json.loads(json.dumps(model)))
-
 
 def moved_paths(value: Any, old: str, new: str) -> Any:
     """The model with every path at or beneath `old` moved to `new`."""
@@ -1777,7 +1695,6 @@ def moved_paths(value: Any, old: str, new: str) -> Any:
         return new + value[len(old):]
     return value
 
-
 def part(value: Json, *keys: str) -> dict[str, Any]:
     """The mapping at a path of keys; an empty one where there is none."""
     for key in keys:
@@ -1785,22 +1702,18 @@ def part(value: Json, *keys: str) -> dict[str, Any]:
         value = found if isinstance(found, dict) else {}
     return dict(value)
 
-
 def compose_services(model: Model) -> dict[str, Any]:
     return model.get("services") or {}
-
 
 def entries_used(uses: Any, table: Json) -> dict[str, Any]:
     """The configs or secrets that are named, in short or long form, with what they are."""
     sources = [str(use.get("source") if isinstance(use, dict) else use) for use in uses or ()]
     return {source: table.get(source) or {} for source in sources}
 
-
 def files_used(uses: Any, table: Json) -> list[str]:
     """The files of configs or secrets that are named."""
     files = [entry.get("file") for entry in entries_used(uses, table).values()]
     return [str(file) for file in files if file]
-
 
 def binds_of(model: Model) -> list[Bind]:
     """Every bind mount, and configs and secrets from files, which the engine binds too."""
@@ -1815,7 +1728,6 @@ def binds_of(model: Model) -> list[Bind]:
             binds += [Bind(name, kind, file, True) for file in files]
     return binds
 
-
 def expected_replicas(model: Model) -> dict[str, int]:
     """How many containers each compose service has when all is well."""
     expected = {}
@@ -1823,7 +1735,6 @@ def expected_replicas(model: Model) -> dict[str, int]:
         replicas = part(service, "deploy").get("replicas", service.get("scale", 1))
         expected[name] = int(1 if replicas is None else replicas)
     return expected
-
 
 def with_tmpfs_sizes(model: Model) -> Model:
     """The model with a limit where a tmpfs has none and could take half of the host's memory."""
@@ -1838,7 +1749,6 @@ def with_tmpfs_sizes(model: Model) -> Model:
                 volume["tmpfs"] = {"size": str(MAX_BYTES)} | (volume.get("tmpfs") or {})
     return result
 
-
 def inherits_bind(binds: Iterable[Bind], service: Json, image_volumes: Iterable[str]) -> bool:
     """Whether compose would hand an old container's bind on to the new one."""
     # It does so where the new one has an anonymous volume, of the compose file or of the image.
@@ -1848,23 +1758,19 @@ def inherits_bind(binds: Iterable[Bind], service: Json, image_volumes: Iterable[
         target for target, source in mounts.items() if not source}
     return any(os.path.normpath(bind.target) in anonymous for bind in binds)
 
-
 def image_of(project: str, name: str, service: Json) -> str:
     """The image's name; compose makes one up for what it builds."""
     return str(service.get("image") or f"{project}-{name}")
-
 
 def named_things(project: str, model: Model, kind: str) -> dict[str, tuple[str, Any]]:
     """The project's own networks or volumes: key: (name in the engine, configuration)."""
     return {key: (str((entry or {}).get("name") or f"{project}_{key}"), entry or {})
             for key, entry in (model.get(kind) or {}).items() if not (entry or {}).get("external")}
 
-
 def networks_used(service: Json) -> list[str]:
     """The keys of a compose service's networks."""
     networks = service.get("networks") or ()
     return [str(key) for key in networks]
-
 
 def shared_with(service: Json) -> set[str]:
     """The compose services whose namespaces or volumes this one has."""
@@ -1873,14 +1779,12 @@ def shared_with(service: Json) -> set[str]:
     return {mode[8:] for mode in modes if mode.startswith("service:")} | {
         words[0] for words in sources if words[0] != "container"}
 
-
 def value_names(model: Model) -> list[str]:
     """The variables whose values are configs or secrets of some compose service."""
     entries = (entry for service in compose_services(model).values()
                for kind in ("configs", "secrets")
                for entry in entries_used(service.get(kind), part(model, kind)).values())
     return sorted({str(entry["environment"]) for entry in entries if entry.get("environment")})
-
 
 def with_value_names(model: Model) -> Model:
     """The model with these variables under names that mean nothing to docker."""
@@ -1889,7 +1793,6 @@ def with_value_names(model: Model) -> Model:
         if entry.get("environment"):
             entry["environment"] = VALUE_PREFIX + str(entry["environment"])
     return result
-
 
 class Files:
     """Content and mode of what a commit has at and beneath a path of the work tree."""
@@ -1915,7 +1818,6 @@ class Files:
         return [(path, self.entries[path]) for path in itertools.takewhile(
             lambda path: path.startswith(prefix), itertools.islice(self.paths, first, None))]
 
-
 def service_facts(model: Model, name: str, files: Files, values: Mapping[str, str]) -> list[Any]:
     """All that shapes the containers of a compose service; what a bound folder holds does not."""
     service, networks = compose_services(model)[name], part(model, "networks")
@@ -1937,12 +1839,10 @@ def service_facts(model: Model, name: str, files: Files, values: Mapping[str, st
     facts.append([build, files.beneath(context) if context else []])
     return facts
 
-
 def digest_of(facts: Any, key: bytes) -> str:
     """Keyed: labels can be read by many, and some of the facts are secret."""
     text = json.dumps(facts, sort_keys=True).encode(errors="surrogatepass")
     return hmac.new(key, text, "sha256").hexdigest()[:32]
-
 
 def input_digests(model: Model, files: Files, key: bytes) -> dict[str, str]:
     """A digest of the files beneath the folders that each compose service binds."""
@@ -1952,12 +1852,10 @@ def input_digests(model: Model, files: Files, key: bytes) -> dict[str, str]:
             found[bind.compose_service] += files.beneath(bind.source)
     return {name: digest_of(entries, key) for name, entries in found.items()}
 
-
 def network_digests(project: str, model: Model) -> dict[str, str]:
     """The digest of each network that pgod makes, by its name in the engine."""
     return {name: digest_of(network, b"")
             for name, network in named_things(project, model, "networks").values()}
-
 
 def with_labels(model: Model, digests: Mapping[str, str], adopted: Mapping[str, str]) -> Model:
     """The model with the digest of each service; not where what was taken over is still right."""
@@ -1966,7 +1864,6 @@ def with_labels(model: Model, digests: Mapping[str, str], adopted: Mapping[str, 
         if adopted.get(name) != digests[name]:
             service["labels"] = part(service, "labels") | {DIGEST_LABEL: digests[name]}
     return result
-
 
 def with_network_labels(project: str, model: Model, there: Mapping[str, Json]) -> Model:
     """The model with the digest of each network, but for those that are there without one."""
@@ -1977,7 +1874,6 @@ def with_network_labels(project: str, model: Model, there: Mapping[str, Json]) -
             labels = part(network, "labels") | {DIGEST_LABEL: digests[name]}
             result["networks"][key] = network | {"labels": labels}
     return result
-
 
 def why_changed(old: Model, new: Model, name: str) -> str:
     """Why the digest of a compose service is another one, in words."""
@@ -1993,7 +1889,6 @@ def why_changed(old: Model, new: Model, name: str) -> str:
     return f"{', '.join(keys or networks[:1] or ['a file, config or secret that it uses'])} changed"
 
 # ---- Policy ------------------------------------------------------------------------------------
-
 
 @dataclass(frozen=True)
 class Violation:
@@ -2016,11 +1911,9 @@ class Violation:
         return (f"{printable(self.where)}: {printable(self.key)}: {printable(self.value)[:200]}: "
                 f"{self.why}{remedy if self.allow else ''}")
 
-
 def targets(service: Service) -> set[str]:
     """The hosts that a service's urls lead to."""
     return {target.rpartition(":")[0] for _, target in service.urls}
-
 
 @dataclass(frozen=True)
 class PolicyContext:
@@ -2055,11 +1948,9 @@ MAX_PORTS = 1000
 MAX_GRACE = 120.0
 NOTHING: tuple[Any, ...] = (None, False, "", [], {})
 
-
 def shown(value: Any) -> str:
     """A value in a message."""
     return value if isinstance(value, str) else json.dumps(value, sort_keys=True)
-
 
 def exact(value: Any) -> str:
     """A value as an entry of `allow` names it: a digest, if it is long."""
@@ -2067,16 +1958,13 @@ def exact(value: Any) -> str:
     plain = re.fullmatch(r"[\w.:/-]{1,40}", text)
     return text if plain else hashlib.sha256(text.encode()).hexdigest()[:16]
 
-
 def listed(value: Any) -> list[Any]:
     """The elements of a list, or the value alone."""
     return value if isinstance(value, list) else [value]
 
-
 def named(value: Any) -> list[Any]:
     """The names of a mapping or of a list of NAME=VALUE."""
     return [*value] if isinstance(value, dict) else [str(item).split("=")[0] for item in value]
-
 
 @dataclass(frozen=True)
 class Rule:
@@ -2105,13 +1993,11 @@ class Rule:
                 entry = f"{self.key}:{self.name(item)}" if self.allow else self.key
                 yield Violation(where, self.key, shown(item), self.why, entry)
 
-
 def allowed(kind: str, usual: float, measure: Callable[[Any], float],
             context: PolicyContext) -> float:
     """The largest of what everybody may have and what `allow` has."""
     return max([usual, *(measure(entry.partition(":")[2]) for entry in context.service.allow
                          if entry.partition(":")[0] == kind)])
-
 
 def at_most(key: str, kind: str, usual: float, measure: Callable[[Any], float], why: str) -> Check:
     """What `measure` makes of the value is at most `usual`, or an exception of that kind."""
@@ -2120,20 +2006,16 @@ def at_most(key: str, kind: str, usual: float, measure: Callable[[Any], float], 
             yield Violation(where, key, str(value), why, f"{kind}:{value}")
     return check
 
-
 def bytes_of(value: Any) -> float:
     """A size as compose renders it or a tmpfs option has it; 0 and unknown forms are no limit."""
     match = re.fullmatch(r"0*([1-9]\d{0,14})([kmgb]?)b?", str(value).strip().lower())
     return int(match[1]) << {"k": 10, "m": 20, "g": 30}.get(match[2], 0) if match else math.inf
 
-
 GRACE = r"(\d+(\.\d+)?(h|ms?|s))+"
-
 
 def seconds_of(value: Any) -> float:
     """A duration as compose renders it; unknown forms are too long."""
     return parse_duration(value) if re.fullmatch(GRACE, str(value)) else math.inf
-
 
 check_replicas = at_most("replicas", "replicas", MAX_REPLICAS, int, f"is more than {MAX_REPLICAS}")
 check_shm = at_most("shm_size", "size", MAX_BYTES, bytes_of, "is more memory than 1 GiB")
@@ -2144,7 +2026,6 @@ LABELS = Rule("labels", "is compose's or pgod's own",
               r"(?i)(?!com\.docker\.compose\.|io\.pgod\.)[\s\S]*", ".+",
               "com.docker.compose.x", named)
 
-
 def unknown_keys(where: str, prefix: str, value: Json | None, known: Iterable[str]) -> Found:
     """Keys that say something and that pgod does not know."""
     for key, item in (value or {}).items():
@@ -2152,13 +2033,11 @@ def unknown_keys(where: str, prefix: str, value: Json | None, known: Iterable[st
             yield Violation(where, prefix + key, shown(item), "is not known to this pgod",
                             key if key in ALLOW else f"key:{key}")
 
-
 def log_settings(value: Any) -> list[Any]:
     """The driver, options of others, for those may be the engine's usual one, and templates."""
     options = value.get("options") or {}
     return [value.get("driver"), *({*options} - LOG_OPTIONS),
             *(text for text in options.values() if not PLAIN_TEMPLATE.fullmatch(str(text)))]
-
 
 def check_container_name(where: str, value: Any, context: PolicyContext) -> Found:
     taken = any(value == other.name or str(value).startswith(other.name + "-")
@@ -2168,12 +2047,10 @@ def check_container_name(where: str, value: Any, context: PolicyContext) -> Foun
         yield Violation(where, "container_name", str(value), "is a neighbour's name",
                         f"container_name:{value}")
 
-
 def port_range(value: Any) -> tuple[int, int]:
     """First and last of `80` or `8000-8010`; (0, 0) where the engine chooses."""
     first, _, last = str(value or "0").partition("-")
     return int(first), int(last or first)
-
 
 def check_ports(where: str, value: Any, context: PolicyContext) -> Found:
     permitted = [port_range(entry[6:]) for entry in context.service.allow
@@ -2190,20 +2067,17 @@ def check_ports(where: str, value: Any, context: PolicyContext) -> Found:
         if why := "is a port of pgod" if own else "is a port under 1024" if first < 1024 else "":
             yield Violation(where, "ports", str(published), why, f"ports:{published}")
 
-
 def check_tmpfs(where: str, value: Any, context: PolicyContext) -> Found:
     for item in listed(value or []):
         for option in str(item).partition(":")[2].split(","):
             if option.startswith("size="):
                 yield from check_tmpfs_size(where, option[5:], context)
 
-
 LOG_OPTIONS = frozenset(("max-size max-file max-buffer-size mode compress tag labels labels-regex "
                          "env env-regex cache-disabled cache-max-size cache-max-file "
                          "cache-compress").split())
 DEPLOY_KEYS = frozenset(("mode replicas labels update_config rollback_config resources "
                          "restart_policy placement endpoint_mode").split())
-
 
 def check_deploy(where: str, value: Any, context: PolicyContext) -> Found:
     value = value or {}
@@ -2214,18 +2088,15 @@ def check_deploy(where: str, value: Any, context: PolicyContext) -> Found:
     for item in reservations.get("devices") or ():
         yield Violation(where, "deploy.devices", shown(item), "is a device of the host", "gpus")
 
-
 def check_hooks(where: str, value: Any, context: PolicyContext) -> Found:
     for item in value or ():
         if isinstance(item, dict) and item.get("privileged"):
             yield Violation(where, "privileged", shown(item), "is root on the host", "privileged")
 
-
 BUILD_KEYS = frozenset((
     "context dockerfile dockerfile_inline args labels target no_cache pull tags platforms "
     "network shm_size secrets ssh privileged entitlements additional_contexts cache_from cache_to "
     "extra_hosts isolation ulimits provenance sbom").split())
-
 
 def link_above(relative: str, tree: Tree) -> str:
     """Why the commit makes a path unsafe: a symlink or submodule at it or above it."""
@@ -2238,7 +2109,6 @@ def link_above(relative: str, tree: Tree) -> str:
             return f"leads through {LINK_MODES[mode]} ({'/'.join(parts[:depth])})"
     return ""
 
-
 def outside_commit(path: str, context: PolicyContext) -> str:
     """Why a path is not a plain one of the commit, or nothing. compose doubles $ in a model."""
     if "$" in path:
@@ -2248,10 +2118,8 @@ def outside_commit(path: str, context: PolicyContext) -> str:
         return "lies outside the repository"
     return link_above(relative, context.tree)
 
-
 CACHES = (r"[^=,\"\s]+|type=(registry|gha|inline)(,(ref|mode|scope|compression|oci-mediatypes|"
           r"image-manifest|ignore-error)=[^=,\"\s]+)*")
-
 
 def check_build_paths(where: str, build: Json, context: PolicyContext) -> Found:
     """Everything that the build reads lies in the commit, by no link."""
@@ -2274,13 +2142,11 @@ def check_build_paths(where: str, build: Json, context: PolicyContext) -> Found:
             if not re.fullmatch(CACHES, str(item)):
                 yield Violation(where, f"build.{key}", str(item), "uses files of the host")
 
-
 def repository_of(name: str) -> str:
     """An image's name without its tag or digest."""
     name = name.partition("@")[0]
     head, mark, tag = name.rpartition(":")
     return head if mark and "/" not in tag else name
-
 
 def check_built_image(where: str, image: str, context: PolicyContext) -> Found:
     repository = repository_of(image)
@@ -2288,7 +2154,6 @@ def check_built_image(where: str, image: str, context: PolicyContext) -> Found:
     if not context.owns(image, "-", "/") and not entries & {*context.service.allow}:
         yield Violation(where, "image", image, "is built here and may be what others use; "
                         f"call it {context.name}-… or {context.name}/…", f"image:{repository}")
-
 
 def check_build(where: str, value: Any, context: PolicyContext) -> Found:
     build = value if isinstance(value, dict) else {"context": value}
@@ -2304,10 +2169,8 @@ def check_build(where: str, value: Any, context: PolicyContext) -> Found:
     yield from check_shm(where, build.get("shm_size"), context)
     yield from check_build_paths(where, build, context)
 
-
 MOUNT_KEYS = frozenset("type source target read_only consistency bind volume tmpfs".split())
 BIND_KEYS = frozenset("selinux propagation create_host_path recursive".split())
-
 
 def check_mounts(where: str, value: Any, context: PolicyContext) -> Found:
     """What a mount is; the paths of bind mounts are looked at all together below."""
@@ -2325,11 +2188,9 @@ def check_mounts(where: str, value: Any, context: PolicyContext) -> Found:
         yield from unknown_keys(where, "volumes.bind.", bind, BIND_KEYS)
         yield from check_tmpfs_size(where, (item.get("tmpfs") or {}).get("size"), context)
 
-
 def check_image(where: str, value: Any, context: PolicyContext) -> Found:
     if str(value).startswith(KEEP_NAME.partition("/")[0] + "/"):
         yield Violation(where, "image", str(value), "is a name that pgod keeps images by")
-
 
 # Of those that every container has, what Kubernetes' baseline lets one ask for by name.
 USUAL_CAPABILITIES = ("(?i)(cap_)?(audit_write|chown|dac_override|fowner|fsetid|kill|mknod|"
@@ -2407,12 +2268,10 @@ ALLOW: dict[str, Rule] = {rule.key: rule for rule in (
     Rule("volume", allow=".+", example="shared_data"),
 )}
 
-
 def permits(entry: str) -> bool:
     """Whether an entry of `allow` is one that the policy can offer."""
     kind, _, text = entry.partition(":")
     return kind in ALLOW and re.fullmatch(ALLOW[kind].allow or "", text) is not None
-
 
 TOP_KEYS = frozenset("name services networks volumes configs secrets version".split())
 FILE_KEYS = frozenset("name file content environment labels".split())
@@ -2422,7 +2281,6 @@ ATTACHMENT_KEYS = frozenset(("aliases driver_opts gw_priority interface_name ipv
                              "ipv6_address link_local_ips mac_address priority").split())
 VOLUME_KEYS = frozenset("name driver driver_opts external labels".split())
 ENGINE_NETWORKS = ("host", "bridge", "none", "default", "ingress")
-
 
 def check_compose_service(where: str, service: Json, context: PolicyContext) -> Found:
     """The table's rules on one compose service, and what needs two of its keys."""
@@ -2435,7 +2293,6 @@ def check_compose_service(where: str, service: Json, context: PolicyContext) -> 
     made_up = f"{context.name}-{where}"
     if not service.get("container_name") and not context.owns(made_up, "-"):
         yield Violation(where, "container_name", f"{made_up}-1", "is a neighbour's name")
-
 
 def check_networks(model: Model, context: PolicyContext) -> Found:
     """Networks are the project's own bridges, or external ones that are permitted."""
@@ -2467,7 +2324,6 @@ def check_networks(model: Model, context: PolicyContext) -> Found:
                      or ipam.get("driver") not in (None, "", "default")):
             yield refuse(ipam, "takes addresses that may be another's", f"{key}_ipam={exact(ipam)}")
 
-
 def check_attachments(model: Model, context: PolicyContext) -> Found:
     """On an external network nobody may answer to a neighbour's name or take an address."""
     listed_by_others = {name for other in context.others for name in other.networks}
@@ -2495,7 +2351,6 @@ def check_attachments(model: Model, context: PolicyContext) -> Found:
                                 "is a fixed address on a network that is shared",
                                 f"network:{key}_{fixed}={exact(attachment[fixed])}")
 
-
 def check_volumes(model: Model, context: PolicyContext) -> Found:
     """Named volumes are local ones of the project."""
     for key, volume in part(model, "volumes").items():
@@ -2511,7 +2366,6 @@ def check_volumes(model: Model, context: PolicyContext) -> Found:
             yield Violation("volumes", key, shown(driver), "has a driver or driver_opts",
                             f"volume:{key}_driver={exact(driver)}")
 
-
 def check_size(model: Model, context: PolicyContext) -> Found:
     """How much of everything there is in all."""
     count = sum(max(0, replicas) for replicas in expected_replicas(model).values())
@@ -2524,7 +2378,6 @@ def check_size(model: Model, context: PolicyContext) -> Found:
         if count > most:
             yield Violation("services", key, str(count), f"is more than {most} in all")
 
-
 def check_top_level(model: Model, context: PolicyContext) -> Found:
     """Unknown keys, and where configs and secrets come from."""
     yield from unknown_keys("the compose file", "", model, TOP_KEYS)
@@ -2532,10 +2385,8 @@ def check_top_level(model: Model, context: PolicyContext) -> Found:
         for name, entry in (model.get(kind) or {}).items():
             yield from unknown_keys(kind, f"{name}.", entry, FILE_KEYS)
 
-
 # Read-only, these tell a container nothing but the time: very many compose files have them.
 CLOCK_BINDS = (("/etc/localtime", True), ("/etc/timezone", True))
-
 
 def bind_allowed(bind: Bind, service: Service) -> bool:
     """Whether `allow` has the path or one above it, and as much as is asked for."""
@@ -2547,7 +2398,6 @@ def bind_allowed(bind: Bind, service: Service) -> bool:
                 return True
     return False
 
-
 def nested_binds(binds: Iterable[Bind], writers: Sequence[Bind]) -> Iterator[tuple[Bind, Bind]]:
     """Each bind that lies beneath one that a container can write, and that one."""
     for bind in binds:
@@ -2555,7 +2405,6 @@ def nested_binds(binds: Iterable[Bind], writers: Sequence[Bind]) -> Iterator[tup
             root = above.source.rstrip("/") + "/"
             if not above.read_only and bind.source.rstrip("/").startswith(root):
                 yield bind, above
-
 
 def check_nested_binds(binds: Sequence[Bind], context: PolicyContext) -> Found:
     """No source beneath one that a container can write: it could put a link to /etc there."""
@@ -2566,7 +2415,6 @@ def check_nested_binds(binds: Sequence[Bind], context: PolicyContext) -> Found:
             yield Violation(bind.compose_service, bind.kind, bind.source,
                             f"lies beneath {above.source}, which a container can write; bind "
                             "it from elsewhere, or that one read-only")
-
 
 def check_binds(model: Model, context: PolicyContext) -> Found:
     """Where bind mounts, configs and secrets may come from."""
@@ -2591,7 +2439,6 @@ def check_binds(model: Model, context: PolicyContext) -> Found:
             yield Violation(bind.compose_service, bind.kind, bind.source, why, entry)
     yield from check_nested_binds(binds, context)
 
-
 def check_build_secrets(model: Model, context: PolicyContext) -> Found:
     """A build reads them with the docker group, and before containers are looked at again."""
     for where, service in compose_services(model).items():
@@ -2600,7 +2447,6 @@ def check_build_secrets(model: Model, context: PolicyContext) -> Found:
         for file in files_used(uses, part(model, "secrets")):
             if why := outside_commit(file, context):
                 yield Violation(where, "build.secrets", file, why)
-
 
 def check_budget(model: Model) -> Found:
     """A model that is so large that looking at it takes long is not looked at."""
@@ -2621,10 +2467,8 @@ def check_budget(model: Model) -> Found:
                 yield Violation(key, "name", name[:40], f"has over {MODEL_KEY} characters")
             left.append((item, name[:MODEL_KEY], depth + 1))
 
-
 MODEL_CHECKS = (check_top_level, check_networks, check_attachments, check_volumes, check_binds,
                 check_build_secrets)
-
 
 def check_policy(model: Model, context: PolicyContext) -> list[Violation]:
     """Every violation of a model whose paths are those of the work tree. Pure."""
@@ -2651,20 +2495,17 @@ HOST_PATTERN = re.compile(
     re.IGNORECASE)
 TARGET_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*:\d{1,5}")
 
-
 def as_string(value: object) -> str:
     """A string that is not empty."""
     if not isinstance(value, str) or not value or "\0" in value:
         raise ValueError("must be a string that is not empty")
     return value
 
-
 def as_strings(value: object) -> tuple[str, ...]:
     """A list of strings."""
     if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
         raise ValueError("must be a list of strings")
     return tuple(value)
-
 
 def matching(pattern: str, why: str) -> Callable[[object], str]:
     """A parser of strings; `why` ends the sentence about one that the pattern does not match."""
@@ -2673,7 +2514,6 @@ def matching(pattern: str, why: str) -> Callable[[object], str]:
             raise ValueError(f"{value!r} {why}")
         return as_string(value)
     return parse
-
 
 as_file_in_repository = matching(r"(?!(.*/)?(\.|\.\.|\.git)?(/|$))[^\n]+",
                                  "must be a path inside the repository, without . or ..")
@@ -2686,12 +2526,10 @@ as_name = matching(NAME_PATTERN.pattern, "is not a name; use a-z 0-9 _ - (60 at 
 as_branch = matching(r"(?!.*(\.\.|@\{|//|/\.|\.lock(/|$)|[/.]$))[^-/.\x00-\x20~^:?*\[\\\x7f]"
                      r"[^\x00-\x20~^:?*\[\\\x7f]*", "is not a name of a branch")
 
-
 def as_compose(value: object) -> tuple[str, ...]:
     """One file of the repository or a list of them."""
     files = (value,) if isinstance(value, str) else as_strings(value)
     return tuple(map(as_file_in_repository, files))
-
 
 def as_env(value: object) -> tuple[tuple[str, str], ...]:
     """A list of NAME=VALUE."""
@@ -2700,7 +2538,6 @@ def as_env(value: object) -> tuple[tuple[str, str], ...]:
         if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*=[^\0]*", text, re.DOTALL):
             raise ValueError(f"entry {number} is not of the form NAME=VALUE")
     return pairs
-
 
 def as_urls(value: object) -> tuple[tuple[str, str], ...]:
     """A table of host = target; neither can hold what would be a directive of Caddy."""
@@ -2714,7 +2551,6 @@ def as_urls(value: object) -> tuple[tuple[str, str], ...]:
             raise ValueError(f"{target!r} is not a target; write it like pgo:5006")
     return tuple(sorted(value.items()))
 
-
 def as_outside_file(value: object) -> str:
     """An absolute path of a file that can be read."""
     path = Path(as_string(value))
@@ -2726,20 +2562,17 @@ def as_outside_file(value: object) -> str:
     except OSError as error:
         raise ValueError(f"{value!r} cannot be read: {error.strerror}") from None
 
-
 def as_secret(value: object) -> str:
     """A secret that is not guessed."""
     if len(as_string(value)) < 16:
         raise ValueError("must have at least 16 characters; make one with: openssl rand -hex 20")
     return as_string(value)
 
-
 def as_bool(value: object) -> bool:
     """true or false."""
     if not isinstance(value, bool):
         raise ValueError("must be true or false")
     return value
-
 
 def as_known_user(value: object) -> str:
     """A user that exists on this machine."""
@@ -2748,7 +2581,6 @@ def as_known_user(value: object) -> str:
     except KeyError:
         raise ValueError(f"{value!r} does not exist on this machine; "
                          f"make it with: useradd --system {value}") from None
-
 
 def as_allow(value: object) -> tuple[str, ...]:
     """Exceptions that the policy's table has, each with a value where it takes one."""
@@ -2762,7 +2594,6 @@ def as_allow(value: object) -> tuple[str, ...]:
                              f"{':'.join(filter(None, (kind, ALLOW[kind].example)))!r}")
     return as_strings(value)
 
-
 # The keys of a [[services]] entry and their parsers. What needs two keys is done below.
 SERVICE_KEYS: dict[str, Callable[[object], Any]] = {
     "name": as_name, "user": as_known_user, "repository": as_string, "branch": as_branch,
@@ -2774,7 +2605,6 @@ SERVICE_KEYS: dict[str, Callable[[object], Any]] = {
     "rollback": as_bool,
 }
 REQUIRED_KEYS = ("name", "user", "repository")
-
 
 def combine_fields(fields: dict[str, Any], label: str) -> tuple[Service | None, list[str]]:
     """What needs more than one key, or must not show its value in an error."""
@@ -2797,7 +2627,6 @@ def combine_fields(fields: dict[str, Any], label: str) -> tuple[Service | None, 
         errors.append(f"{label}: reload needs an import, which is what it announces")
     return (None, errors) if errors else (Service(**fields), [])
 
-
 def parse_service(table: Mapping[str, object], label: str) -> tuple[Service | None, list[str]]:
     """A Service, or None and every reason why not. Values of secrets are in no message."""
     errors, fields = [], {}
@@ -2811,7 +2640,6 @@ def parse_service(table: Mapping[str, object], label: str) -> tuple[Service | No
             errors.append(f"{label}: {key}: {error}")
     errors += [f"{label}: {key} is missing" for key in REQUIRED_KEYS if key not in table]
     return (None, errors) if errors else combine_fields(fields, label)
-
 
 def check_services(services: Sequence[Service]) -> list[str]:
     """What can be wrong only between services."""
@@ -2827,7 +2655,6 @@ def check_services(services: Sequence[Service]) -> list[str]:
             errors.append(f"service {service.name!r}: reload: there is no service "
                           f"{service.reload.service!r}{nearest(service.reload.service, names)}")
     return errors
-
 
 def parse_configuration(text: str) -> tuple[Service, ...]:
     """The services of a pgo.toml. Raises ConfigurationError with every error at once."""
@@ -2853,7 +2680,6 @@ def parse_configuration(text: str) -> tuple[Service, ...]:
         raise ConfigurationError(errors)
     return tuple(services)
 
-
 def configuration_digest(path: Path) -> str:
     """Changes when pgo.toml does, or an env_file or deploy_key in it. Raises OSError."""
     text = path.read_bytes()
@@ -2865,7 +2691,6 @@ def configuration_digest(path: Path) -> str:
             with contextlib.suppress(OSError):
                 digest.update(name.encode() + b"\0" + Path(name).read_bytes())
     return digest.hexdigest()
-
 
 def read_configuration(path: Path) -> Configuration:
     """pgo.toml from disk. Raises ConfigurationError, also where it cannot be read."""
@@ -2885,7 +2710,6 @@ def read_configuration(path: Path) -> Configuration:
 STEADY_SECONDS = 7.0  # without a health check, what runs so long is well
 CRASHES = 3  # that many ends fail a deploy ...
 CRASH_AGE = 30.0  # ... of a container that is so old: the engine restarts thrice in a second
-
 
 @dataclass(frozen=True)
 class Release:
@@ -2922,14 +2746,12 @@ class Release:
         """What a job of a compose service is known by when it is done."""
         return f"{self.digests.get(name, '')}.{self.inputs.get(name, '')}"
 
-
 @dataclass(frozen=True)
 class DoneJob:
     """A container that ended with 0 and need not run again: what it was, and when it started."""
 
     job: str
     started: float
-
 
 @dataclass(frozen=True)
 class RowKind:
@@ -2940,7 +2762,6 @@ class RowKind:
     does: str = ""
     ill: bool = False
     waits: bool = False  # it may pass by itself
-
 
 ROWS: dict[str, RowKind] = {
     "missing": RowKind("up", "created"),
@@ -2963,7 +2784,6 @@ ROWS: dict[str, RowKind] = {
     "starting": RowKind("", waits=True),
 }
 
-
 @dataclass(frozen=True)
 class Row:
     """One difference between a release and a snapshot; its text says of `subject` what it is."""
@@ -2981,7 +2801,6 @@ class Row:
     def __str__(self) -> str:
         return f"{self.subject} {self.text}"
 
-
 def changed_networks(release: Release, snapshot: Snapshot) -> dict[str, str]:
     """The networks that are there and not as the release has them: key: name in the engine."""
     # One without a label is not pgod's: what was taken over counts, and whether it is closed.
@@ -2995,7 +2814,6 @@ def changed_networks(release: Release, snapshot: Snapshot) -> dict[str, str]:
             changed[key] = name
     return changed
 
-
 def compare_volumes(release: Release, snapshot: Snapshot) -> Iterator[Row]:
     for name, wanted in named_things(release.project, release.model, "volumes").values():
         there = snapshot.volumes.get(name)
@@ -3003,7 +2821,6 @@ def compare_volumes(release: Release, snapshot: Snapshot) -> Iterator[Row]:
                       or (wanted.get("driver_opts") or {}) != (there.get("Options") or {})):
             yield Row("volume", "", f"volume {name}",
                       "has another driver or other options than the compose file says")
-
 
 def lost_network(container: Container, wanted: Iterable[str], snapshot: Snapshot) -> str:
     """The network of a container that is no longer there, or that it is no longer on."""
@@ -3014,9 +2831,7 @@ def lost_network(container: Container, wanted: Iterable[str], snapshot: Snapshot
     on = {*container.networks}
     return next((name for name in wanted if name not in on), "")
 
-
 Facts = Iterator[tuple[object, str, str]]  # whether it is so, the kind of its row, the text
-
 
 def namespace_facts(container: Container, snapshot: Snapshot) -> Facts:
     """What shares a namespace has it no longer when the other one is made or started anew."""
@@ -3026,7 +2841,6 @@ def namespace_facts(container: Container, snapshot: Snapshot) -> Facts:
     for other in (there[identity] for identity in container.shares if identity in there):
         yield (container.status == other.status == "running" and other.started > container.started,
                "namespace older", f"shares a namespace with {other.name}, which started later")
-
 
 def running_facts(container: Container, now: float) -> Facts:
     """What has not ended. The engine says "unhealthy" of what restarts, "healthy" between ends."""
@@ -3041,7 +2855,6 @@ def running_facts(container: Container, now: float) -> Facts:
     yield (age < STEADY_SECONDS and (not health or container.restarts > 0), "starting",
            f"runs for {max(0.0, age):.0f} s")
 
-
 def ended_facts(container: Container, job: DoneJob | None, known: str) -> Facts:
     """What has ended; nothing of it is true where it is done."""
     # `job`: what is known of its compose service; `known`: the job that the release has there.
@@ -3051,7 +2864,6 @@ def ended_facts(container: Container, job: DoneJob | None, known: str) -> Facts:
     yield (container.policy in FOREVER or not job or job.started < container.started, "stopped",
            "was stopped")
     yield job and job.job != known, "job", "is done, but files that it uses changed"
-
 
 def container_facts(release: Release, container: Container, snapshot: Snapshot,
                     done: Mapping[str, DoneJob]) -> Facts:
@@ -3070,7 +2882,6 @@ def container_facts(release: Release, container: Container, snapshot: Snapshot,
     yield from namespace_facts(container, snapshot)
     yield from (running_facts(container, snapshot.now) if container.status in UP
                 else ended_facts(container, done.get(name), release.job(name)))
-
 
 def compare(release: Release, snapshot: Snapshot, done: Mapping[str, DoneJob]) -> tuple[Row, ...]:
     """Every difference between what should be and what is. In sync means: none. Pure."""
@@ -3098,7 +2909,6 @@ def compare(release: Release, snapshot: Snapshot, done: Mapping[str, DoneJob]) -
              for containers in have.values() for container in containers]
     return tuple(rows)
 
-
 def note_done(release: Release, snapshot: Snapshot,
               done: Mapping[str, DoneJob]) -> dict[str, DoneJob]:
     """The jobs that are done: their containers may be pruned. Not to be asked after a stop."""
@@ -3114,7 +2924,6 @@ def note_done(release: Release, snapshot: Snapshot,
             noted.pop(name, None)
     return noted
 
-
 @dataclass(frozen=True)
 class Cure:
     """What removes rows: compose services to bring up and to restart, networks to make anew."""
@@ -3127,7 +2936,6 @@ class Cure:
 
     def __bool__(self) -> bool:
         return bool(self.up or self.restart or self.remove)
-
 
 def plan_cure(release: Release, rows: Iterable[Row], snapshot: Snapshot) -> Cure:
     """What to do so that these rows go. Pure."""
@@ -3150,7 +2958,6 @@ def plan_cure(release: Release, rows: Iterable[Row], snapshot: Snapshot) -> Cure
                 tuple(row.container.identity for row in rows
                       if row.how.cure == "remove" and row.container))
 
-
 def judge(rows: Iterable[Row], before: Mapping[str, int], ill: Iterable[str], now: float,
           over: bool = False) -> tuple[str, str]:
     """One look at a deploy: ("good" | "wait" | "bad", why). Pure."""
@@ -3165,7 +2972,6 @@ def judge(rows: Iterable[Row], before: Mapping[str, int], ill: Iterable[str], no
     if not rows:
         return "good", ""
     return ("bad" if over else "wait"), str(rows[0])
-
 
 @dataclass(frozen=True)
 class Failure:
@@ -3182,7 +2988,6 @@ class Failure:
             return f"{short(self.commit)} waits for up"
         when = "by itself" if self.retry else "at the next push, or with up"
         return f"{short(self.commit)} failed; it is tried again {when}: {self.reason}"
-
 
 @dataclass(frozen=True)
 class Hold:
@@ -3207,7 +3012,6 @@ class Hold:
         verb = "stopped" if self.stops else "held"
         return f"{verb} by {self.by} since {format_time(self.since)}{end}{reason}"
 
-
 @dataclass(frozen=True)
 class Situation:
     """All that a decision rests on."""
@@ -3224,7 +3028,6 @@ class Situation:
     retry: bool = False  # it is time to try again what failed
     rollback: bool = True  # is permitted
 
-
 @dataclass(frozen=True)
 class Decision:
     """What to do: nothing, stop, deploy `commit`, roll back or heal; and why."""
@@ -3234,19 +3037,15 @@ class Decision:
     reasons: tuple[str, ...] = ()
     services: tuple[str, ...] = ()
 
-
 CALM = "in sync"
-
 
 def short(commit: str) -> str:
     return commit[:10]
-
 
 def format_time(seconds: float) -> str:
     """UTC, to the second."""
     moment = datetime.datetime.fromtimestamp(seconds, datetime.UTC)
     return moment.strftime("%Y-%m-%d %H:%M:%SZ")
-
 
 def deploy_reason(seen: Situation, target: str) -> str:
     """Why the target must be deployed, or nothing."""
@@ -3258,7 +3057,6 @@ def deploy_reason(seen: Situation, target: str) -> str:
     if seen.configuration != current.configuration:
         return "the configuration changed"
     return "" if current.since else f"the deploy of {short(target)} did not end well yet"
-
 
 def decide(seen: Situation) -> Decision:
     """The one place where it is decided what is done for a service. Pure."""
@@ -3287,7 +3085,6 @@ def decide(seen: Situation) -> Decision:
         return Decision("nothing", reasons=(str(failure),))
     return Decision("nothing", reasons=tuple(str(row) for row in seen.rows) or (CALM,))
 
-
 def retry_delay(interval: float, failures: int, chance: float) -> float:
     """Seconds to the next look: the interval and up to half of it, doubled at each failure."""
     if not failures:
@@ -3300,7 +3097,6 @@ def retry_delay(interval: float, failures: int, chance: float) -> float:
 HISTORY_LINES = 200
 BY_HAND = "an administrator"
 
-
 def load_json(path: Path, default: Any) -> Any:
     """What a JSON file of pgod's holds; the default where it is missing or damaged."""
     try:
@@ -3309,14 +3105,12 @@ def load_json(path: Path, default: Any) -> Any:
         return default
     return value if isinstance(value, type(default)) else default
 
-
 def revived(kind: Callable[..., Any], stored: Json) -> Any:
     """The dataclass of a stored mapping; None where that is of another version."""
     with contextlib.suppress(TypeError):
         return kind(**{key: tuple(value) if isinstance(value, list) else value
                        for key, value in stored.items()})
     return None
-
 
 class Store:
     """All that is on disk of a service, but for its work tree and its git folder.
@@ -3443,7 +3237,6 @@ class Store:
             raise Refused(f"{hold}; only an administrator ends that: he removes {self.paths.stop}")
         self.hold_file(kind).unlink(missing_ok=True)
 
-
 class Project:
     """A service with all that is known of it: its paths, git folder, store, compose and engine."""
     # Only the service's own thread changes anything through it.
@@ -3481,7 +3274,6 @@ class Project:
     def say(self, text: str) -> None:
         log.info("%s: %s", self.name, text)
 
-
 class DeploySlots:
     """A few deploys at a time, so that a boot is no stampede. One that takes long makes room."""
 
@@ -3512,7 +3304,6 @@ class DeploySlots:
             with self._lock, contextlib.suppress(ValueError):
                 self._begun.remove(began)
 
-
 @dataclass
 class Shared:
     """What the threads have in common."""
@@ -3532,7 +3323,6 @@ class Shared:
 
 # ---- Reverse proxy -----------------------------------------------------------------------------
 
-
 def import_of(project: Project) -> dict[str, str]:
     """Caddy's import file, a block a host, that pgod writes into a work tree, if it is to."""
     services, file = project.shared.configuration.services, project.service.import_file
@@ -3540,7 +3330,6 @@ def import_of(project: Project) -> dict[str, str]:
     blocks = [f"{host} {{\n\treverse_proxy {target}\n}}\n" for host, target in urls]
     text = "# Written by pgod from pgo.toml; changes here are lost.\n" + "\n".join(blocks)
     return {file: text} if file else {}
-
 
 def write_import(project: Project) -> None:
     """Write the Caddy import, as the user, if it changed. Raises Refused at a link."""
@@ -3553,7 +3342,6 @@ def write_import(project: Project) -> None:
             write_beneath(project.paths.worktree, file, io.BytesIO(data))
         project.say(f"import written: {file}")
         project.store.note(announced="")
-
 
 def follow_import(project: Project, target: Project | None) -> None:
     """Keep the import right, and announce it with `reload` until that worked. Raises Fault."""
@@ -3574,7 +3362,6 @@ def follow_import(project: Project, target: Project | None) -> None:
 
 TRIES = 3  # of a cure, until what one brought about needs none
 
-
 @dataclass(frozen=True)
 class Prepared:
     """A commit that may be deployed: nothing on the host has changed yet."""
@@ -3582,7 +3369,6 @@ class Prepared:
     release: Release
     tree: Tree
     rendered: Model  # its paths are those of the export, for pull and build
-
 
 def enforce(project: Project, model: Model, tree: Tree) -> None:
     """Raises Refused with every violation; those of root's repositories are only logged."""
@@ -3595,7 +3381,6 @@ def enforce(project: Project, model: Model, tree: Tree) -> None:
     for violation in violations:
         log.warning("%s: root's repository, so only reported: %s", service.name, violation)
 
-
 def render(project: Project, tree: Tree) -> Model:
     """The exported commit's model, its paths those of the work tree. Raises Refused."""
     model = project.compose.render(project.compose.files(tree))
@@ -3606,7 +3391,6 @@ def render(project: Project, tree: Tree) -> Model:
     except RecursionError:
         raise Refused("the compose file is nested too deeply") from None
     return with_tmpfs_sizes(moved)
-
 
 def read_values(project: Project, model: Model) -> dict[str, str]:
     """The variables that are configs or secrets, by `env`, then .env. Raises Refused."""
@@ -3630,7 +3414,6 @@ def read_values(project: Project, model: Model) -> dict[str, str]:
                       "set it in env or env_file of pgo.toml, or in .env of the repository")
     return values
 
-
 def unfit(project: Project, model: Model, tree: Tree) -> list[str]:
     """Configs and secrets that compose could not put into their containers, and why."""
     found = [f"{name}: {key} has its text in the compose file or in a variable, and read_only: "
@@ -3649,7 +3432,6 @@ def unfit(project: Project, model: Model, tree: Tree) -> list[str]:
                     found.append(f"{bind.compose_service}: {bind.kind} {bind.source} is missing")
     return found
 
-
 def bound_links(project: Project, containers: Iterable[Container], tree: Tree) -> list[str]:
     """Why the tree must not be put beneath these: their next restart would follow a link."""
     reasons = set()
@@ -3658,7 +3440,6 @@ def bound_links(project: Project, containers: Iterable[Container], tree: Tree) -
         if relative and not project.service.trusted and (why := link_above(relative, tree)):
             reasons.add(f"{bind.compose_service}: {relative}, which is mounted now, {why}")
     return sorted(reasons)
-
 
 def make_release(project: Project, commit: str, model: Model, tree: Tree,
                  values: Mapping[str, str], adopted: Mapping[str, str]) -> Release:
@@ -3670,7 +3451,6 @@ def make_release(project: Project, commit: str, model: Model, tree: Tree,
     return Release(commit, project.configuration(), project.name,
                    with_labels(with_value_names(model), digests, adopted), digests,
                    input_digests(model, files, key), values=values, adopted=adopted)
-
 
 def prepare(project: Project, commit: str) -> Prepared:
     """Export, render and check a commit. Raises Refused."""
@@ -3687,7 +3467,6 @@ def prepare(project: Project, commit: str) -> Prepared:
     # Built is from the export alone, also where the file names the work tree itself.
     rendered = moved_paths(model, str(project.paths.worktree), str(project.paths.export))
     return Prepared(release, tree, rendered)
-
 
 def fetch_images(project: Project, prepared: Prepared, say: Progress) -> Prepared:
     """Pull and build what the release needs. Raises Fault if an image is not there then."""
@@ -3712,7 +3491,6 @@ def fetch_images(project: Project, prepared: Prepared, say: Progress) -> Prepare
     return dataclasses.replace(prepared, release=dataclasses.replace(
         release, images={name: str(found["Id"]) for name, found in facts.items()}, pulled=pulled))
 
-
 def attached_to(project: Project, network: Json) -> list[str]:
     """The project's containers on a network. Raises Refused where those of others are on it."""
     attached = project.api.attached(str(network["Id"]))
@@ -3721,7 +3499,6 @@ def attached_to(project: Project, network: Json) -> list[str]:
         raise Refused(f"network {network['Name']} must be made anew, and containers of others are "
                       f"on it: {', '.join(sorted(others))}")
     return [str(row["Id"]) for row in attached]
-
 
 def refuse_what_cannot_be(project: Project, prepared: Prepared, snapshot: Snapshot) -> None:
     """What would fail when half of it is done. Raises Refused, or Fault where it will pass."""
@@ -3741,7 +3518,6 @@ def refuse_what_cannot_be(project: Project, prepared: Prepared, snapshot: Snapsh
         raise Fault(f"{', '.join(paused)} is paused by hand; once docker unpause has ended "
                     "that, it is tried again")
 
-
 def keep_images(project: Project, *releases: Release | None) -> None:
     """Have a tag of pgod's own on each image of these releases, and on no other one."""
     prefix = f"{KEEP_NAME}:{project.name}."
@@ -3753,7 +3529,6 @@ def keep_images(project: Project, *releases: Release | None) -> None:
             project.api.tag(wanted[name], name)
     for name in have - {*wanted}:
         project.api.untag(name)
-
 
 def restore_images(project: Project, release: Release, wanted: Iterable[str]) -> Release:
     """Have the names of these compose services' images lead to what the release ran."""
@@ -3793,7 +3568,6 @@ def restore_images(project: Project, release: Release, wanted: Iterable[str]) ->
         project.say(f"image {name} was gone, and is there again")
     return dataclasses.replace(release, images=images)
 
-
 def make_binds(project: Project, model: Model) -> None:
     """Look at every bound path, by no link; make missing folders, as the user. Raises Refused."""
     for bind, root in itertools.product(binds_of(model), (project.paths.worktree,
@@ -3812,7 +3586,6 @@ def make_binds(project: Project, model: Model) -> None:
             raise Refused(f"{bind.compose_service}: {bind.kind} {bind.source} is missing") from None
         if not stat.S_ISDIR(mode) and not stat.S_ISREG(mode):
             raise Refused(f"{bind.compose_service}: {bind.source} is a link or a device; remove it")
-
 
 class Installation:
     """Puts one release in place: files, networks, containers. What it does can be done again."""
@@ -3926,7 +3699,6 @@ class Installation:
         project.compose.write_model("model.json", with_network_labels(
             project.name, self.release.model, project.api.networks()[0]))
 
-
 def describe(rows: Iterable[Row], release: Release, former: Release | None) -> dict[str, str]:
     """For each compose service: what is done to it and why, in words."""
     changes: dict[str, str] = {}
@@ -3940,7 +3712,6 @@ def describe(rows: Iterable[Row], release: Release, former: Release | None) -> d
         else:
             changes.setdefault(name, f"{row.how.does}: {row}")
     return changes
-
 
 class Reconciler:
     """Makes what runs what should run, for one project: deploy, roll back, heal, stop."""
@@ -4194,7 +3965,6 @@ class Reconciler:
 
 # ---- Set-up ------------------------------------------------------------------------------------
 
-
 def set_up(project: Project) -> None:
     """The folders of a service, and the take-over of a checkout of the Go program. Raises Fault."""
     paths, account = project.paths, project.account
@@ -4221,7 +3991,6 @@ def set_up(project: Project) -> None:
     if (paths.worktree / ".git").is_dir():
         take_over(project)
 
-
 def follow_user(project: Project) -> None:
     """Where `user` is another one than before: files of the commit and of git go to him."""
     root, git, account = project.paths.worktree, project.git.folder, project.account
@@ -4231,7 +4000,6 @@ def follow_user(project: Project) -> None:
         chown_tracked(git, [os.path.relpath(os.path.join(top, name), git)
                             for top, folders, files in os.walk(git)
                             for name in (*folders, *files)], former, account)
-
 
 def take_over(project: Project) -> None:
     """Go on where the Go program stopped, touching neither its files nor its containers."""
@@ -4248,7 +4016,6 @@ def take_over(project: Project) -> None:
     aside = project.paths.own / "taken-over.git"
     shutil.rmtree(aside, ignore_errors=True)
     (project.paths.worktree / ".git").rename(aside)
-
 
 def adopt(project: Project, commit: str) -> None:
     """Take what runs for a good deploy of the commit. Raises Refused where the policy does."""
@@ -4274,7 +4041,6 @@ def adopt(project: Project, commit: str) -> None:
 
 WATCH_SECONDS = 1.0  # between two looks at what is on its way
 
-
 @dataclass(frozen=True)
 class Job:
     """What a key holder asks a service's thread to do; `done` has the exit status."""
@@ -4287,7 +4053,6 @@ class Job:
     say: Progress  # to the one who asked
     tell: Progress  # and to the log
     done: Future[int] = field(default_factory=Future)
-
 
 @dataclass(frozen=True)
 class View:
@@ -4326,7 +4091,6 @@ class View:
             return self.remote_error
         return self.last_error or ("deploying" if self.release and not self.release.since
                                    else "not looked at yet")
-
 
 class Worker(threading.Thread):
     """The thread of one service. All that changes the service happens in it, one by one."""
@@ -4561,7 +4325,6 @@ class Worker(threading.Thread):
                 self.heal_after = now + interval
             self.watch_until = self.shared.clock() + self.service.wait
 
-
 def show_metrics(shared: Shared) -> None:
     """Set the gauges of every service, from what its thread shows."""
     metrics = shared.metrics
@@ -4581,7 +4344,6 @@ def show_metrics(shared: Shared) -> None:
             metrics.replace(f"pgo_service_{gauge}", name, values)
 
 # ---- Commands ----------------------------------------------------------------------------------
-
 
 @dataclass(frozen=True)
 class ParsedCommand:
@@ -4606,14 +4368,11 @@ class ParsedCommand:
         """The command without the values of -e."""
         return shlex.join((*self.command.split(), *self.words(hidden=True), *self.operands))
 
-
 # What a service's thread does:
-
 
 def refuse_hold(worker: Worker) -> None:
     if held := worker.store.hold_of("hold"):
         raise Refused(f"{held}; release it first")
-
 
 def job_up(worker: Worker, job: Job) -> None:
     """Release a stop, deploy the newest commit, and fail where the deploy fails."""
@@ -4626,7 +4385,6 @@ def job_up(worker: Worker, job: Job) -> None:
         raise Refused(f"nothing was deployed: {hold}")
     worker.reconciler.await_ill(job.say)
 
-
 def job_pull(worker: Worker, job: Job) -> None:
     """Fetch, and deploy if there is something new."""
     decision = worker.reconcile(frozenset({"timer"}), job.tell, job.by)
@@ -4638,7 +4396,6 @@ def job_pull(worker: Worker, job: Job) -> None:
         raise Refused(f"{short(worker.wanted)} is not deployed: {failure.reason}")
     if not worker.store.hold() and not (failure and failure.waits):
         worker.reconciler.await_ill(job.say)
-
 
 def job_stop(worker: Worker, job: Job) -> None:
     """The file goes first: nothing must bring back what is being stopped."""
@@ -4655,14 +4412,12 @@ def job_stop(worker: Worker, job: Job) -> None:
         worker.store.note(done={})
     worker.reconciler.look()
 
-
 def job_start(worker: Worker, job: Job) -> None:
     """Release a stop and bring up what was deployed last, without a fetch."""
     refuse_hold(worker)
     worker.store.release("stop")
     require_release(worker)
     worker.reconciler.bring_up(job.say)
-
 
 def job_restart(worker: Worker, job: Job) -> None:
     if hold := worker.store.hold():
@@ -4674,14 +4429,12 @@ def job_restart(worker: Worker, job: Job) -> None:
     worker.watch_until = worker.shared.clock() + worker.service.wait
     worker.reconciler.look()
 
-
 def job_load(worker: Worker, job: Job) -> None:
     """Check the newest commit against the policy; change nothing."""
     worker.ask_remote(job.say)
     release = worker.store.current
     prepare(worker.project, worker.wanted or (release.commit if release else ""))
     job.say(f"{short(worker.wanted)}: the policy permits it")
-
 
 def job_plan(worker: Worker, job: Job) -> None:
     """What would be done now and why; nothing is. Raises Refused with every violation."""
@@ -4710,12 +4463,10 @@ def job_plan(worker: Worker, job: Job) -> None:
                          if image not in snapshot.images and not services[name].get("build")}):
         job.say(f"  image to pull: {image}")
 
-
 def require_release(worker: Worker) -> Release:
     if not worker.view.release:
         raise Refused("nothing was deployed yet; up does it")
     return worker.view.release
-
 
 def run_compose(worker: Worker, job: Job) -> None:
     """The compose command of the same name. Raises Fault."""
@@ -4723,13 +4474,10 @@ def run_compose(worker: Worker, job: Job) -> None:
     worker.project.compose.run(job.command, *job.options, "--", *job.operands, deadline="up",
                                on_line=job.say).check(job.command)
 
-
 # What is answered at once:
-
 
 def answer_journal(worker: Worker, command: ParsedCommand, by: str) -> str:
     raise Refused("journal is disabled; logs shows what the containers wrote")
-
 
 def answer_help(worker: Worker, command: ParsedCommand, by: str) -> str:
     rows = []
@@ -4739,7 +4487,6 @@ def answer_help(worker: Worker, command: ParsedCommand, by: str) -> str:
         if options or entry.operands:
             rows.append(f"          {' '.join([*options, entry.operands]).strip()}")
     return "\n".join(rows)
-
 
 def status_facts(worker: Worker, now: float) -> dict[str, Any]:
     """All that is known of a service, for programs. Times are seconds since the epoch."""
@@ -4755,7 +4502,6 @@ def status_facts(worker: Worker, now: float) -> dict[str, Any]:
         "containers": [{"name": c.name, "service": c.compose_service, "status": c.status,
                         "health": c.health if c.status == "running" else "",
                         "restarts": c.restarts, "started": c.started} for c in view.containers]}
-
 
 def render_status(facts: Json) -> str:
     """For people: aligned, the newest thing first."""
@@ -4777,11 +4523,9 @@ def render_status(facts: Json) -> str:
         lines.append(f"  {container['name']:<{width}}  {container['status']}{health}{restarts}")
     return "\n".join(lines)
 
-
 def answer_status(worker: Worker, command: ParsedCommand, by: str) -> str:
     facts = status_facts(worker, time.time())
     return render_status(facts) if command.option("--json") is None else json.dumps(facts)
-
 
 def answer_history(worker: Worker, command: ParsedCommand, by: str) -> str:
     count = command.option("-n") or "20"
@@ -4796,7 +4540,6 @@ def answer_history(worker: Worker, command: ParsedCommand, by: str) -> str:
         + (f"\n    {one_line(line['reason'])}" if line["reason"] else "")
         for line in lines) or "nothing was deployed yet"
 
-
 def answer_hold(worker: Worker, command: ParsedCommand, by: str) -> str:
     """Takes force at once, also for a deploy that has not begun to change anything."""
     span, now = command.option("--for"), time.time()
@@ -4810,7 +4553,6 @@ def answer_hold(worker: Worker, command: ParsedCommand, by: str) -> str:
     log.info("%s: %s", worker.name, hold)
     return str(hold)
 
-
 def answer_release(worker: Worker, command: ParsedCommand, by: str) -> str:
     if not worker.store.hold_of("hold"):
         hold = worker.store.hold()
@@ -4819,7 +4561,6 @@ def answer_release(worker: Worker, command: ParsedCommand, by: str) -> str:
     log.info("%s: hold released by %s", worker.name, by)
     worker.wake("release")
     return "released"
-
 
 @dataclass(frozen=True)
 class Command:
@@ -4831,7 +4572,6 @@ class Command:
     operands: str = ""
     job: Callable[[Worker, Job], None] | None = None
     answer: Callable[[Worker, ParsedCommand, str], str] | None = None
-
 
 TIMEOUT = "-t|--timeout=SECONDS"
 COMMANDS: dict[str, Command] = {
@@ -4877,12 +4617,10 @@ LIST_REQUEST = "//list"
 USAGE_STATUS = 2
 DENIED_STATUS = 1
 
-
 def option_names(command: str) -> dict[str, bool]:
     """The options of a command, and whether they take a value."""
     return {name: "=" in text for text in COMMANDS[command].options.split()
             for name in text.partition("=")[0].split("|")}
-
 
 def parse_options(command: str, arguments: Sequence[str]
                   ) -> tuple[tuple[tuple[str, str], ...], tuple[str, ...]]:
@@ -4904,7 +4642,6 @@ def parse_options(command: str, arguments: Sequence[str]
     return (tuple((name, value) for name, value in found
                   if command != "exec" or name not in DROPPED_OPTIONS), tuple(operands))
 
-
 def check_operands(command: ParsedCommand) -> ParsedCommand:
     """Names of compose services where the table has them. Raises Refused."""
     name, syntax = command.command, COMMANDS[command.command].operands
@@ -4917,7 +4654,6 @@ def check_operands(command: ParsedCommand) -> ParsedCommand:
         if not re.fullmatch(r"[A-Za-z0-9._-]+", operand) or operand.startswith("-"):
             raise Refused(f"{name}: {printable(operand)!r} is not a compose service")
     return command
-
 
 def parse_command(text: str) -> ParsedCommand:
     """An exec request, `service//command argument…`. Raises Refused with what is wrong."""
@@ -4941,12 +4677,10 @@ def parse_command(text: str) -> ParsedCommand:
     options, operands = parse_options(command, arguments)
     return check_operands(ParsedCommand(service, command, options, operands))
 
-
 def compose_command(command: ParsedCommand, terminal: bool) -> list[str]:
     """The words of compose for a command: its options, then --, then the operands."""
     fixed = ["-T"] if command.command == "exec" and not terminal else []
     return [command.command, *fixed, *command.words(), "--", *command.operands]
-
 
 def audit(directory: Path, **facts: object) -> None:
     """One line of the audit log, JSON."""
@@ -4960,7 +4694,6 @@ def audit(directory: Path, **facts: object) -> None:
 
 # ---- SSH ---------------------------------------------------------------------------------------
 
-
 @dataclass
 class Client:
     """A connection: where from, and the key that it has proven."""
@@ -4969,7 +4702,6 @@ class Client:
     key: str = ""  # fingerprint, "" before it is proven
     heard: int = 0  # bytes before that
     sessions: int = 0
-
 
 def bound_input(channel: Any) -> None:
     """Grant the client no more than a window of input that nobody has read yet."""
@@ -4984,12 +4716,10 @@ def bound_input(channel: Any) -> None:
 
     channel._deliver_data = deliver_data
 
-
 def set_terminal_size(terminal: Any, columns: int, rows: int) -> None:
     size = struct.pack("HHHH", (rows or 24) & 0xFFFF, (columns or 80) & 0xFFFF, 0, 0)
     if terminal and os.isatty(terminal.fileno()):
         fcntl.ioctl(terminal, termios.TIOCSWINSZ, size)
-
 
 def start_in_terminal(compose: Compose, words: list[str],
                       process: Any) -> tuple[Child, dict[str, Any]]:
@@ -5010,7 +4740,6 @@ def start_in_terminal(compose: Compose, words: list[str],
         os.close(theirs)
     return child, {"stdin": ours, "stdout": ours}
 
-
 def start_stream(compose: Compose, words: list[str], reads: bool) -> tuple[Child, dict[str, Any]]:
     """A streaming child, and which of its ends go to the session. Raises Fault."""
     child = compose.children.start(words, compose.who(), stdin=PIPE if reads else DEVNULL)
@@ -5018,7 +4747,6 @@ def start_stream(compose: Compose, words: list[str], reads: bool) -> tuple[Child
         os.set_blocking(child.stdin.fileno(), False)
     streams = {"stdin": child.stdin, "stdout": child.stdout, "stderr": child.stderr}
     return child, {name: stream for name, stream in streams.items() if stream}
-
 
 async def ready(descriptor: int, writing: bool = False) -> None:
     """Until it can be read (of a pidfd_open(2): until the process has ended) or written."""
@@ -5029,10 +4757,8 @@ async def ready(descriptor: int, writing: bool = False) -> None:
     finally:
         (loop.remove_writer if writing else loop.remove_reader)(descriptor)
 
-
 def version_of(module: Any) -> tuple[int, ...]:
     return tuple(int(part) for part in re.findall(r"\d+", module.__version__)[:3])
-
 
 async def write_all(descriptor: int, data: bytes) -> bool:
     """Write to a child; false at the end of the data, or if the child reads no more."""
@@ -5046,7 +4772,6 @@ async def write_all(descriptor: int, data: bytes) -> bool:
             return False
     return bool(data) or os.isatty(descriptor)
 
-
 async def pump_out(source: Any, writer: Any) -> None:
     """What the child writes, until it writes no more."""
     with contextlib.suppress(OSError):  # EIO is a terminal's end
@@ -5056,7 +4781,6 @@ async def pump_out(source: Any, writer: Any) -> None:
                 return
             writer.write(data)
             await writer.drain()
-
 
 async def pump_in(process: Any, target: Any, asyncssh: Any) -> None:
     """What the client writes, to its end; dropped if there is nobody (left) to read it."""
@@ -5071,7 +4795,6 @@ async def pump_in(process: Any, target: Any, asyncssh: Any) -> None:
             continue
         if target and not target.closed and not await write_all(target.fileno(), data):
             target.close()
-
 
 class SshServer:
     """pgod's own SSH port, by asyncssh: exec requests of key holders and nothing else."""
@@ -5334,7 +5057,6 @@ class SshServer:
             for stream in streams.values():
                 stream.close()
 
-
 def import_asyncssh() -> Any:
     """The module, or a Fault that says how to get it."""
     import warnings  # noqa: PLC0415
@@ -5352,13 +5074,11 @@ def import_asyncssh() -> Any:
 
 # ---- HTTP --------------------------------------------------------------------------------------
 
-
 WEBHOOK_BYTES = 25 << 20  # GitHub sends no more
 # Header, and what stands before the HMAC-SHA256 in it; GitLab sends the secret itself.
 WEBHOOK_SIGNATURES = (
     ("X-Hub-Signature-256", "sha256="), ("X-Gitea-Signature", ""), ("X-Forgejo-Signature", ""),
     ("X-Gogs-Signature", ""))
-
 
 class HttpHandler(http.server.BaseHTTPRequestHandler):
     """Two pages, and webhooks, which wake a service: nothing in them is believed."""
@@ -5412,7 +5132,6 @@ class HttpHandler(http.server.BaseHTTPRequestHandler):
     def log_message(self, format: str, *args: Any) -> None:
         log.debug("HTTP: %s: %s", self.address_string(), format % args)
 
-
 class HttpServer(http.server.ThreadingHTTPServer):
     """The oldest connection goes when there are too many."""
 
@@ -5459,7 +5178,6 @@ class HttpServer(http.server.ThreadingHTTPServer):
 CONFIGURATION_SECONDS = 2.0
 SSH_SILENCE = 120.0  # seconds; it is asked for a sign of life at each look
 
-
 def notify(text: str) -> None:
     """Tell systemd, if it asked to be told (sd_notify(3))."""
     address = os.environ.get("NOTIFY_SOCKET", "")
@@ -5467,7 +5185,6 @@ def notify(text: str) -> None:
         return
     with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
         sock.sendto(text.encode(), "\0" + address[1:] if address[0] == "@" else address)
-
 
 def left_behind(mark: str) -> list[int]:
     """Processes with the mark, outside of any container."""
@@ -5477,7 +5194,6 @@ def left_behind(mark: str) -> list[int]:
         except OSError:
             return ""
     return [p for p in marked_processes(mark) if namespace(p) == namespace("self")]
-
 
 def take_lock(directory: Path) -> str:
     """One pgod a folder; the mark by which its children are known. Raises Fault."""
@@ -5495,7 +5211,6 @@ def take_lock(directory: Path) -> str:
     os.pwrite(descriptor, f"{os.getpid()}\n{mark}\n".encode(), 0)
     os.fsync(descriptor)
     return mark
-
 
 def follow_events(shared: Shared) -> None:
     """Wake the service whose container changed, as the engine's events tell; until the end."""
@@ -5517,7 +5232,6 @@ def follow_events(shared: Shared) -> None:
             log.debug("events: %s", error)
         shared.events_flow.clear()
         shared.stopping.wait(2.0)
-
 
 def remove_service(shared: Shared, path: Path) -> None:
     """Containers and networks go; work tree and state move to .pgod/removed/."""
@@ -5541,7 +5255,6 @@ def remove_service(shared: Shared, path: Path) -> None:
     log.info("%s: removed: not in the configuration; its files are in %s, its volumes stay",
              name, aside)
 
-
 def remove_stale(shared: Shared) -> None:
     """Take down what is in .pgod/ and not in pgo.toml; volumes stay, the folder is set aside."""
     followed = {service.name for service in shared.configuration.services}
@@ -5553,7 +5266,6 @@ def remove_stale(shared: Shared) -> None:
             except (Fault, OSError) as error:
                 log.error("%s: removal failed, will be tried at the next start: %s",
                           path.name, error)
-
 
 class Daemon:
     """pgod's life: start, watch the configuration, end."""
@@ -5695,13 +5407,11 @@ UMask=0022
 WantedBy=multi-user.target
 """
 
-
 def bool_word(text: str) -> bool:
     """Go's notation: true, false, 1, 0, t, f."""
     if text.lower() not in ("true", "false", "1", "0", "t", "f"):
         raise argparse.ArgumentTypeError(f"{text!r} is neither true nor false")
     return text.lower() in ("true", "1", "t")
-
 
 def argument(parser: Callable[..., Any], *more: Any) -> Callable[[str], Any]:
     """argparse shows the message of ArgumentTypeError, but not that of ValueError."""
@@ -5712,10 +5422,8 @@ def argument(parser: Callable[..., Any], *more: Any) -> Callable[[str], Any]:
             raise argparse.ArgumentTypeError(str(error)) from None
     return parse
 
-
 def absolute(text: str) -> Path:
     return Path(text).absolute()
-
 
 # Their defaults are those of Settings.
 OPTIONS: tuple[tuple[tuple[str, ...], dict[str, Any]], ...] = (
@@ -5739,7 +5447,6 @@ OPTIONS: tuple[tuple[tuple[str, ...], dict[str, Any]], ...] = (
     (("--unit",), {"action": "store_true", "help": "print a systemd unit"}),
 )
 
-
 def parse_arguments(words: Sequence[str]) -> tuple[Settings, argparse.Namespace]:
     """The command line; exits with 2 and a message where it is wrong."""
     parser = argparse.ArgumentParser(
@@ -5753,9 +5460,7 @@ def parse_arguments(words: Sequence[str]) -> tuple[Settings, argparse.Namespace]
     options = parser.parse_args(words)
     return Settings(**{name: getattr(options, name) for name in fields}), options
 
-
 JOURNAL_LEVELS = {logging.ERROR: "<3>", logging.WARNING: "<4>", logging.INFO: "<6>"}
-
 
 class LogFormatter(logging.Formatter):
     """Under systemd the journal has time and level of its own."""
@@ -5771,7 +5476,6 @@ class LogFormatter(logging.Formatter):
         prefix = JOURNAL_LEVELS.get(record.levelno, "<7>") if self.journal else ""
         return prefix + text.replace("\n", "\n    ")
 
-
 def check_identity(configuration: Configuration) -> None:
     """pgod is root, unless every service's user is who runs it. Raises Fault."""
     me = pwd.getpwuid(os.geteuid()).pw_name
@@ -5781,7 +5485,6 @@ def check_identity(configuration: Configuration) -> None:
     if os.geteuid() == 0:
         os.setgroups([])
         os.umask(0o022)
-
 
 def main(words: Sequence[str]) -> int:
     """Dispatch; the exit status."""
@@ -5811,10 +5514,8 @@ def main(words: Sequence[str]) -> int:
         print(f"pgod: {fault}", file=sys.stderr)
     return 1
 
-
 def run() -> NoReturn:
     sys.exit(main(sys.argv[1:]))
-
 
 if __name__ == "__main__":
     run()
