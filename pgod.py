@@ -490,29 +490,30 @@ def as_user(account: Account) -> Iterator[None]:
         _libc.setfsuid(0)
         _libc.setfsgid(0)
 
-def chown(path: Path | int, account: Account | None, gid: int | None = None) -> None:
-    """Give a path or descriptor to the account (None: root), where pgod may."""
+Owner = Account | None  # None: root
+
+def chown(path: Path | int, account: Owner, gid: int | None = None) -> None:
+    """Give a path or descriptor to the account, where pgod may."""
     if os.geteuid() == 0:
         uid = account.uid if account else 0
         os.chown(path, uid, gid if gid is not None else account.gid if account else 0)
 
-def make_folder(path: Path, mode: int, account: Account | None = None,
-                gid: int | None = None) -> None:
+def make_folder(path: Path, mode: int, owner: Owner = None, gid: int | None = None) -> None:
     """A folder of pgod's own with that mode and owner, also where it was there already."""
     path.mkdir(parents=True, exist_ok=True)
     if not stat.S_ISDIR(path.lstat().st_mode):
         raise Fault(f"{path} is not a folder; remove it")
-    chown(path, account, gid)
+    chown(path, owner, gid)
     path.chmod(mode)
 
-def write_atomic(path: Path, data: bytes, mode: int = 0o600, account: Account | None = None,
+def write_atomic(path: Path, data: bytes, mode: int = 0o600, owner: Owner = None,
                  gid: int | None = None) -> None:
     """Old content or new content, never half of it, also after a loss of power."""
     descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
     try:
         with os.fdopen(descriptor, "wb") as file:
             file.write(data)
-            chown(file.fileno(), account, gid)
+            chown(file.fileno(), owner, gid)
             os.fchmod(file.fileno(), mode)
             file.flush()
             os.fsync(file.fileno())
@@ -683,8 +684,7 @@ class Metrics:
         with self._lock:
             self._values[name][tuple(labels.items())] = value
 
-    def replace(self, name: str, service: str,
-                rows: Iterable[tuple[dict[str, str], float]]) -> None:
+    def replace(self, name: str, service: str, rows: Iterable[tuple[Json, float]]) -> None:
         """Set a service's rows of a gauge and forget the ones it had."""
         with self._lock:
             kept = {key: value for key, value in self._values[name].items()
@@ -1389,12 +1389,9 @@ class EngineApi:
         for row in self.ask("GET", "/containers/json", {"all": 1, "filters": {"label": labels}}):
             with contextlib.suppress(NotThere, KeyError):  # gone meanwhile
                 facts = self.ask("GET", f"/containers/{row['Id']}/json")
-                container = parse_container(facts)
-                if container.status == "exited":
-                    ended = parse_time(facts["State"]["FinishedAt"])
-                    container = dataclasses.replace(
-                        container, by_hand=self.was_ended(container, ended))
-                found.append(container)
+                container, ended = parse_container(facts), parse_time(facts["State"]["FinishedAt"])
+                by_hand = container.status == "exited" and self.was_ended(container, ended)
+                found.append(dataclasses.replace(container, by_hand=by_hand))
         return tuple(sorted(found, key=lambda container: container.name))
 
     def was_ended(self, container: Container, ended: float) -> bool:
@@ -1932,10 +1929,9 @@ class PolicyContext:
 
     def owns(self, text: str, *separators: str) -> bool:
         """Whether a name begins with ours and not with the longer one of a neighbour."""
-        def begins(name: str) -> bool:
-            return any(text.startswith(name + separator) for separator in separators)
-        return begins(self.name) and not any(
-            begins(other.name) for other in self.others if other.name.startswith(self.name))
+        longer = [other.name for other in self.others if other.name.startswith(self.name)]
+        return text.startswith(tuple(self.name + mark for mark in separators)) and (
+            not text.startswith(tuple(name + mark for name in longer for mark in separators)))
 
 Found = Iterator[Violation]
 Check = Callable[[str, Any, "PolicyContext"], Found]
@@ -2053,8 +2049,7 @@ def port_range(value: Any) -> tuple[int, int]:
     return int(first), int(last or first)
 
 def check_ports(where: str, value: Any, context: PolicyContext) -> Found:
-    permitted = [port_range(entry[6:]) for entry in context.service.allow
-                 if entry.startswith("ports:")]
+    permitted = [port_range(e[6:]) for e in context.service.allow if e.startswith("ports:")]
     for item in value or ():
         published = item.get("published") if isinstance(item, dict) else item
         if not re.fullmatch(r"(\d{1,5}(-\d{1,5})?)?", str(published or "")):
@@ -2753,6 +2748,8 @@ class DoneJob:
     job: str
     started: float
 
+Jobs = Mapping[str, DoneJob]  # by their compose services
+
 @dataclass(frozen=True)
 class RowKind:
     """A kind of difference, and its cure: up, force, restart, remove, network or none."""
@@ -2866,7 +2863,7 @@ def ended_facts(container: Container, job: DoneJob | None, known: str) -> Facts:
     yield job and job.job != known, "job", "is done, but files that it uses changed"
 
 def container_facts(release: Release, container: Container, snapshot: Snapshot,
-                    done: Mapping[str, DoneJob]) -> Facts:
+                    done: Jobs) -> Facts:
     """All that can be wrong with a container of the release; the first that is true counts."""
     name = container.compose_service
     wanted, image = release.digests.get(name, ""), release.image_names[name]
@@ -2883,7 +2880,7 @@ def container_facts(release: Release, container: Container, snapshot: Snapshot,
     yield from (running_facts(container, snapshot.now) if container.status in UP
                 else ended_facts(container, done.get(name), release.job(name)))
 
-def compare(release: Release, snapshot: Snapshot, done: Mapping[str, DoneJob]) -> tuple[Row, ...]:
+def compare(release: Release, snapshot: Snapshot, done: Jobs) -> tuple[Row, ...]:
     """Every difference between what should be and what is. In sync means: none. Pure."""
     changed = changed_networks(release, snapshot)
     rows = [*compare_volumes(release, snapshot), *(
@@ -2909,8 +2906,7 @@ def compare(release: Release, snapshot: Snapshot, done: Mapping[str, DoneJob]) -
              for containers in have.values() for container in containers]
     return tuple(rows)
 
-def note_done(release: Release, snapshot: Snapshot,
-              done: Mapping[str, DoneJob]) -> dict[str, DoneJob]:
+def note_done(release: Release, snapshot: Snapshot, done: Jobs) -> dict[str, DoneJob]:
     """The jobs that are done: their containers may be pruned. Not to be asked after a stop."""
     noted = {name: job for name, job in done.items() if name in release.digests}
     for name in release.digests:
@@ -4011,8 +4007,7 @@ def take_over(project: Project) -> None:
         except EngineGone:
             raise
         except Fault as fault:  # what runs stays as it is, and is not started again
-            log.warning("%s: its checkout cannot be taken over, begins anew: %s",
-                        project.name, fault)
+            log.warning("%s: its checkout is not taken over: %s", project.name, fault)
     aside = project.paths.own / "taken-over.git"
     shutil.rmtree(aside, ignore_errors=True)
     (project.paths.worktree / ".git").rename(aside)
@@ -5252,8 +5247,7 @@ def remove_service(shared: Shared, path: Path) -> None:
         worktree.rename(aside / "worktree")
     path.rename(aside / "state")
     (shared.settings.directory / f"{name}.stop").unlink(missing_ok=True)
-    log.info("%s: removed: not in the configuration; its files are in %s, its volumes stay",
-             name, aside)
+    log.info("%s: removed, for pgo.toml lacks it; its files: %s; volumes stay", name, aside)
 
 def remove_stale(shared: Shared) -> None:
     """Take down what is in .pgod/ and not in pgo.toml; volumes stay, the folder is set aside."""
@@ -5264,8 +5258,7 @@ def remove_stale(shared: Shared) -> None:
             try:
                 remove_service(shared, path)
             except (Fault, OSError) as error:
-                log.error("%s: removal failed, will be tried at the next start: %s",
-                          path.name, error)
+                log.error("%s: removal failed, the next start tries again: %s", path.name, error)
 
 class Daemon:
     """pgod's life: start, watch the configuration, end."""
@@ -5368,8 +5361,7 @@ class Daemon:
         """Once for each new trouble; nothing, where it is over."""
         self.shared.metrics.set("pgo_configuration_valid", not text)
         if text and text != self.complained:
-            log.error("%s is not valid, the old configuration goes on:\n%s",
-                      self.settings.config, text)
+            log.error("%s is not valid, the old one goes on:\n%s", self.settings.config, text)
         self.complained = text
 
     def end(self) -> None:

@@ -3286,7 +3286,7 @@ def test_checkout_that_the_policy_refuses_is_not_started_again(lab: Lab) -> None
     run("docker", "compose", "-p", name, "up", "-d", cwd=tree)
     before = lab.containers(name)
     lab.start()
-    logged(lab, "cannot be taken over, begins anew: the policy refuses it")
+    logged(lab, "is not taken over: the policy refuses it")
     logged(lab, "the policy refuses it")
     assert lab.containers(name) == before
     docker("rm", "-f", *before.values())
@@ -4154,7 +4154,7 @@ def test_broken_configuration_changes_nothing(quiet: Lab, content: str | None) -
         if content is not None:
             quiet.config.write_text(content)
         until(lambda: "\npgo_configuration_valid 0\n" in quiet.metrics(), "it is reported")
-        until(lambda: "the old configuration goes on" in quiet.daemon.log(), "and logged")
+        until(lambda: "the old one goes on" in quiet.daemon.log(), "and logged")
     finally:
         quiet.config.write_text(old)
         quiet.config.chmod(0o600)
