@@ -182,11 +182,7 @@ class EngineGone(Fault):
     """The engine does not answer, or ended meanwhile: no fault of any commit."""
 
 class ConfigurationError(Exception):
-    """pgo.toml is wrong; `errors` has every line that says why."""
-
-    def __init__(self, errors: Sequence[str]) -> None:
-        super().__init__("\n".join(errors))
-        self.errors = tuple(errors)
+    """pgo.toml is wrong; the text has every reason, a line each."""
 
 class Stopping(Exception):
     """pgod is about to end: leave what you do."""
@@ -519,8 +515,7 @@ def write_atomic(path: Path, data: bytes, mode: int = 0o600, owner: Owner = None
             os.fsync(file.fileno())
         os.rename(temporary, path)
     except BaseException as error:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(temporary)
+        Path(temporary).unlink(missing_ok=True)
         if isinstance(error, OSError):
             raise OSError(error.errno, error.strerror, str(path)) from None
         raise
@@ -593,25 +588,19 @@ def read_beneath(root: Path, path: str, limit: int) -> bytes:
     with open_beneath(root, path) as file:
         return file.read(limit)
 
-def temporary_name() -> str:
-    return f".pgod-{os.getpid()}-{threading.get_ident()}"
-
 def replace_beneath(root: Path, path: str, make: Callable[[str, int], None]) -> None:
     """What `make` makes of a temporary name, at root/path. Raises Refused where a folder is."""
     *parts, name = path.split("/")
-    temporary = temporary_name()
+    temporary = f".pgod-{os.getpid()}-{threading.get_ident()}"
     with folder_beneath(root, parts, make=True) as folder:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(temporary, dir_fd=folder)
         try:
             make(temporary, folder)
             os.rename(temporary, name, src_dir_fd=folder, dst_dir_fd=folder)
-        except OSError as error:
+        except IsADirectoryError:
+            raise Refused(f"{root}/{path} is a folder, not a file; move or remove it") from None
+        finally:
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(temporary, dir_fd=folder)
-            if not isinstance(error, IsADirectoryError):
-                raise
-            raise Refused(f"{root}/{path} is a folder, not a file; move or remove it") from None
 
 def write_beneath(root: Path, path: str, data: BinaryIO, mode: int = 0o644) -> None:
     """A regular file beneath root, by a temporary name; a folder in its place is Refused."""
@@ -902,18 +891,19 @@ def printable(text: str) -> str:
     """No control characters: what a repository says must not steer a terminal or a log."""
     return "".join(char if char.isprintable() else "?" for char in text)
 
+@dataclass
 class Repository:
     """The git folder of one service. It lies outside the work tree, so no container reaches it."""
     # git runs as the service's user, without the docker group, without any configuration but ours.
 
-    def __init__(self, service: Service, paths: ServicePaths, account: Account,
-                 children: Children) -> None:
-        self.service = service
-        self.paths = paths
-        self.account = account
-        self.children = children
-        self.folder = paths.own / "git"
-        self.exported: tuple[str, Tree] = ("", {})  # commit and tree of the export folder
+    service: Service
+    paths: ServicePaths
+    account: Account
+    children: Children
+    exported: tuple[str, Tree] = ("", {})  # commit and tree of the export folder
+
+    def __post_init__(self) -> None:
+        self.folder = self.paths.own / "git"
 
     def environment(self) -> dict[str, str]:
         """No prompts, no configuration of others, one transport, the token in the environment."""
@@ -1155,8 +1145,9 @@ def worktree_conflicts(root: Path, export: Path, tracked: Tree, new: Tree) -> li
         with (refuse_on_permission_error(root, path),
               contextlib.suppress(FileNotFoundError, Refused),
               folder_beneath(root, folder.split("/") if folder else ()) as descriptor):
-            os.mkdir(temporary_name(), 0o700, dir_fd=descriptor)
-            os.rmdir(temporary_name(), dir_fd=descriptor)
+            name = f".pgod-{os.getpid()}-{threading.get_ident()}"
+            os.mkdir(name, 0o700, dir_fd=descriptor)
+            os.rmdir(name, dir_fd=descriptor)
     return conflicts
 
 def write_entry(root: Path, export: Path, path: str, mode: str) -> None:
@@ -1533,19 +1524,20 @@ def render_fault(result: Result, files: Sequence[str]) -> Fault:
         return Refused(f"{at}, {match[1]}: {match[2]}")
     return Refused(f"{at}: {why.replace(os.path.dirname(files[0]) + '/', '')}")
 
+@dataclass
 class Compose:
     """docker compose for one service."""
     # Rendering has no access to the engine; all else runs as the user with the docker group, on the
     # model that was checked.
 
-    def __init__(self, service: Service, paths: ServicePaths, children: Children,
-                 program: tuple[str, ...]) -> None:
-        self.service = service
-        self.paths = paths
-        self.children = children
-        self.program = program
-        self.account = account_of(service.user)
-        self.docker_account = account_of(service.user, with_docker=True)
+    service: Service
+    paths: ServicePaths
+    children: Children
+    program: tuple[str, ...]
+
+    def __post_init__(self) -> None:
+        self.account = account_of(self.service.user)
+        self.docker_account = account_of(self.service.user, with_docker=True)
 
     @property
     def reader_group(self) -> int | None:
@@ -2084,9 +2076,8 @@ def check_deploy(where: str, value: Any, context: PolicyContext) -> Found:
         yield Violation(where, "deploy.devices", shown(item), "is a device of the host", "gpus")
 
 def check_hooks(where: str, value: Any, context: PolicyContext) -> Found:
-    for item in value or ():
-        if isinstance(item, dict) and item.get("privileged"):
-            yield Violation(where, "privileged", shown(item), "is root on the host", "privileged")
+    for item in (item for item in value or () if item.get("privileged")):
+        yield Violation(where, "privileged", shown(item), "is root on the host", "privileged")
 
 BUILD_KEYS = frozenset((
     "context dockerfile dockerfile_inline args labels target no_cache pull tags platforms "
@@ -2174,7 +2165,7 @@ def check_mounts(where: str, value: Any, context: PolicyContext) -> Found:
         if kind not in ("bind", "volume", "tmpfs"):
             yield Violation(where, "volumes", shown(item), f"{kind} mounts are not known")
             continue
-        bind = item.get("bind") or {}
+        bind = part(item, "bind")
         if bind.get("selinux"):
             yield Violation(where, "volumes", shown(item), "relabels files of the host")
         if bind.get("propagation") not in (None, "", "private", "rprivate"):
@@ -2184,7 +2175,7 @@ def check_mounts(where: str, value: Any, context: PolicyContext) -> Found:
         yield from check_tmpfs_size(where, (item.get("tmpfs") or {}).get("size"), context)
 
 def check_image(where: str, value: Any, context: PolicyContext) -> Found:
-    if str(value).startswith(KEEP_NAME.partition("/")[0] + "/"):
+    if str(value).startswith("pgod.invalid/"):
         yield Violation(where, "image", str(value), "is a name that pgod keeps images by")
 
 # Of those that every container has, what Kubernetes' baseline lets one ask for by name.
@@ -2443,24 +2434,23 @@ def check_build_secrets(model: Model, context: PolicyContext) -> Found:
             if why := outside_commit(file, context):
                 yield Violation(where, "build.secrets", file, why)
 
+TOO_LARGE = (f"is over {MODEL_DEPTH} deep, or has over {MODEL_ENTRIES} entries, "
+             f"{MODEL_TEXT >> 10} KiB of text or names of {MODEL_KEY} characters")
+
 def check_budget(model: Model) -> Found:
     """A model that is so large that looking at it takes long is not looked at."""
-    left: list[tuple[Any, str, int]] = [(model, "", 1)]
+    left: list[tuple[Any, str, int]] = [(model, "the compose file", 1)]
     while left:
         value, key, depth = left.pop()
-        if isinstance(value, str) and len(value) > MODEL_TEXT:
-            yield Violation(key, "length", value[:40], f"has over {MODEL_TEXT >> 10} KiB")
-        if not isinstance(value, dict | list):
-            continue
-        if depth > MODEL_DEPTH or len(value) > MODEL_ENTRIES:
-            yield Violation(key, "size", str(len(value)), f"is over {MODEL_DEPTH} deep or has over "
-                            f"{MODEL_ENTRIES} entries")
-            continue
-        items = value.items() if isinstance(value, dict) else ((key, item) for item in value)
-        for name, item in items:
-            if len(name) > MODEL_KEY:
-                yield Violation(key, "name", name[:40], f"has over {MODEL_KEY} characters")
-            left.append((item, name[:MODEL_KEY], depth + 1))
+        large = isinstance(value, str) and len(value) > MODEL_TEXT
+        if isinstance(value, dict | list):
+            large = depth > MODEL_DEPTH or len(value) > MODEL_ENTRIES
+        if large or (isinstance(value, dict) and any(len(name) > MODEL_KEY for name in value)):
+            yield Violation(key, "size", str(len(value)), TOO_LARGE)
+        elif isinstance(value, dict):
+            left += [(item, name, depth + 1) for name, item in value.items()]
+        elif isinstance(value, list):
+            left += [(item, key, depth + 1) for item in value]
 
 MODEL_CHECKS = (check_top_level, check_networks, check_attachments, check_volumes, check_binds,
                 check_build_secrets)
@@ -2656,12 +2646,12 @@ def parse_configuration(text: str) -> tuple[Service, ...]:
     try:
         document = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
-        raise ConfigurationError([f"not TOML: {error}"]) from None
+        raise ConfigurationError(f"not TOML: {error}") from None
     errors = [f"unknown key {key!r}{nearest(key, ['services'])}; services are written as "
               "[[services]]" for key in document if key != "services"]
     tables = document.get("services", [])
     if not isinstance(tables, list) or not all(isinstance(table, dict) for table in tables):
-        raise ConfigurationError([*errors, "services must be written as [[services]]"])
+        raise ConfigurationError("\n".join([*errors, "services must be written as [[services]]"]))
     if not tables and not errors:
         errors.append("has no [[services]]; an empty configuration would take everything down")
     services = []
@@ -2672,7 +2662,7 @@ def parse_configuration(text: str) -> tuple[Service, ...]:
         services += [service] if service else []
     errors += check_services(services)
     if errors:
-        raise ConfigurationError(errors)
+        raise ConfigurationError("\n".join(errors))
     return tuple(services)
 
 def configuration_digest(path: Path) -> str:
@@ -2695,7 +2685,7 @@ def read_configuration(path: Path) -> Configuration:
         others = path.stat().st_mode & stat.S_IROTH
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "is not UTF-8"
-        raise ConfigurationError([f"cannot be read: {reason}"]) from None
+        raise ConfigurationError(f"cannot be read: {reason}") from None
     secret = any(s.secrets for s in services)
     warning = f"{path} holds secrets and everybody can read it: chmod 600 {path}"
     return Configuration(services, digest, (warning,) if others and secret else ())
@@ -3538,12 +3528,10 @@ def restore_images(project: Project, release: Release, wanted: Iterable[str]) ->
         if project.api.image(name).get("Id") == identity or (
                 name.startswith(theirs) and not context.owns(name, "-", "/")):
             continue
-        try:
+        with contextlib.suppress(NotThere):
             if "@" not in name:
                 project.api.tag(identity, name)
                 continue
-        except NotThere:
-            pass
         builders = [service for service, image in release.image_names.items()
                     if image == name and services[service].get("build")]
         if builders:
@@ -3583,13 +3571,13 @@ def make_binds(project: Project, model: Model) -> None:
         if not stat.S_ISDIR(mode) and not stat.S_ISREG(mode):
             raise Refused(f"{bind.compose_service}: {bind.source} is a link or a device; remove it")
 
+@dataclass
 class Installation:
     """Puts one release in place: files, networks, containers. What it does can be done again."""
 
-    def __init__(self, project: Project, release: Release, say: Progress) -> None:
-        self.project = project
-        self.release = release
-        self.say = say
+    project: Project
+    release: Release
+    say: Progress
 
     def update_files(self, tree: Tree, containers: Iterable[Container], strict: bool) -> None:
         """Tracked files follow the commit. Raises Refused if it is to be `strict`."""
@@ -3709,20 +3697,22 @@ def describe(rows: Iterable[Row], release: Release, former: Release | None) -> d
             changes.setdefault(name, f"{row.how.does}: {row}")
     return changes
 
+@dataclass
 class Reconciler:
     """Makes what runs what should run, for one project: deploy, roll back, heal, stop."""
     # All of it happens in the service's thread. `pause` waits a moment, less if the engine tells of
     # something, and raises Stopping; `publish` shows others what is known.
 
-    def __init__(self, project: Project, pause: Callable[[float], None],
-                 publish: Callable[[], None]) -> None:
-        self.project = project
-        self.store = project.store
-        self.pause = pause
-        self.publish = publish
-        self.snapshot = Snapshot()  # the last one
-        self.rows: tuple[Row, ...] = ()  # of the current release with it
-        self.was_stopped = False  # what ended meanwhile was stopped, and is no job that is done
+    project: Project
+    pause: Callable[[float], None]
+    publish: Callable[[], None]
+    snapshot: Snapshot = Snapshot()  # the last one
+    rows: tuple[Row, ...] = ()  # of the current release with it
+    was_stopped: bool = False  # what ended meanwhile was stopped, and is no job that is done
+
+    @property
+    def store(self) -> Store:
+        return self.project.store
 
     def look(self) -> tuple[Row, ...]:
         """Ask the engine, and compare with the current release. Raises Fault."""
@@ -5131,22 +5121,17 @@ class HttpServer(http.server.ThreadingHTTPServer):
     """The oldest connection goes when there are too many."""
 
     daemon_threads = True
-    request_queue_size = 128
 
     def __init__(self, address: tuple[str, int], shared: Shared) -> None:
+        """An empty host is every address of both families, as in Go. Raises OSError."""
+        super().__init__(address, HttpHandler, bind_and_activate=False)
         self.shared = shared
         self.guard = threading.Lock()  # guards `open`
         self.open: dict[socket.socket, float] = {}  # connection: since when
+        self.socket.close()
         both = not address[0] and socket.has_dualstack_ipv6()
-        self.address_family = socket.AF_INET6 if both or ":" in address[0] else socket.AF_INET
-        super().__init__(address, HttpHandler)
-
-    def server_bind(self) -> None:
-        """An empty host is every address of both families, as in Go."""
-        if self.address_family == socket.AF_INET6:
-            self.socket.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY,
-                                   bool(self.server_address[0]))
-        super().server_bind()
+        family = socket.AF_INET6 if both or ":" in address[0] else socket.AF_INET
+        self.socket = socket.create_server(address, family=family, backlog=128, dualstack_ipv6=both)
 
     def process_request(self, request: Any, client_address: Any) -> None:
         now = time.monotonic()
@@ -5500,7 +5485,7 @@ def main(words: Sequence[str]) -> int:
         check_identity(configuration)
         return Daemon(settings, configuration).run()
     except ConfigurationError as error:
-        for line in error.errors:
+        for line in str(error).splitlines():
             print(f"{settings.config}: {line}", file=sys.stderr)
     except Fault as fault:
         print(f"pgod: {fault}", file=sys.stderr)
