@@ -4781,6 +4781,26 @@ async def pump_in(process: Any, target: Any, asyncssh: Any) -> None:
         if target and not target.closed and not await write_all(target.fileno(), data):
             target.close()
 
+def supported_algorithms(asyncssh: Any) -> dict[str, Any]:
+    """Those of SSH_ALGORITHMS that this asyncssh has."""
+    from asyncssh import encryption, kex, mac, public_key  # noqa: PLC0415
+    have = {"kex_algs": kex.get_kex_algs(), "encryption_algs": encryption.get_encryption_algs(),
+            "mac_algs": mac.get_mac_algs(), "signature_algs": public_key.get_public_key_algs()}
+    # Without strict key exchange, this one is open to Terrapin (CVE-2023-48795).
+    bad = () if version_of(asyncssh) >= (2, 14, 2) else ("chacha20-poly1305@openssh.com",)
+    return {name: [a for a in wanted if a not in bad
+                   and (name not in have or a.encode() in have[name])]
+            for name, wanted in SSH_ALGORITHMS.items()}
+
+def host_key(path: Path, asyncssh: Any) -> Any:
+    """Made once, kept ever after. Raises Fault."""
+    if not path.exists():
+        write_atomic(path, asyncssh.generate_private_key("ssh-ed25519").export_private_key())
+    try:
+        return asyncssh.read_private_key(str(path))
+    except (OSError, asyncssh.KeyImportError) as error:
+        raise Fault(f"host key {path} cannot be read: {error}") from None
+
 class SshServer:
     """pgod's own SSH port, by asyncssh: exec requests of key holders and nothing else."""
 
@@ -4822,7 +4842,8 @@ class SshServer:
             def validate_public_key(self, username: str, key: Any) -> bool:
                 return bool(server.services_of(key_fingerprint(key.public_data)))
 
-        key = self.host_key()
+        key = host_key(self.shared.settings.directory / ".pgod" / "ssh_host_ed25519_key",
+                       self.asyncssh)
         log.info("host key: %s", key_fingerprint(key.public_data))
         await self.asyncssh.create_server(
             Server, address[0], address[1], server_host_keys=[key], reuse_address=True,
@@ -4830,29 +4851,7 @@ class SshServer:
             agent_forwarding=False, x11_forwarding=False, allow_scp=False, sftp_factory=None,
             password_auth=False, kbdint_auth=False, host_based_auth=False, gss_host=None,
             login_timeout=SSH_LOGIN_SECONDS, keepalive_interval=30, keepalive_count_max=3,
-            server_version=f"pgod_{VERSION}", **self.algorithms())
-
-    def algorithms(self) -> dict[str, Any]:
-        """Those of SSH_ALGORITHMS that this asyncssh has."""
-        from asyncssh import encryption, kex, mac, public_key  # noqa: PLC0415
-        have = {"kex_algs": kex.get_kex_algs(), "encryption_algs": encryption.get_encryption_algs(),
-                "mac_algs": mac.get_mac_algs(), "signature_algs": public_key.get_public_key_algs()}
-        # Without strict key exchange, this one is open to Terrapin (CVE-2023-48795).
-        bad = () if version_of(self.asyncssh) >= (2, 14, 2) else ("chacha20-poly1305@openssh.com",)
-        return {name: [a for a in wanted if a not in bad
-                       and (name not in have or a.encode() in have[name])]
-                for name, wanted in SSH_ALGORITHMS.items()}
-
-    def host_key(self) -> Any:
-        """Made once, kept ever after. Raises Fault."""
-        path = self.shared.settings.directory / ".pgod" / "ssh_host_ed25519_key"
-        if not path.exists():
-            key = self.asyncssh.generate_private_key("ssh-ed25519")
-            write_atomic(path, key.export_private_key())
-        try:
-            return self.asyncssh.read_private_key(str(path))
-        except (OSError, self.asyncssh.KeyImportError) as error:
-            raise Fault(f"host key {path} cannot be read: {error}") from None
+            server_version=f"pgod_{VERSION}", **supported_algorithms(self.asyncssh))
 
     def services_of(self, fingerprint: str) -> list[str]:
         """The services whose repositories hold the key, as of now."""
