@@ -655,7 +655,7 @@ class Metrics:
     """Counters, and gauges that are set; thread-safe."""
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
+        self._lock = threading.Lock()  # guards _values
         self._values: dict[str, dict[tuple[tuple[str, str], ...], float]] = {
             name: {} for name in METRICS}
 
