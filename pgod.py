@@ -102,6 +102,7 @@ BACKOFF_CEILING = 3600.0  # seconds between two tries of the same thing, at most
 SAME_TIME_DEPLOYS = 4
 SLOW_DEPLOY = 30.0  # seconds after which a deploy holds up no other
 KEY_FILE_BYTES = 16 * 1024
+OUTSIDE_BYTES = 1 << 20  # of a file that pgo.toml names
 KEY_COUNT = 100
 
 # Deadlines of child processes, in seconds.
@@ -142,7 +143,8 @@ SSH_UNPROVEN_BYTES = 64 * 1024  # what a client may send before it has proven a 
 SSH_UNPROVEN = 100
 SSH_UNPROVEN_PER_ADDRESS = 20
 SSH_SESSIONS = 10  # at one time in one connection
-SSH_SESSIONS_PER_KEY = 50
+SSH_SESSIONS_PER_SERVICE = 50
+SSH_KEY_SECONDS = 2.0  # between two looks whether the key of a stream is still there
 SSH_LOGIN_SECONDS = 20
 SSH_COMMAND_BYTES = 64 * 1024
 SSH_ARGUMENTS = 256
@@ -884,12 +886,39 @@ GIT_SETTINGS = {
     "http.followRedirects": "false", "gc.autoDetach": "false", "fetch.recurseSubmodules": "no",
     "submodule.recurse": "false", "transfer.fsckObjects": "false", "protocol.version": "2",
     "core.symlinks": "true", "core.quotePath": "false", "advice.detachedHead": "false",
-    "http.lowSpeedLimit": "100", "http.lowSpeedTime": "60",
+    "http.lowSpeedLimit": "100", "http.lowSpeedTime": "60", "gc.autoPackLimit": "3",
+    "gc.pruneExpire": "now", "core.bigFileThreshold": "16m",
 }
 
 def printable(text: str) -> str:
     """No control characters: what a repository says must not steer a terminal or a log."""
     return "".join(char if char.isprintable() else "?" for char in text)
+
+def taken_over(descriptor: int, gid: int, prefix: str = "") -> dict[str, str]:
+    """Give a folder to root, so that no process of the user's can change it; what is in it then."""
+    # Root's docker builds from it, and would follow a link. The folder first: then it is at rest.
+    found: dict[str, str] = {}
+    with contextlib.ExitStack() as stack:
+        stack.callback(os.close, descriptor)
+        root = os.geteuid() == 0
+        if root:
+            os.fchown(descriptor, 0, gid)
+        os.fchmod(descriptor, 0o750)
+        for name in os.listdir(descriptor):
+            facts = os.stat(name, dir_fd=descriptor, follow_symlinks=False)
+            if stat.S_ISDIR(facts.st_mode):
+                inner = os.open(name, FOLDER_FLAGS, dir_fd=descriptor)
+                found |= taken_over(inner, gid, f"{prefix}{name}/")
+                continue
+            if root:
+                os.chown(name, 0, gid, dir_fd=descriptor, follow_symlinks=False)
+            if stat.S_ISREG(facts.st_mode) and facts.st_nlink == 1:
+                mode = 0o755 if facts.st_mode & stat.S_IXUSR else 0o644
+                os.chmod(name, mode, dir_fd=descriptor)
+                found[prefix + name] = f"100{mode:o}"
+            else:
+                found[prefix + name] = "120000" if stat.S_ISLNK(facts.st_mode) else ""
+    return found
 
 @dataclass
 class Repository:
@@ -937,8 +966,8 @@ class Repository:
         for name in ("git", "ssh"):
             make_folder(own / name, 0o700, self.account)
         if self.service.deploy_key:
-            key = Path(self.service.deploy_key).read_bytes().rstrip() + b"\n"
-            write_atomic(own / "ssh" / "deploy_key", key, 0o600, self.account)
+            key = read_beneath(Path("/"), self.service.deploy_key[1:], OUTSIDE_BYTES)
+            write_atomic(own / "ssh" / "deploy_key", key.rstrip() + b"\n", 0o600, self.account)
         trusted = [str(self.paths.worktree), str(self.paths.worktree / ".git")]
         if self.service.repository.scheme == "file":
             url = self.service.repository.url
@@ -958,7 +987,8 @@ class Repository:
         where = [] if folder is None else [f"--git-dir={git_dir}"]
         subcommand = "pull" if words[0] == "fetch" else words[0]
         who = RunAs(self.service.name, self.account, self.environment() | dict(env or {}),
-                    secrets=self.service.secrets, limits=(f"--data={GIT_MEMORY}",))
+                    secrets=self.service.secrets,
+                    limits=(f"--data={GIT_MEMORY}", f"--fsize={TREE_BYTES}"))
         result = self.children.run(["git", *where, *words], who, deadline=DEADLINE[deadline],
                                    kind=("git", subcommand))
         if result.failed:
@@ -1033,10 +1063,12 @@ class Repository:
             facts, _, name = entry.partition(b"\t")
             mode, _, blob, size = facts.decode().split()
             path = name.decode(errors="surrogateescape")
+            if path in tree:
+                raise Refused(f"it has a path twice: {printable(path[:80])}")
             left -= int(size) if size != "-" else 0
             if len(path) > PATH_LENGTH or path.count("/") > PATH_DEPTH:
                 raise Refused(f"it has a path that is too long: {printable(path[:80])}…")
-            tree[path] = (mode, blob)
+            tree[path] = ("100644" if mode == "100664" else mode, blob)
             if len(tree) > TREE_FILES or left < 0:
                 raise Refused(f"it has more than {TREE_FILES} files or {TREE_BYTES >> 30} GiB")
         return tree
@@ -1054,10 +1086,18 @@ class Repository:
         shutil.rmtree(fresh, ignore_errors=True)
         for left in (index, index.with_name("export.index.lock")):
             left.unlink(missing_ok=True)
-        make_folder(fresh, 0o700, self.account)
+        make_folder(fresh, 0o750, self.account)
         env = {"GIT_INDEX_FILE": str(index), "GIT_WORK_TREE": str(fresh)}
-        self.git("read-tree", commit, env=env)
-        self.git("checkout-index", "--all", "--force", f"--prefix={fresh}/", env=env)
+        try:
+            self.git("read-tree", commit, env=env)
+            self.git("checkout-index", "--all", "--force", f"--prefix={fresh}/", env=env)
+            have = taken_over(os.open(fresh, FOLDER_FLAGS), self.account.gid)
+            if have != {path: mode for path, (mode, _) in tree.items() if mode != "160000"}:
+                raise Fault("the export is not what the commit has; is a process of "
+                            f"{self.account.name} at work in it?")
+        except Fault:
+            shutil.rmtree(fresh, ignore_errors=True)
+            raise
         shutil.rmtree(self.paths.export, ignore_errors=True)
         fresh.rename(self.paths.export)
         return tree
@@ -1493,21 +1533,12 @@ def compose_program(children: Children) -> tuple[str, ...]:
     raise Fault(f"{found}docker compose 2 is needed: install docker-compose-v2 or "
                 "docker-compose-plugin")
 
-def docker_group() -> int | None:
-    """The group that may speak to the engine's socket."""
-    try:
-        return grp.getgrnam("docker").gr_gid
-    except KeyError:
-        return None
-
-def account_of(user: str, with_docker: bool = False) -> Account:
-    """The user with the groups it has, the docker group taken away or added."""
+def account_of(user: str) -> Account:
+    """The user with the groups it has, but for docker's: who has that is root by the engine."""
     entry = pwd.getpwnam(user)
     groups = set(os.getgrouplist(user, entry.pw_gid))
-    docker = docker_group()
-    if docker is not None and user != "root":
-        groups = groups | {docker} if with_docker else groups - {docker}
-    return Account(user, entry.pw_uid, entry.pw_gid, tuple(sorted(groups)))
+    docker = {group.gr_gid for group in grp.getgrall() if group.gr_name == "docker"}
+    return Account(user, entry.pw_uid, entry.pw_gid, tuple(sorted(groups - docker)))
 
 def render_fault(result: Result, files: Sequence[str]) -> Fault:
     """Why a rendering failed; a limit's own words help nobody. A crash is no fault of the file."""
@@ -1527,8 +1558,8 @@ def render_fault(result: Result, files: Sequence[str]) -> Fault:
 @dataclass
 class Compose:
     """docker compose for one service."""
-    # Rendering has no access to the engine; all else runs as the user with the docker group, on the
-    # model that was checked.
+    # Rendering is the user's, without access to the engine. All else is root's, on the model that
+    # was checked: who can trace a process that has the docker group, is root himself.
 
     service: Service
     paths: ServicePaths
@@ -1537,38 +1568,29 @@ class Compose:
 
     def __post_init__(self) -> None:
         self.account = account_of(self.service.user)
-        self.docker_account = account_of(self.service.user, with_docker=True)
-
-    @property
-    def reader_group(self) -> int | None:
-        """Only docker commands read the model and the logins: root's, of the docker group."""
-        return docker_group() if os.geteuid() == 0 else None
 
     def environment(self) -> dict[str, str]:
         """For every docker command. Nothing in it or in a .env makes compose fetch a remote."""
-        return dict(self.service.env) | {
+        profiles = ",".join(self.service.profiles)  # none: what .env says counts
+        return dict(self.service.env) | ({"COMPOSE_PROFILES": profiles} if profiles else {}) | {
             "DOCKER_CONFIG": str(self.paths.own / "docker"),
             "BUILDX_CONFIG": str(self.paths.own / "buildx"),
-            "COMPOSE_PROFILES": ",".join(self.service.profiles),
             "COMPOSE_EXPERIMENTAL_GIT_REMOTE": "false", "COMPOSE_EXPERIMENTAL_OCI_REMOTE": "false",
             "COMPOSE_PROJECT_NAME": self.service.name, "COMPOSE_MENU": "false",
             "DOCKER_CLI_HINTS": "false"}
 
     def who(self, env: Mapping[str, str] | None = None) -> RunAs:
-        """The user with the docker group."""
-        return RunAs(self.service.name, self.docker_account, self.environment() | dict(env or {}),
+        return RunAs(self.service.name, None, self.environment() | dict(env or {}),
                      secrets=self.service.secrets)
 
     def prepare(self) -> None:
-        make_folder(self.paths.own / "docker", 0o750, None, self.reader_group)
-        make_folder(self.paths.own / "buildx", 0o770, None, self.reader_group)
+        for name in ("docker", "buildx"):
+            make_folder(self.paths.own / name, 0o700)
         if not (self.paths.own / "docker" / "config.json").exists():
             self.write("docker/config.json", b"{}\n")
 
     def write(self, name: str, data: bytes) -> None:
-        """A file of root's that docker commands can read and nobody can write."""
-        mode = 0o640 if self.reader_group is not None else 0o600
-        write_atomic(self.paths.own / name, data, mode, None, self.reader_group)
+        write_atomic(self.paths.own / name, data)
 
     def write_model(self, name: str, model: Json) -> None:
         # As UTF-8: compose takes no surrogate pairs.
@@ -1623,11 +1645,8 @@ class Compose:
         for registry in self.service.registries:
             result = self.children.run(
                 ["docker", "login", "--username", registry.user, "--password-stdin",
-                 registry.address], dataclasses.replace(self.who(), account=None),
-                stdin=registry.token.encode(), deadline=DEADLINE["login"], kind=("docker", "login"))
-            with contextlib.suppress(FileNotFoundError):
-                self.write("docker/config.json",
-                           (self.paths.own / "docker" / "config.json").read_bytes())
+                 registry.address], self.who(), stdin=registry.token.encode(),
+                deadline=DEADLINE["login"], kind=("docker", "login"))
             result.check(f"login to {registry.address} failed")
 
     def pull(self, names: Sequence[str]) -> str:
@@ -1736,6 +1755,17 @@ def with_tmpfs_sizes(model: Model) -> Model:
         for volume in service.get("volumes") or ():
             if isinstance(volume, dict) and volume.get("type") == "tmpfs":
                 volume["tmpfs"] = {"size": str(MAX_BYTES)} | (volume.get("tmpfs") or {})
+    return result
+
+def without_raw_sockets(model: Model) -> Model:
+    """The model without NET_RAW where others are on the network: ARP would take their traffic."""
+    result = copied(model)
+    for service in compose_services(result).values():
+        added = {str(name).upper().removeprefix("CAP_") for name in service.get("cap_add") or ()}
+        external = any(part(model, "networks", key).get("external")
+                       for key in networks_used(service))
+        if external and not added & {"NET_RAW", "ALL"}:  # which an administrator permits
+            service["cap_drop"] = sorted({*(service.get("cap_drop") or ()), "NET_RAW"})
     return result
 
 def inherits_bind(binds: Iterable[Bind], service: Json, image_volumes: Iterable[str]) -> bool:
@@ -1914,6 +1944,7 @@ class PolicyContext:
     data: str
     tree: Tree = field(default_factory=dict)
     ports: tuple[int, ...] = ()  # pgod's own
+    closed: tuple[str, ...] = ()  # folders of pgod's, that no exception is offered for
 
     @property
     def name(self) -> str:
@@ -1931,8 +1962,9 @@ Check = Callable[[str, Any, "PolicyContext"], Found]
 HOST = "is a power over the host"
 MAX_REPLICAS = 20
 MAX_CONTAINERS = 100  # of one project
-MAX_BINDS = 500
-MAX_PORTS = 1000
+# In all of one project. The engine's usual pool holds 31 networks; each published port is two
+# processes of root's.
+MOST = {"volumes": 500, "configs": 500, "secrets": 500, "ports": 50, "networks": 8}
 MAX_GRACE = 120.0
 NOTHING: tuple[Any, ...] = (None, False, "", [], {})
 
@@ -2186,7 +2218,7 @@ PLAIN_KEYS = (
     "cpuset depends_on develop dns dns_opt dns_search domainname entrypoint environment expose "
     "extra_hosts healthcheck hostname init links mac_address mem_limit mem_reservation "
     "mem_swappiness memswap_limit networks pids_limit platform profiles pull_policy "
-    "pull_refresh_after read_only restart secrets stdin_open stop_signal tty ulimits user "
+    "pull_refresh_after read_only restart secrets stdin_open stop_signal tty user "
     "working_dir").split()
 
 # Every key of a compose service that pgod knows. One that is not here is refused by name.
@@ -2225,6 +2257,7 @@ SERVICE_RULES: dict[str, Rule] = {rule.key: rule for rule in (
     Rule("pid", "sees the host's processes", "", ".+", "host"),
     Rule("ports", allow=r"\d+(-\d+)?", example="80", check=check_ports),
     Rule("post_start", allow=None, check=check_hooks),
+    Rule("pre_start", allow=None, check=check_hooks),
     Rule("pre_stop", allow=None, check=check_hooks),
     Rule("privileged", "is root on the host"),
     Rule("provider", "runs a program of the host"),
@@ -2237,6 +2270,8 @@ SERVICE_RULES: dict[str, Rule] = {rule.key: rule for rule in (
     Rule("storage_opt", HOST),
     Rule("sysctls", "is a setting of the host's kernel", r"net\..*", ".+", "kernel.shmmax", named),
     Rule("tmpfs", allow=None, check=check_tmpfs),
+    Rule("ulimits", "starves the host", "nofile|nproc|core|memlock|stack|fsize|cpu|data|as",
+         "[a-z]+", "rtprio", named),
     Rule("use_api_socket", "is the engine's socket"),
     Rule("userns_mode", HOST, "", ".+", "host"),
     Rule("uts", HOST, "", ".+", "host"),
@@ -2248,6 +2283,7 @@ ALLOW: dict[str, Rule] = {rule.key: rule for rule in (
     *(rule for rule in SERVICE_RULES.values() if rule.allow is not None),
     Rule("bind", allow=r"/[^:]*(:ro)?", example="/srv/media:ro"),
     Rule("key", allow="[a-z_]+", example="new_key"),
+    Rule("most", allow=r"(volumes|configs|secrets|ports|networks)=\d+", example="ports=100"),
     Rule("network", allow=".+", example="macvlan_driver"),
     Rule("replicas", allow=r"\d+", example="50"),
     Rule("size", allow=r"\d+[kmg]?", example="4g"),
@@ -2358,11 +2394,16 @@ def check_size(model: Model, context: PolicyContext) -> Found:
     if count > allowed("replicas", MAX_CONTAINERS, int, context):
         yield Violation("services", "replicas", str(count), f"is more than {MAX_CONTAINERS} "
                         "containers in all", f"replicas:{count}")
-    for key, most in (("volumes", MAX_BINDS), ("configs", MAX_BINDS), ("secrets", MAX_BINDS),
-                      ("ports", MAX_PORTS)):
-        count = sum(len(service.get(key) or ()) for service in compose_services(model).values())
-        if count > most:
-            yield Violation("services", key, str(count), f"is more than {most} in all")
+    services = compose_services(model).values()
+    counts = {key: sum(len(service.get(key) or ()) for service in services)
+              for key in ("volumes", "configs", "secrets", "ports")}
+    counts["networks"] = len(part(model, "networks"))
+    for key, most in MOST.items():
+        permitted = [int(entry.rpartition("=")[2]) for entry in context.service.allow
+                     if entry.startswith(f"most:{key}=")]
+        if counts[key] > max([most, *permitted]):
+            yield Violation("services", key, str(counts[key]), f"is more than {most} in all",
+                            f"most:{key}={counts[key]}")
 
 def check_top_level(model: Model, context: PolicyContext) -> Found:
     """Unknown keys, and where configs and secrets come from."""
@@ -2373,6 +2414,9 @@ def check_top_level(model: Model, context: PolicyContext) -> Found:
 
 # Read-only, these tell a container nothing but the time: very many compose files have them.
 CLOCK_BINDS = (("/etc/localtime", True), ("/etc/timezone", True))
+
+SYSTEM_FOLDERS = ("/bin", "/boot", "/dev", "/etc", "/lib", "/proc", "/root", "/run", "/sbin",
+                  "/sys", "/usr", "/var/lib")
 
 def bind_allowed(bind: Bind, service: Service) -> bool:
     """Whether `allow` has the path or one above it, and as much as is asked for."""
@@ -2415,6 +2459,10 @@ def check_binds(model: Model, context: PolicyContext) -> Found:
         elif relative is None:
             if beneath(bind.source, context.data) is None:
                 why = f"lies neither in the repository nor in {context.data}"
+            if any(beneath(folder, bind.source.rstrip("/")) is not None
+                   for folder in (*context.closed, *SYSTEM_FOLDERS)) or any(
+                       beneath(bind.source, folder) is not None for folder in context.closed):
+                entry = ""
         elif link_above(relative, context.tree):
             why, entry = link_above(relative, context.tree), ""
         elif relative == "" and not bind.read_only:
@@ -2478,7 +2526,7 @@ def check_policy(model: Model, context: PolicyContext) -> list[Violation]:
 HOST_PATTERN = re.compile(
     r"(https?://)?(\*\.)?[a-z0-9]([a-z0-9-]*[a-z0-9])?(\.[a-z0-9]([a-z0-9-]*[a-z0-9])?)*(:\d{1,5})?",
     re.IGNORECASE)
-TARGET_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*:\d{1,5}")
+TARGET_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*:[1-9]\d{0,4}")
 
 def as_string(value: object) -> str:
     """A string that is not empty."""
@@ -2500,8 +2548,8 @@ def matching(pattern: str, why: str) -> Callable[[object], str]:
         return as_string(value)
     return parse
 
-as_file_in_repository = matching(r"(?!(.*/)?(\.|\.\.|\.git)?(/|$))[^\n]+",
-                                 "must be a path inside the repository, without . or ..")
+as_file_in_repository = matching(r"(?!(.*/)?(\.|\.\.|\.git)?(/|$)|ssh/)[^\n]+",
+                                 "must be a path inside the repository, not in ssh/, without ..")
 as_mount = matching(r"nfs://[A-Za-z0-9][A-Za-z0-9.:-]*/[^\s,]*",
                     "is not of the form nfs://server/path")
 as_network = matching(r"[A-Za-z0-9][A-Za-z0-9_.-]*", "is not a name of a network")
@@ -2537,15 +2585,19 @@ def as_urls(value: object) -> tuple[tuple[str, str], ...]:
     return tuple(sorted(value.items()))
 
 def as_outside_file(value: object) -> str:
-    """An absolute path of a file that can be read."""
+    """An absolute path of a file that nobody else can change or lead elsewhere."""
     path = Path(as_string(value))
     if not path.is_absolute():
         raise ValueError(f"{value!r} must be an absolute path")
     try:
-        with path.open("rb"):
-            return str(path)
-    except OSError as error:
-        raise ValueError(f"{value!r} cannot be read: {error.strerror}") from None
+        with open_beneath(Path("/"), str(path)[1:]) as file:
+            others = os.fstat(file.fileno()).st_mode & (stat.S_IWGRP | stat.S_IWOTH)
+    except (OSError, Refused) as error:
+        why = error.strerror if isinstance(error, OSError) else error
+        raise ValueError(f"{value!r} cannot be read: {why}") from None
+    if others:
+        raise ValueError(f"{value!r} can be written by others: chmod go-w {path}")
+    return str(path)
 
 def as_secret(value: object) -> str:
     """A secret that is not guessed."""
@@ -2604,9 +2656,10 @@ def combine_fields(fields: dict[str, Any], label: str) -> tuple[Service | None, 
     except ValueError as error:
         errors.append(f"{label}: registries: an entry {error}")
     try:
-        lines = dict(parse_env_lines(Path(env_file).read_text())) if env_file else {}
+        text = read_beneath(Path("/"), env_file[1:], OUTSIDE_BYTES).decode() if env_file else ""
+        lines = dict(parse_env_lines(text))
         fields["env"] = tuple((lines | dict(fields.get("env", ()))).items())
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, Refused) as error:
         errors.append(f"{label}: env_file {env_file}: {error}")
     if fields.get("reload") and not fields.get("import_file"):
         errors.append(f"{label}: reload needs an import, which is what it announces")
@@ -2634,8 +2687,8 @@ def check_services(services: Sequence[Service]) -> list[str]:
                for name, count in names.items() if count > 1]
     for service in services:
         for host, _ in service.urls:
-            if hosts.setdefault(host, service.name) != service.name:
-                errors.append(f"service {service.name!r}: urls: {host} belongs to {hosts[host]!r}")
+            if (owner := hosts.setdefault(host.lower(), service.name)) != service.name:
+                errors.append(f"service {service.name!r}: urls: {host} belongs to {owner!r}")
         if service.reload and service.reload.service not in names:
             errors.append(f"service {service.name!r}: reload: there is no service "
                           f"{service.reload.service!r}{nearest(service.reload.service, names)}")
@@ -2673,8 +2726,9 @@ def configuration_digest(path: Path) -> str:
         tables = tomllib.loads(text.decode()).get("services", [])
     for table in filter(lambda table: isinstance(table, dict), tables):
         for name in (str(table.get(key)) for key in ("env_file", "deploy_key") if key in table):
-            with contextlib.suppress(OSError):
-                digest.update(name.encode() + b"\0" + Path(name).read_bytes())
+            with contextlib.suppress(OSError, Refused):
+                digest.update(name.encode() + b"\0" + read_beneath(
+                    Path("/"), name[1:], OUTSIDE_BYTES))
     return digest.hexdigest()
 
 def read_configuration(path: Path) -> Configuration:
@@ -3254,8 +3308,9 @@ class Project:
         settings = self.shared.settings
         ports = tuple(address[1] for address in (settings.ssh, settings.metric) if address)
         others = tuple(s for s in self.shared.configuration.services if s.name != self.name)
+        closed = (str(settings.directory), str(settings.datadir))
         return PolicyContext(self.service, others, str(self.paths.worktree), str(self.paths.data),
-                             tree, ports)
+                             tree, ports, closed)
 
     def say(self, text: str) -> None:
         log.info("%s: %s", self.name, text)
@@ -3376,7 +3431,8 @@ def render(project: Project, tree: Tree) -> Model:
         moved: Model = moved_paths(model, str(project.paths.export), str(project.paths.worktree))
     except RecursionError:
         raise Refused("the compose file is nested too deeply") from None
-    return with_tmpfs_sizes(moved)
+    moved = with_tmpfs_sizes(moved)
+    return moved if project.service.trusted else without_raw_sockets(moved)
 
 def read_values(project: Project, model: Model) -> dict[str, str]:
     """The variables that are configs or secrets, by `env`, then .env. Raises Refused."""
@@ -3498,6 +3554,11 @@ def refuse_what_cannot_be(project: Project, prepared: Prepared, snapshot: Snapsh
     if volumes := [*compare_volumes(release, snapshot)]:
         raise Refused("; ".join(map(str, volumes)) + "; it holds data, so pgod does not make it "
                       "anew: give the volume another name, or remove it by hand")
+    owners = {name: part(facts, "Labels").get(PROJECT_LABEL, project.name)
+              for name, facts in snapshot.volumes.items()}
+    if theirs := [f"volume {name} is of {owner}" for name, owner in owners.items()
+                  if owner != project.name and f"volume:{name}" not in project.service.allow]:
+        raise Refused("; ".join(theirs))
     for name in changed_networks(release, snapshot).values():
         attached_to(project, snapshot.networks[name])
     if paused := [c.name for c in snapshot.containers if c.status == "paused"]:
@@ -4599,6 +4660,7 @@ COMMANDS: dict[str, Command] = {
 # Options that pgod sets itself, or that mean nothing without a terminal of the engine's.
 DROPPED_OPTIONS = frozenset(("-T", "--no-TTY", "-i", "--interactive", "-t", "--tty"))
 LIST_REQUEST = "//list"
+AUDIT_BYTES = 64 << 20  # of the audit log and of the one before it
 USAGE_STATUS = 2
 DENIED_STATUS = 1
 
@@ -4642,8 +4704,8 @@ def check_operands(command: ParsedCommand) -> ParsedCommand:
 
 def parse_command(text: str) -> ParsedCommand:
     """An exec request, `service//command argument…`. Raises Refused with what is wrong."""
-    if len(text) > SSH_COMMAND_BYTES:
-        raise Refused("the command is too long")
+    if len(text) > SSH_COMMAND_BYTES or "\0" in text:
+        raise Refused("the command is too long, or has a NUL in it")
     try:
         words = shlex.split(text)
     except ValueError as error:
@@ -4671,9 +4733,12 @@ def audit(directory: Path, **facts: object) -> None:
     """One line of the audit log, JSON."""
     line = json.dumps({"time": format_time(time.time()), **facts}) + "\n"
     flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC
-    descriptor = os.open(directory / ".pgod" / "audit.log", flags, 0o600)
+    path = directory / ".pgod" / "audit.log"
+    descriptor = os.open(path, flags, 0o600)
     try:
         os.write(descriptor, line.encode())
+        if os.fstat(descriptor).st_size > AUDIT_BYTES:
+            path.rename(path.with_name("audit.log.1"))
     finally:
         os.close(descriptor)
 
@@ -4686,7 +4751,6 @@ class Client:
     address: str
     key: str = ""  # fingerprint, "" before it is proven
     heard: int = 0  # bytes before that
-    sessions: int = 0
 
 def bound_input(channel: Any) -> None:
     """Grant the client no more than a window of input that nobody has read yet."""
@@ -4713,7 +4777,6 @@ def start_in_terminal(compose: Compose, words: list[str],
     os.set_blocking(master, False)
     ours = os.fdopen(master, "r+b", 0)
     set_terminal_size(ours, *process.term_size[:2])
-    chown(theirs, compose.docker_account)
     term = re.sub(r"[^\w.+-]", "", process.term_type or "") or "dumb"
     try:
         child = compose.children.start(["setsid", "--ctty", *words], compose.who({"TERM": term}),
@@ -4807,7 +4870,7 @@ class SshServer:
     def __init__(self, shared: Shared, asyncssh: Any) -> None:
         self.shared = shared
         self.asyncssh = asyncssh
-        self.sessions = collections.Counter[str]()  # key: commands that run now
+        self.sessions = collections.Counter[str]()  # service: commands that run now
         self.unproven: dict[Any, Client] = {}  # connection: client, oldest first
         self.loop = asyncio.new_event_loop()
         self.beat = time.monotonic()
@@ -4872,6 +4935,13 @@ class SshServer:
             self.unproven.pop(oldest, None)
         self.unproven[connection] = client
         receive, validate = connection.data_received, connection.validate_public_key
+        create = connection.create_server_channel
+
+        def create_server_channel(*words: Any, **options: Any) -> Any:
+            if len(connection._channels) >= SSH_SESSIONS:  # each may fill a window of 2 MiB
+                raise self.asyncssh.ChannelOpenError(
+                    self.asyncssh.OPEN_RESOURCE_SHORTAGE, "too many sessions")
+            return create(*words, **options)
 
         def data_received(data: bytes, datatype: Any = None) -> None:
             client.heard += 0 if client.key else len(data)
@@ -4888,6 +4958,7 @@ class SshServer:
                 self.unproven.pop(connection, None)
             return valid
 
+        connection.create_server_channel = create_server_channel
         connection.data_received = data_received
         connection.validate_public_key = validate_public_key
 
@@ -4898,8 +4969,6 @@ class SshServer:
         if getattr(process.channel, "_send_pktsize", 1) < 1:  # older asyncssh would loop forever
             connection.abort()
             return
-        client.sessions += 1
-        self.sessions[client.key] += 1
         status = 1
         bound_input(process.channel)
         try:
@@ -4910,8 +4979,6 @@ class SshServer:
             log.exception("SSH session of %s failed", client.address)
             self.tell(process, "an error of pgod, see its log")
         finally:
-            client.sessions -= 1
-            self.sessions[client.key] -= 1
             with contextlib.suppress(OSError, self.asyncssh.Error):
                 process.exit(min(status, 255))
 
@@ -4927,9 +4994,6 @@ class SshServer:
         if process.subsystem or not client.key:
             self.tell(process, "refused")
             return DENIED_STATUS
-        if client.sessions > SSH_SESSIONS or self.sessions[client.key] > SSH_SESSIONS_PER_KEY:
-            self.tell(process, "refused: too many commands at one time")
-            return DENIED_STATUS
         if text in ("", LIST_REQUEST):
             process.stdout.write("".join(f"{name}\n" for name in mine).encode())
             return 0
@@ -4942,7 +5006,14 @@ class SshServer:
             self.tell(process, f"there is no service {printable(parsed.service)!r} for this key; "
                       f"it opens: {', '.join(mine) or 'nothing'}")
             return DENIED_STATUS
-        return await self.audited(process, client, parsed)
+        if self.sessions[parsed.service] >= SSH_SESSIONS_PER_SERVICE:
+            self.tell(process, "refused: too many commands of this service at one time")
+            return DENIED_STATUS
+        self.sessions[parsed.service] += 1
+        try:
+            return await self.audited(process, client, parsed)
+        finally:
+            self.sessions[parsed.service] -= 1
 
     async def audited(self, process: Any, client: Client, command: ParsedCommand) -> int:
         """A job of the service's thread, an answer at once, or a command of compose."""
@@ -4957,7 +5028,7 @@ class SshServer:
                 self.tell(process, text, process.stdout)
                 status = 0
             else:
-                status = await self.stream(process, command, worker)
+                status = await self.stream(process, command, worker, client.key)
         except (Fault, OSError) as error:
             if isinstance(error, ConnectionError):
                 raise
@@ -4965,7 +5036,7 @@ class SshServer:
         finally:
             with contextlib.suppress(OSError):
                 audit(self.shared.settings.directory, address=client.address, key=client.key,
-                      comment=comment, service=command.service, command=command.audited(),
+                      comment=comment, service=command.service, command=command.audited()[:4096],
                       status=status)
         return status
 
@@ -4994,7 +5065,7 @@ class SshServer:
         gone.cancel()
         return await done if done.done() else 1
 
-    async def stream(self, process: Any, command: ParsedCommand, worker: Worker) -> int:
+    async def stream(self, process: Any, command: ParsedCommand, worker: Worker, key: str) -> int:
         """A compose command with its three streams tied to the session's. Raises Fault."""
         require_release(worker)
         compose, reads = worker.project.compose, command.command == "exec"
@@ -5005,7 +5076,8 @@ class SshServer:
         words = compose.words(*compose_command(command, terminal))
         child, streams = (start_in_terminal(compose, words, process) if terminal
                           else start_stream(compose, words, reads))
-        status = await self.pump(process, child, streams, mark)
+        status = await self.pump(process, child, streams, mark,
+                                 lambda: worker.name in self.services_of(key))
         self.shared.metrics.count_command(worker.name, ("compose", command.command), status != 0)
         return 128 - status if status < 0 else status
 
@@ -5016,8 +5088,9 @@ class SshServer:
         if mark and not ended_by_itself:
             kill_all(marked_processes(mark), signal.SIGKILL)
 
-    async def pump(self, process: Any, child: Child, streams: Json, mark: str) -> int:
-        """Pump until the child ends or the client goes; flow control holds both back."""
+    async def pump(self, process: Any, child: Child, streams: Mapping[str, Any], mark: str,
+                   permitted: Callable[[], bool]) -> int:
+        """Pump until the child ends, the client goes or its key does; flow control holds both."""
         # asyncssh's own redirect loses the last bytes of an input now and then, and output that a
         # child wrote right before its end.
         descriptor = os.pidfd_open(child.pid)
@@ -5028,7 +5101,9 @@ class SshServer:
                                  for name in ("stdout", "stderr") if name in streams),
                                return_exceptions=True)
         try:
-            await asyncio.wait({ended, gone}, return_when=asyncio.FIRST_COMPLETED)
+            while not ended.done() and not gone.done() and permitted():
+                await asyncio.wait({ended, gone}, timeout=SSH_KEY_SECONDS,
+                                   return_when=asyncio.FIRST_COMPLETED)
             await self.loop.run_in_executor(None, self.end_stream, child, mark)
             await asyncio.wait({pumps, gone}, return_when=asyncio.FIRST_COMPLETED)
             return 255 if gone.done() else child.wait()
@@ -5372,6 +5447,8 @@ After=network-online.target docker.service
 [Service]
 Type=notify
 ExecStart={python} {program} --config {config} --dir {directory}
+ExecReload=/bin/kill -HUP $MAINPID
+SyslogIdentifier=pgod
 Restart=on-failure
 RestartSec=2
 RestartForceExitStatus=2
