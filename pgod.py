@@ -84,6 +84,7 @@ import threading
 import time
 import tomllib
 import urllib.parse
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
@@ -100,7 +101,7 @@ COMPOSE_FILES = ("compose.yaml", "compose.yml", "docker-compose.yml", "docker-co
 NAME_PATTERN = re.compile(r"[a-z0-9][a-z0-9_-]{0,59}")
 BACKOFF_CEILING = 3600.0  # seconds between two tries of the same thing, at most
 SAME_TIME_DEPLOYS = 4
-SLOW_DEPLOY = 30.0  # seconds after which a deploy holds up no other
+SLOW_DEPLOY = 30.0  # seconds, and up to as many more, that one waits for others
 KEY_FILE_BYTES = 16 * 1024
 OUTSIDE_BYTES = 1 << 20  # of a file that pgo.toml names
 KEY_COUNT = 100
@@ -1587,14 +1588,12 @@ class Compose:
         for name in ("docker", "buildx"):
             make_folder(self.paths.own / name, 0o700)
         if not (self.paths.own / "docker" / "config.json").exists():
-            self.write("docker/config.json", b"{}\n")
-
-    def write(self, name: str, data: bytes) -> None:
-        write_atomic(self.paths.own / name, data)
+            write_atomic(self.paths.own / "docker" / "config.json", b"{}\n")
 
     def write_model(self, name: str, model: Json) -> None:
         # As UTF-8: compose takes no surrogate pairs.
-        self.write(name, json.dumps(model, sort_keys=True, ensure_ascii=False).encode())
+        text = json.dumps(model, sort_keys=True, ensure_ascii=False)
+        write_atomic(self.paths.own / name, text.encode())
 
     def words(self, *command: str, model: str = "model.json") -> list[str]:
         """A compose command on a checked model: the same prefix for every one."""
@@ -2053,10 +2052,30 @@ def unknown_keys(where: str, prefix: str, value: Json | None, known: Iterable[st
             yield Violation(where, prefix + key, shown(item), "is not known to this pgod",
                             key if key in ALLOW else f"key:{key}")
 
+# The keys that pgod knows in the mappings of a compose file.
+KNOWN = {place: frozenset(keys.split()) for place, keys in {
+    "deploy": "mode replicas labels update_config rollback_config resources restart_policy "
+        "placement endpoint_mode",
+    "build": "context dockerfile dockerfile_inline args labels target no_cache pull tags "
+        "platforms network shm_size secrets ssh privileged entitlements additional_contexts "
+        "cache_from cache_to extra_hosts isolation ulimits provenance sbom",
+    "mount": "type source target read_only consistency bind volume tmpfs",
+    "bind": "selinux propagation create_host_path recursive",
+    "top": "name services networks volumes configs secrets version",
+    "file": "name file content environment labels",
+    "network": "name driver driver_opts external internal attachable enable_ipv4 enable_ipv6 "
+        "ipam labels",
+    "attachment": "aliases driver_opts gw_priority interface_name ipv4_address ipv6_address "
+        "link_local_ips mac_address priority",
+    "volume": "name driver driver_opts external labels",
+    "log": "max-size max-file max-buffer-size mode compress tag labels labels-regex env "
+        "env-regex cache-disabled cache-max-size cache-max-file cache-compress",
+}.items()}
+
 def log_settings(value: Any) -> list[Any]:
     """The driver, options of others, for those may be the engine's usual one, and templates."""
     options = value.get("options") or {}
-    return [value.get("driver"), *({*options} - LOG_OPTIONS),
+    return [value.get("driver"), *({*options} - KNOWN["log"]),
             *(text for text in options.values() if not PLAIN_TEMPLATE.fullmatch(str(text)))]
 
 def check_container_name(where: str, value: Any, context: PolicyContext) -> Found:
@@ -2092,15 +2111,9 @@ def check_tmpfs(where: str, value: Any, context: PolicyContext) -> Found:
             if option.startswith("size="):
                 yield from check_tmpfs_size(where, option[5:], context)
 
-LOG_OPTIONS = frozenset(("max-size max-file max-buffer-size mode compress tag labels labels-regex "
-                         "env env-regex cache-disabled cache-max-size cache-max-file "
-                         "cache-compress").split())
-DEPLOY_KEYS = frozenset(("mode replicas labels update_config rollback_config resources "
-                         "restart_policy placement endpoint_mode").split())
-
 def check_deploy(where: str, value: Any, context: PolicyContext) -> Found:
     value = value or {}
-    yield from unknown_keys(where, "deploy.", value, DEPLOY_KEYS)
+    yield from unknown_keys(where, "deploy.", value, KNOWN["deploy"])
     yield from check_replicas(where, value.get("replicas"), context)
     yield from LABELS.violations(where, value.get("labels"), context)
     reservations = part(value, "resources").get("reservations") or {}
@@ -2110,11 +2123,6 @@ def check_deploy(where: str, value: Any, context: PolicyContext) -> Found:
 def check_hooks(where: str, value: Any, context: PolicyContext) -> Found:
     for item in (item for item in value or () if item.get("privileged")):
         yield Violation(where, "privileged", shown(item), "is root on the host", "privileged")
-
-BUILD_KEYS = frozenset((
-    "context dockerfile dockerfile_inline args labels target no_cache pull tags platforms "
-    "network shm_size secrets ssh privileged entitlements additional_contexts cache_from cache_to "
-    "extra_hosts isolation ulimits provenance sbom").split())
 
 def link_above(relative: str, tree: Tree) -> str:
     """Why the commit makes a path unsafe: a symlink or submodule at it or above it."""
@@ -2175,7 +2183,7 @@ def check_built_image(where: str, image: str, context: PolicyContext) -> Found:
 
 def check_build(where: str, value: Any, context: PolicyContext) -> Found:
     build = value if isinstance(value, dict) else {"context": value}
-    yield from unknown_keys(where, "build.", build, BUILD_KEYS)
+    yield from unknown_keys(where, "build.", build, KNOWN["build"])
     for key in ("privileged", "entitlements", "ssh"):
         if build.get(key):
             yield Violation(where, f"build.{key}", shown(build[key]), HOST, f"build:{key}")
@@ -2186,9 +2194,6 @@ def check_build(where: str, value: Any, context: PolicyContext) -> Found:
         yield from check_built_image(where, str(tag), context)
     yield from check_shm(where, build.get("shm_size"), context)
     yield from check_build_paths(where, build, context)
-
-MOUNT_KEYS = frozenset("type source target read_only consistency bind volume tmpfs".split())
-BIND_KEYS = frozenset("selinux propagation create_host_path recursive".split())
 
 def check_mounts(where: str, value: Any, context: PolicyContext) -> Found:
     """What a mount is; the paths of bind mounts are looked at all together below."""
@@ -2202,8 +2207,8 @@ def check_mounts(where: str, value: Any, context: PolicyContext) -> Found:
             yield Violation(where, "volumes", shown(item), "relabels files of the host")
         if bind.get("propagation") not in (None, "", "private", "rprivate"):
             yield Violation(where, "volumes", shown(item), "propagates mounts to the host")
-        yield from unknown_keys(where, "volumes.", item, MOUNT_KEYS)
-        yield from unknown_keys(where, "volumes.bind.", bind, BIND_KEYS)
+        yield from unknown_keys(where, "volumes.", item, KNOWN["mount"])
+        yield from unknown_keys(where, "volumes.bind.", bind, KNOWN["bind"])
         yield from check_tmpfs_size(where, (item.get("tmpfs") or {}).get("size"), context)
 
 def check_image(where: str, value: Any, context: PolicyContext) -> Found:
@@ -2295,13 +2300,6 @@ def permits(entry: str) -> bool:
     kind, _, text = entry.partition(":")
     return kind in ALLOW and re.fullmatch(ALLOW[kind].allow or "", text) is not None
 
-TOP_KEYS = frozenset("name services networks volumes configs secrets version".split())
-FILE_KEYS = frozenset("name file content environment labels".split())
-NETWORK_KEYS = frozenset(("name driver driver_opts external internal attachable enable_ipv4 "
-                          "enable_ipv6 ipam labels").split())
-ATTACHMENT_KEYS = frozenset(("aliases driver_opts gw_priority interface_name ipv4_address "
-                             "ipv6_address link_local_ips mac_address priority").split())
-VOLUME_KEYS = frozenset("name driver driver_opts external labels".split())
 ENGINE_NETWORKS = ("host", "bridge", "none", "default", "ingress")
 
 def check_compose_service(where: str, service: Json, context: PolicyContext) -> Found:
@@ -2325,7 +2323,7 @@ def check_networks(model: Model, context: PolicyContext) -> Found:
         def refuse(value: Any, why: str, entry: str, key: str = key) -> Violation:
             return Violation("networks", key, shown(value), why, f"network:{entry}")
 
-        yield from unknown_keys("networks", f"{key}.", network, NETWORK_KEYS)
+        yield from unknown_keys("networks", f"{key}.", network, KNOWN["network"])
         yield from LABELS.violations(f"networks.{key}", network.get("labels"), context)
         if network.get("external"):
             if permitted and name not in permitted:
@@ -2356,7 +2354,7 @@ def check_attachments(model: Model, context: PolicyContext) -> Found:
     for (where, service), key in ((item, key) for item in compose_services(model).items()
                                   for key in networks_used(item[1])):
         attachment, place = part(part(service, "networks"), key), f"networks.{key}"
-        yield from unknown_keys(where, f"{place}.", attachment, ATTACHMENT_KEYS)
+        yield from unknown_keys(where, f"{place}.", attachment, KNOWN["attachment"])
         if attachment.get("driver_opts"):
             yield Violation(where, place, "driver_opts", "reaches into the host's network")
         if key not in shared:
@@ -2378,7 +2376,7 @@ def check_volumes(model: Model, context: PolicyContext) -> Found:
     for key, volume in part(model, "volumes").items():
         volume = volume or {}
         name = str(volume.get("name") or f"{context.name}_{key}")
-        yield from unknown_keys("volumes", f"{key}.", volume, VOLUME_KEYS)
+        yield from unknown_keys("volumes", f"{key}.", volume, KNOWN["volume"])
         yield from LABELS.violations(f"volumes.{key}", volume.get("labels"), context)
         if volume.get("external") or not context.owns(name, "_"):
             yield Violation("volumes", key, name, f"must be the project's own, {context.name}_…",
@@ -2407,10 +2405,10 @@ def check_size(model: Model, context: PolicyContext) -> Found:
 
 def check_top_level(model: Model, context: PolicyContext) -> Found:
     """Unknown keys, and where configs and secrets come from."""
-    yield from unknown_keys("the compose file", "", model, TOP_KEYS)
+    yield from unknown_keys("the compose file", "", model, KNOWN["top"])
     for kind in ("configs", "secrets"):
         for name, entry in (model.get(kind) or {}).items():
-            yield from unknown_keys(kind, f"{name}.", entry, FILE_KEYS)
+            yield from unknown_keys(kind, f"{name}.", entry, KNOWN["file"])
 
 # Read-only, these tell a container nothing but the time: very many compose files have them.
 CLOCK_BINDS = (("/etc/localtime", True), ("/etc/timezone", True))
@@ -3315,36 +3313,6 @@ class Project:
     def say(self, text: str) -> None:
         log.info("%s: %s", self.name, text)
 
-class DeploySlots:
-    """A few deploys at a time, so that a boot is no stampede. One that takes long makes room."""
-
-    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
-        self._clock = clock
-        self._lock = threading.Lock()  # guards _begun
-        self._begun: list[float] = []  # when those began that count
-
-    def take(self) -> float:
-        """When the deploy began that may begin now; 0 where it is not its turn yet."""
-        now = self._clock()
-        with self._lock:
-            self._begun = [begun for begun in self._begun if begun > now - SLOW_DEPLOY]
-            if len(self._begun) == SAME_TIME_DEPLOYS:
-                return 0
-            self._begun.append(now)
-            return now
-
-    @contextlib.contextmanager
-    def slot(self, stopping: threading.Event) -> Iterator[None]:
-        """One of the few. Raises Stopping."""
-        while not (began := self.take()):
-            if stopping.wait(0.05):
-                raise Stopping
-        try:
-            yield
-        finally:
-            with self._lock, contextlib.suppress(ValueError):
-                self._begun.remove(began)
-
 @dataclass
 class Shared:
     """What the threads have in common."""
@@ -3355,12 +3323,27 @@ class Shared:
     metrics: Metrics
     compose_program: tuple[str, ...]
     api: EngineApi
-    slots: DeploySlots = field(default_factory=DeploySlots)
+    slots: threading.Semaphore = field(
+        default_factory=lambda: threading.Semaphore(SAME_TIME_DEPLOYS))
     stopping: threading.Event = field(default_factory=threading.Event)
     events_flow: threading.Event = field(default_factory=threading.Event)
     workers: dict[str, Worker] = field(default_factory=dict)  # whole before a thread starts
     clock: Callable[[], float] = time.monotonic
     chance: Callable[[], float] = random.random
+
+@contextlib.contextmanager
+def deploy_slot(shared: Shared) -> Iterator[None]:
+    """One of a few, so that a boot is no stampede. Raises Stopping."""
+    # Who has waited long goes on without: four that hang must not keep all others from a deploy.
+    until = shared.clock() + SLOW_DEPLOY * (1 + shared.chance())
+    while not (taken := shared.slots.acquire(timeout=0.05)) and shared.clock() < until:
+        if shared.stopping.is_set():
+            raise Stopping
+    try:
+        yield
+    finally:
+        if taken:
+            shared.slots.release()
 
 # ---- Reverse proxy -----------------------------------------------------------------------------
 
@@ -3445,9 +3428,8 @@ def read_values(project: Project, model: Model) -> dict[str, str]:
     asking = {"services": {"values": {"image": "none"}},
               "x-pgod-values": {name: f"${{{name}-}}" for name in names},
               "x-pgod-set": {name: f"${{{name}+set}}" for name in names}}
-    project.compose.write("values.json", json.dumps(asking).encode())
     path = project.paths.own / "values.json"
-    chown(path, project.account)
+    write_atomic(path, json.dumps(asking).encode(), owner=project.account)
     found = project.compose.render([str(path)])
     values = {name: str(text).replace("$$", "$")  # compose doubles each $
               for name, text in found["x-pgod-values"].items() if found["x-pgod-set"][name]}
@@ -3811,9 +3793,8 @@ class Reconciler:
 
     def deploy(self, decision: Decision, say: Progress, by: str, asked: bool) -> None:
         """From a commit to containers that are well, or back. Raises Fault."""
-        began, slots = time.monotonic(), self.project.shared.slots
-        shared, commit = self.project.shared, decision.commit
-        with slots.slot(shared.stopping):
+        began, commit = time.monotonic(), decision.commit
+        with deploy_slot(self.project.shared):
             try:
                 prepared = prepare(self.project, commit)
                 waits = part(prepared.rendered, "x-pgo").get("reload") is False
@@ -5118,11 +5099,9 @@ class SshServer:
 
 def import_asyncssh() -> Any:
     """The module, or a Fault that says how to get it."""
-    import warnings  # noqa: PLC0415
+    warnings.simplefilter("ignore")  # asyncssh's of old ciphers, which nobody can do anything about
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            import asyncssh  # noqa: PLC0415
+        import asyncssh  # noqa: PLC0415
     except ImportError:
         raise Fault("SSH needs asyncssh: apt install python3-asyncssh, or uv run pgod.py, "
                     "or turn SSH off with --ssh ''") from None

@@ -2654,20 +2654,26 @@ def test_pauses_grow_to_an_hour_at_most() -> None:
 # ---- Store ---------------------------------------------------------------------------------------
 
 
-def test_deploy_that_takes_long_makes_room_for_others() -> None:
-    now = [1000.0]
-    slots = pgod.DeploySlots(lambda: now[0])
-    assert all(slots.take() for _ in range(pgod.SAME_TIME_DEPLOYS))
-    assert not slots.take()
-    now[0] += pgod.SLOW_DEPLOY
-    assert slots.take()
+def slots_taken(tmp_path: Path, clock: Callable[[], float]) -> pgod.Shared:
+    children = pgod.Children(pgod.Metrics())
+    shared = pgod.Shared(pgod.Settings(), pgod.Configuration((), ""), children, children.metrics,
+                         ("docker", "compose"), pgod.EngineApi("unix:///nowhere"), clock=clock)
+    assert all(shared.slots.acquire(timeout=1) for _ in range(pgod.SAME_TIME_DEPLOYS))
+    return shared
 
 
-def test_waiting_for_a_slot_ends_with_pgod() -> None:
-    slots, stopping = pgod.DeploySlots(), threading.Event()
-    assert all(slots.take() for _ in range(pgod.SAME_TIME_DEPLOYS))
-    stopping.set()
-    with pytest.raises(pgod.Stopping), slots.slot(stopping):
+def test_deploys_that_take_long_hold_up_no_other(tmp_path: Path) -> None:
+    times = iter([1000.0, 1001.0, 1000.0 + 3 * pgod.SLOW_DEPLOY])
+    shared = slots_taken(tmp_path, lambda: next(times))
+    with pgod.deploy_slot(shared):
+        assert not next(times, 0), "it has waited its time"
+    assert not shared.slots.acquire(blocking=False), "and gives back nothing that it had not"
+
+
+def test_waiting_for_a_slot_ends_with_pgod(tmp_path: Path) -> None:
+    shared = slots_taken(tmp_path, lambda: 1000.0)
+    shared.stopping.set()
+    with pytest.raises(pgod.Stopping), pgod.deploy_slot(shared):
         pass
 
 
