@@ -173,12 +173,10 @@ Json = Mapping[str, Any]  # an object of JSON or of a compose file
 
 class Fault(Exception):
     """Something did not work; the text is for a person. `retry`: trying again may help."""
-
     retry = True
 
 class Refused(Fault):
     """The commit or the request is at fault: the same again will fail the same way."""
-
     retry = False
 
 class EngineGone(Fault):
@@ -193,7 +191,6 @@ class Stopping(Exception):
 @dataclass(frozen=True)
 class Account:
     """Who a child process or a file operation is: numbers of a user, its group and its groups."""
-
     name: str
     uid: int
     gid: int
@@ -202,7 +199,6 @@ class Account:
 @dataclass(frozen=True)
 class Registry:
     """One login: `docker login -u user address`, with the token on standard input."""
-
     address: str
     user: str
     token: str = field(repr=False)
@@ -210,7 +206,6 @@ class Registry:
 @dataclass(frozen=True)
 class Remote:
     """A repository's address without its credentials, and those as an HTTP header's value."""
-
     url: str
     authorization: str = field(default="", repr=False)
     secrets: tuple[str, ...] = field(default=(), repr=False)
@@ -224,14 +219,12 @@ class Remote:
 @dataclass(frozen=True)
 class Reload:
     """`words` run in compose service `words[0]`'s container, or in `service`'s of that name."""
-
     service: str
     words: tuple[str, ...]
 
 @dataclass(frozen=True)
 class Service:
     """An entry of pgo.toml. (What compose calls a service is a compose service here.)"""
-
     name: str
     user: str
     repository: Remote
@@ -273,7 +266,6 @@ class Service:
 @dataclass(frozen=True)
 class Configuration:
     """A whole pgo.toml; `digest` changes when the file or an env_file it names changes."""
-
     services: tuple[Service, ...]
     digest: str
     warnings: tuple[str, ...] = ()
@@ -281,7 +273,6 @@ class Configuration:
 @dataclass(frozen=True)
 class Settings:
     """The command line, parsed."""
-
     config: Path = Path("/etc/pgo.toml")
     directory: Path = Path("/var/lib/pgo")
     datadir: Path = Path("/data")
@@ -301,11 +292,11 @@ class ServicePaths:
         self.stop = directory / f"{service}.stop"
         self.worktree = directory / service
         self.data = datadir / service
+        self.roots = (self.worktree, self.data)  # where bind mounts may come from
 
 @dataclass(frozen=True)
 class PublicKey:
     """A key from ssh/: `fingerprint` as `ssh-keygen -l` shows it."""
-
     fingerprint: str
     comment: str
 
@@ -701,7 +692,6 @@ class Metrics:
 @dataclass(frozen=True)
 class Result:
     """How a child ended: `status` is negative for a signal, as in subprocess."""
-
     status: int
     stdout: bytes
     stderr: str
@@ -725,7 +715,6 @@ class Result:
 @dataclass(frozen=True)
 class RunAs:
     """Who a child is: its account (None: pgod's own), environment and directory."""
-
     service: str = ""  # of pgo.toml, for the log and the metrics; "" is pgod itself
     account: Account | None = None
     env: Mapping[str, str] = field(default_factory=dict)
@@ -776,7 +765,6 @@ class Children:
     """The one door to other programs: argument lists, never a shell; each in its own session."""
     # Every child gets an environment, a user, a folder and a deadline, and is counted. Once
     # `stopped_at` is set, every `run` ends its child after a grace and raises Stopping.
-
     GRACE = 10.0  # seconds
 
     def __init__(self, metrics: Metrics, mark: str = "") -> None:
@@ -898,34 +886,32 @@ def printable(text: str) -> str:
 def taken_over(descriptor: int, gid: int, prefix: str = "") -> dict[str, str]:
     """Give a folder to root, so that no process of the user's can change it; what is in it then."""
     # Root's docker builds from it, and would follow a link. The folder first: then it is at rest.
-    found: dict[str, str] = {}
-    with contextlib.ExitStack() as stack:
-        stack.callback(os.close, descriptor)
-        root = os.geteuid() == 0
+    found, root = dict[str, str](), os.geteuid() == 0
+    try:
         if root:
             os.fchown(descriptor, 0, gid)
         os.fchmod(descriptor, 0o750)
         for name in os.listdir(descriptor):
-            facts = os.stat(name, dir_fd=descriptor, follow_symlinks=False)
-            if stat.S_ISDIR(facts.st_mode):
+            mode = (facts := os.stat(name, dir_fd=descriptor, follow_symlinks=False)).st_mode
+            if stat.S_ISDIR(mode):
                 inner = os.open(name, FOLDER_FLAGS, dir_fd=descriptor)
                 found |= taken_over(inner, gid, f"{prefix}{name}/")
                 continue
             if root:
                 os.chown(name, 0, gid, dir_fd=descriptor, follow_symlinks=False)
-            if stat.S_ISREG(facts.st_mode) and facts.st_nlink == 1:
-                mode = 0o755 if facts.st_mode & stat.S_IXUSR else 0o644
+            found[prefix + name] = "120000" if stat.S_ISLNK(mode) else ""
+            if stat.S_ISREG(mode) and facts.st_nlink == 1:
+                mode = 0o755 if mode & stat.S_IXUSR else 0o644
                 os.chmod(name, mode, dir_fd=descriptor)
                 found[prefix + name] = f"100{mode:o}"
-            else:
-                found[prefix + name] = "120000" if stat.S_ISLNK(facts.st_mode) else ""
+    finally:
+        os.close(descriptor)
     return found
 
 @dataclass
 class Repository:
     """The git folder of one service. It lies outside the work tree, so no container reaches it."""
     # git runs as the service's user, without the docker group, without any configuration but ours.
-
     service: Service
     paths: ServicePaths
     account: Account
@@ -1094,8 +1080,7 @@ class Repository:
             self.git("checkout-index", "--all", "--force", f"--prefix={fresh}/", env=env)
             have = taken_over(os.open(fresh, FOLDER_FLAGS), self.account.gid)
             if have != {path: mode for path, (mode, _) in tree.items() if mode != "160000"}:
-                raise Fault("the export is not what the commit has; is a process of "
-                            f"{self.account.name} at work in it?")
+                raise Fault("the export is not what the commit has: who else writes into it?")
         except Fault:
             shutil.rmtree(fresh, ignore_errors=True)
             raise
@@ -1254,7 +1239,6 @@ def chown_tracked(root: Path, paths: Iterable[str], former: int, account: Accoun
 API_NEWEST = (1, 51)  # the newest version of the engine's API that pgod was tried with
 API_BYTES = 32 << 20  # of one answer
 API_SECONDS = 60.0
-DEFAULT_SOCKET = "unix:///var/run/docker.sock"
 PROJECT_LABEL = "com.docker.compose.project"
 SERVICE_LABEL = "com.docker.compose.service"
 DIGEST_LABEL = "io.pgod.digest"
@@ -1270,7 +1254,6 @@ class NotThere(Fault):
 @dataclass(frozen=True)
 class Bind:
     """A path of the host that the engine mounts, as root, into a container."""
-
     compose_service: str
     kind: str  # bind, config or secret
     source: str
@@ -1280,7 +1263,6 @@ class Bind:
 @dataclass(frozen=True)
 class Container:
     """A container of a project, as the engine has it. Times are seconds since the epoch."""
-
     identity: str
     compose_service: str
     name: str
@@ -1305,7 +1287,6 @@ class Snapshot:
     """What the engine has for a project at the moment `now`, by the engine's own clock."""
     # `networks` are all of the engine, as it describes them; `volumes` and `images` those that were
     # asked for and are there.
-
     containers: tuple[Container, ...] = ()
     networks: Mapping[str, Json] = field(default_factory=dict)
     volumes: Mapping[str, Json] = field(default_factory=dict)
@@ -1370,7 +1351,8 @@ class EngineApi:
         if os.environ.get("DOCKER_TLS_VERIFY"):
             raise Fault("DOCKER_TLS_VERIFY is set: pgod speaks to an engine without TLS only, by "
                         "its socket; unset it")
-        self.address = parse_docker_host(host or os.environ.get("DOCKER_HOST") or DEFAULT_SOCKET)
+        host = host or os.environ.get("DOCKER_HOST") or "unix:///var/run/docker.sock"
+        self.address = parse_docker_host(host)
         self._version = ""  # asked for again when the engine was away
 
     def path(self, path: str, query: Json) -> str:
@@ -1561,7 +1543,6 @@ class Compose:
     """docker compose for one service."""
     # Rendering is the user's, without access to the engine. All else is root's, on the model that
     # was checked: who can trace a process that has the docker group, is root himself.
-
     service: Service
     paths: ServicePaths
     children: Children
@@ -1911,7 +1892,6 @@ def why_changed(old: Model, new: Model, name: str) -> str:
 @dataclass(frozen=True)
 class Violation:
     """One thing that a repository may not ask for, and the entry of `allow` that permits it."""
-
     where: str  # compose service, or the top-level key
     key: str
     value: str
@@ -1936,7 +1916,6 @@ def targets(service: Service) -> set[str]:
 @dataclass(frozen=True)
 class PolicyContext:
     """What the policy knows besides the model."""
-
     service: Service
     others: tuple[Service, ...]
     worktree: str
@@ -1964,7 +1943,6 @@ MAX_CONTAINERS = 100  # of one project
 # In all of one project. The engine's usual pool holds 31 networks; each published port is two
 # processes of root's.
 MOST = {"volumes": 500, "configs": 500, "secrets": 500, "ports": 50, "networks": 8}
-MAX_GRACE = 120.0
 NOTHING: tuple[Any, ...] = (None, False, "", [], {})
 
 def shown(value: Any) -> str:
@@ -2039,7 +2017,7 @@ def seconds_of(value: Any) -> float:
 check_replicas = at_most("replicas", "replicas", MAX_REPLICAS, int, f"is more than {MAX_REPLICAS}")
 check_shm = at_most("shm_size", "size", MAX_BYTES, bytes_of, "is more memory than 1 GiB")
 check_tmpfs_size = at_most("tmpfs", "size", MAX_BYTES, bytes_of, "is more memory than 1 GiB")
-check_grace = at_most("stop_grace_period", "stop_grace_period", MAX_GRACE, seconds_of,
+check_grace = at_most("stop_grace_period", "stop_grace_period", 120.0, seconds_of,
                       "is longer than 2 minutes")
 LABELS = Rule("labels", "is compose's or pgod's own",
               r"(?i)(?!com\.docker\.compose\.|io\.pgod\.)[\s\S]*", ".+",
@@ -2614,8 +2592,7 @@ def as_known_user(value: object) -> str:
     try:
         return pwd.getpwnam(as_string(value)).pw_name
     except KeyError:
-        raise ValueError(f"{value!r} does not exist on this machine; "
-                         f"make it with: useradd --system {value}") from None
+        raise ValueError(f"{value!r} does not exist; useradd --system {value} makes it") from None
 
 def as_allow(value: object) -> tuple[str, ...]:
     """Exceptions that the policy's table has, each with a value where it takes one."""
@@ -2625,8 +2602,8 @@ def as_allow(value: object) -> tuple[str, ...]:
             raise ValueError(f"{entry!r} permits nothing{nearest(kind, ALLOW)}; "
                              f"known are {', '.join(sorted(ALLOW))}")
         if not permits(entry):
-            raise ValueError(f"{entry!r} permits nothing; write it like "
-                             f"{':'.join(filter(None, (kind, ALLOW[kind].example)))!r}")
+            example = ":".join(filter(None, (kind, ALLOW[kind].example)))
+            raise ValueError(f"{entry!r} permits nothing; write it like {example!r}")
     return as_strings(value)
 
 # The keys of a [[services]] entry and their parsers. What needs two keys is done below.
@@ -2751,7 +2728,6 @@ CRASH_AGE = 30.0  # ... of a container that is so old: the engine restarts thric
 @dataclass(frozen=True)
 class Release:
     """All that shapes the containers of a service: what a commit means on this server."""
-
     commit: str
     configuration: str  # digest of the entry in pgo.toml
     project: str
@@ -2786,7 +2762,6 @@ class Release:
 @dataclass(frozen=True)
 class DoneJob:
     """A container that ended with 0 and need not run again: what it was, and when it started."""
-
     job: str
     started: float
 
@@ -2796,7 +2771,6 @@ Jobs = Mapping[str, DoneJob]  # by their compose services
 class RowKind:
     """A kind of difference, and its cure: up, force, restart, remove, network or none."""
     # force: up that recreates. ill: it is what should be there, but it is not well.
-
     cure: str
     does: str = ""
     ill: bool = False
@@ -2826,7 +2800,6 @@ ROWS: dict[str, RowKind] = {
 @dataclass(frozen=True)
 class Row:
     """One difference between a release and a snapshot; its text says of `subject` what it is."""
-
     kind: str
     compose_service: str  # "" where it is about a volume
     subject: str  # a container, compose service, network or volume
@@ -2965,7 +2938,6 @@ def note_done(release: Release, snapshot: Snapshot, done: Jobs) -> dict[str, Don
 @dataclass(frozen=True)
 class Cure:
     """What removes rows: compose services to bring up and to restart, networks to make anew."""
-
     up: tuple[str, ...] = ()
     force: bool = False  # recreate them, also where compose sees no change
     restart: tuple[str, ...] = ()
@@ -3014,7 +2986,6 @@ def judge(rows: Iterable[Row], before: Mapping[str, int], ill: Iterable[str], no
 @dataclass(frozen=True)
 class Failure:
     """A commit that is not deployed, and why; `waits` for `up`, or tried again by itself."""
-
     commit: str
     configuration: str
     reason: str
@@ -3030,7 +3001,6 @@ class Failure:
 @dataclass(frozen=True)
 class Hold:
     """Why nothing is deployed or healed: `down` and `stop`, or `hold`."""
-
     by: str
     reason: str
     since: float
@@ -3053,7 +3023,6 @@ class Hold:
 @dataclass(frozen=True)
 class Situation:
     """All that a decision rests on."""
-
     configuration: str
     hold: Hold | None = None
     wanted: str = ""  # "" where the remote could not be asked
@@ -3069,7 +3038,6 @@ class Situation:
 @dataclass(frozen=True)
 class Decision:
     """What to do: nothing, stop, deploy `commit`, roll back or heal; and why."""
-
     action: str
     commit: str = ""
     reasons: tuple[str, ...] = ()
@@ -3133,7 +3101,6 @@ def retry_delay(interval: float, failures: int, chance: float) -> float:
 # ---- Store -------------------------------------------------------------------------------------
 
 HISTORY_LINES = 200
-BY_HAND = "an administrator"
 
 def load_json(path: Path, default: Any) -> Any:
     """What a JSON file of pgod's holds; the default where it is missing or damaged."""
@@ -3254,7 +3221,7 @@ class Store:
         except FileNotFoundError:
             return None
         facts = load_json(path, {})
-        hold = Hold(str(facts.get("by", BY_HAND)), str(facts.get("reason", "")),
+        hold = Hold(str(facts.get("by", "an administrator")), str(facts.get("reason", "")),
                     float(facts.get("since", since)), float(facts.get("until", 0)), kind,
                     tuple(facts.get("services", ())), kind == "stop" and "by" not in facts)
         return hold if not hold.until or hold.until > time.time() else None
@@ -3316,7 +3283,6 @@ class Project:
 @dataclass
 class Shared:
     """What the threads have in common."""
-
     settings: Settings
     configuration: Configuration
     children: Children
@@ -3389,7 +3355,6 @@ TRIES = 3  # of a cure, until what one brought about needs none
 @dataclass(frozen=True)
 class Prepared:
     """A commit that may be deployed: nothing on the host has changed yet."""
-
     release: Release
     tree: Tree
     rendered: Model  # its paths are those of the export, for pull and build
@@ -3446,8 +3411,7 @@ def unfit(project: Project, model: Model, tree: Tree) -> list[str]:
              for kind in ("configs", "secrets")
              for key, entry in entries_used(service.get(kind), part(model, kind)).items()
              if "file" not in entry]
-    for bind, root in itertools.product(binds_of(model), (project.paths.worktree,
-                                                          project.paths.data)):
+    for bind, root in itertools.product(binds_of(model), project.paths.roots):
         relative = beneath(bind.source, str(root))
         committed = root == project.paths.worktree and relative in tree
         if relative and bind.kind != "bind" and not committed:
@@ -3597,8 +3561,7 @@ def restore_images(project: Project, release: Release, wanted: Iterable[str]) ->
 
 def make_binds(project: Project, model: Model) -> None:
     """Look at every bound path, by no link; make missing folders, as the user. Raises Refused."""
-    for bind, root in itertools.product(binds_of(model), (project.paths.worktree,
-                                                          project.paths.data)):
+    for bind, root in itertools.product(binds_of(model), project.paths.roots):
         relative, folder = beneath(bind.source, str(root)), bind.kind == "bind"
         if not relative:
             continue
@@ -3617,7 +3580,6 @@ def make_binds(project: Project, model: Model) -> None:
 @dataclass
 class Installation:
     """Puts one release in place: files, networks, containers. What it does can be done again."""
-
     project: Project
     release: Release
     say: Progress
@@ -3745,7 +3707,6 @@ class Reconciler:
     """Makes what runs what should run, for one project: deploy, roll back, heal, stop."""
     # All of it happens in the service's thread. `pause` waits a moment, less if the engine tells of
     # something, and raises Stopping; `publish` shows others what is known.
-
     project: Project
     pause: Callable[[float], None]
     publish: Callable[[], None]
@@ -4071,7 +4032,6 @@ WATCH_SECONDS = 1.0  # between two looks at what is on its way
 @dataclass(frozen=True)
 class Job:
     """What a key holder asks a service's thread to do; `done` has the exit status."""
-
     command: str
     act: Callable[[Worker, Job], None]
     options: tuple[str, ...]
@@ -4084,7 +4044,6 @@ class Job:
 @dataclass(frozen=True)
 class View:
     """What a service's thread shows to others, replaced as a whole. Times are monotonic."""
-
     wanted: str = ""
     release: Release | None = None
     failure: Failure | None = None
@@ -4112,10 +4071,8 @@ class View:
         failure = self.failure
         if failure and failure.commit == self.wanted and not self.in_sync:
             return str(failure)
-        if self.rows:
-            return "; ".join(str(row) for row in self.rows)
-        if self.remote_error or self.in_sync:
-            return self.remote_error
+        if self.rows or self.remote_error or self.in_sync:
+            return "; ".join(map(str, self.rows)) or self.remote_error
         return self.last_error or ("deploying" if self.release and not self.release.since
                                    else "not looked at yet")
 
@@ -4210,15 +4167,12 @@ class Worker(threading.Thread):
         with self._condition:
             while not self._jobs and not self._wakes and not self.shared.stopping.is_set():
                 now = self.shared.clock()
-                if now >= self.next_poll:
+                watching = now < self.watch_until
+                left = min(self.next_poll - now, WATCH_SECONDS if watching else 5.0)
+                if left <= 0:
                     self._wakes.add("timer")
-                    break
-                left = min(self.next_poll - now, 5.0)
-                if now < self.watch_until:
-                    self._condition.wait(min(left, WATCH_SECONDS))
+                elif not self._condition.wait(left) and watching:
                     self._wakes.add("watch")
-                    break
-                self._condition.wait(left)
             if self._jobs:
                 return self._jobs.popleft(), set()
             wakes, self._wakes = self._wakes, set()
@@ -4333,24 +4287,19 @@ class Worker(threading.Thread):
 
     def heal(self, say: Progress) -> None:
         """Bring back what fell; what ends by itself or cannot be healed once an interval."""
-        now, interval = self.shared.clock(), self.shared.settings.duration
-        late = now < self.heal_after
+        now, former = self.shared.clock(), self.heal_after
         rows = [row for row in self.reconciler.rows if row.how.cure
-                and not (late and (row.kind == "ended" or self.last_error))]
+                and not (now < former and (row.kind == "ended" or self.last_error))]
         if not rows:
             return
-        try:
-            say(f"brings back: {'; '.join(map(str, rows))}")
-            self.reconciler.cure(rows, log.debug)
-            self.shared.metrics.add("pgo_service_heals_total", service=self.name)
-            self.reconciler.look()
-        except Fault:
-            self.heal_after = now + interval
-            raise
-        finally:
-            if any(row.kind == "ended" for row in rows):
-                self.heal_after = now + interval
-            self.watch_until = self.shared.clock() + self.service.wait
+        self.heal_after = now + self.shared.settings.duration
+        self.watch_until = now + self.service.wait
+        say(f"brings back: {'; '.join(map(str, rows))}")
+        self.reconciler.cure(rows, log.debug)
+        self.shared.metrics.add("pgo_service_heals_total", service=self.name)
+        if not any(row.kind == "ended" for row in rows):
+            self.heal_after = former
+        self.reconciler.look()
 
 def show_metrics(shared: Shared) -> None:
     """Set the gauges of every service, from what its thread shows."""
@@ -4375,7 +4324,6 @@ def show_metrics(shared: Shared) -> None:
 @dataclass(frozen=True)
 class ParsedCommand:
     """A parsed request: service, command, its options as (name, value) and what follows them."""
-
     service: str
     command: str
     options: tuple[tuple[str, str], ...] = ()
@@ -4593,7 +4541,6 @@ def answer_release(worker: Worker, command: ParsedCommand, by: str) -> str:
 class Command:
     """What a key holder may say: one of `job`, `answer` or, for compose's own, neither."""
     # `options` as help shows them: names with | between them, and = before what they take.
-
     help: str
     options: str = ""
     operands: str = ""
@@ -4640,7 +4587,6 @@ COMMANDS: dict[str, Command] = {
 }
 # Options that pgod sets itself, or that mean nothing without a terminal of the engine's.
 DROPPED_OPTIONS = frozenset(("-T", "--no-TTY", "-i", "--interactive", "-t", "--tty"))
-LIST_REQUEST = "//list"
 AUDIT_BYTES = 64 << 20  # of the audit log and of the one before it
 USAGE_STATUS = 2
 DENIED_STATUS = 1
@@ -4728,7 +4674,6 @@ def audit(directory: Path, **facts: object) -> None:
 @dataclass
 class Client:
     """A connection: where from, and the key that it has proven."""
-
     address: str
     key: str = ""  # fingerprint, "" before it is proven
     heard: int = 0  # bytes before that
@@ -4975,7 +4920,7 @@ class SshServer:
         if process.subsystem or not client.key:
             self.tell(process, "refused")
             return DENIED_STATUS
-        if text in ("", LIST_REQUEST):
+        if text in ("", "//list"):
             process.stdout.write("".join(f"{name}\n" for name in mine).encode())
             return 0
         try:
@@ -5120,7 +5065,6 @@ WEBHOOK_SIGNATURES = (
 
 class HttpHandler(http.server.BaseHTTPRequestHandler):
     """Two pages, and webhooks, which wake a service: nothing in them is believed."""
-
     server: HttpServer
     timeout = HTTP_SECONDS
     server_version = "pgod"
@@ -5172,7 +5116,6 @@ class HttpHandler(http.server.BaseHTTPRequestHandler):
 
 class HttpServer(http.server.ThreadingHTTPServer):
     """The oldest connection goes when there are too many."""
-
     daemon_threads = True
 
     def __init__(self, address: tuple[str, int], shared: Shared) -> None:
@@ -5221,12 +5164,11 @@ def notify(text: str) -> None:
 
 def left_behind(mark: str) -> list[int]:
     """Processes with the mark, outside of any container."""
-    def namespace(process: int | str) -> str:
-        try:
-            return os.readlink(f"/proc/{process}/ns/pid")
-        except OSError:
-            return ""
-    return [p for p in marked_processes(mark) if namespace(p) == namespace("self")]
+    ours, found = os.readlink("/proc/self/ns/pid"), []
+    for process in marked_processes(mark):
+        with contextlib.suppress(OSError):
+            found += [process] * (os.readlink(f"/proc/{process}/ns/pid") == ours)
+    return found
 
 def take_lock(directory: Path) -> str:
     """One pgod a folder; the mark by which its children are known. Raises Fault."""
@@ -5457,26 +5399,26 @@ def argument(parser: Callable[..., Any], *more: Any) -> Callable[[str], Any]:
 def absolute(text: str) -> Path:
     return Path(text).absolute()
 
-# Their defaults are those of Settings.
-OPTIONS: tuple[tuple[tuple[str, ...], dict[str, Any]], ...] = (
-    (("-c", "--config"), {"type": absolute, "metavar": "FILE",
-                          "help": "configuration (default /etc/pgo.toml)"}),
-    (("-d", "--dir"), {"type": absolute, "metavar": "DIR", "dest": "directory",
-                       "help": "where repositories are checked out (default /var/lib/pgo)"}),
-    (("--datadir",), {"type": absolute, "metavar": "DIR",
-                      "help": "data of the services, a folder each (default /data)"}),
-    (("-s", "--ssh"), {"type": argument(parse_address), "metavar": "ADDRESS",
-                       "help": "SSH address (default :2222; '' is off)"}),
-    (("-m", "--metric"), {"type": argument(parse_address), "metavar": "ADDRESS",
-                          "help": "metrics address (default :9112; '' is off)"}),
-    (("-t", "--duration"), {"type": argument(parse_duration, 0.001), "metavar": "DURATION",
-                            "help": "between polls (default 5m0s)"}),
-    (("--debug",), {"action": "store_true", "help": "log everything"}),
-    (("--restart",), {"type": bool_word, "nargs": "?", "const": True, "metavar": "BOOL",
-                      "help": "exit with 2 when the configuration changed (default true)"}),
-    (("-v", "--version"), {"action": "version", "version": f"pgod {VERSION}"}),
-    (("--check",), {"action": "store_true", "help": "check the configuration and exit"}),
-    (("--unit",), {"action": "store_true", "help": "print a systemd unit"}),
+FLAG = {"action": "store_true"}
+ADDRESS = {"type": argument(parse_address), "metavar": "ADDRESS"}
+# Field of Settings, which has the default; names; what argparse is told of it; help.
+OPTIONS: tuple[tuple[str, str, dict[str, Any], str], ...] = (
+    ("config", "-c --config", {"type": absolute, "metavar": "FILE"},
+     "configuration (default /etc/pgo.toml)"),
+    ("directory", "-d --dir", {"type": absolute, "metavar": "DIR"},
+     "where repositories are checked out (default /var/lib/pgo)"),
+    ("datadir", "--datadir", {"type": absolute, "metavar": "DIR"},
+     "data of the services, a folder each (default /data)"),
+    ("ssh", "-s --ssh", ADDRESS, "SSH address (default :2222; '' is off)"),
+    ("metric", "-m --metric", ADDRESS, "metrics address (default :9112; '' is off)"),
+    ("duration", "-t --duration", {"type": argument(parse_duration, 0.001), "metavar": "DURATION"},
+     "between polls (default 5m0s)"),
+    ("debug", "--debug", FLAG, "log everything"),
+    ("restart", "--restart", {"type": bool_word, "nargs": "?", "const": True, "metavar": "BOOL"},
+     "exit with 2 when the configuration changed (default true)"),
+    ("version", "-v --version", FLAG, "print the version"),
+    ("check", "--check", FLAG, "check the configuration and exit"),
+    ("unit", "--unit", FLAG, "print a systemd unit"),
 )
 
 def parse_arguments(words: Sequence[str]) -> tuple[Settings, argparse.Namespace]:
@@ -5485,8 +5427,8 @@ def parse_arguments(words: Sequence[str]) -> tuple[Settings, argparse.Namespace]
         "pgod", description="git decides what runs: follow the repositories of the configuration "
         "and run their compose files.", epilog="exit status: 0 normal, 1 error, 2 after SIGHUP",
         allow_abbrev=False)
-    for names, facts in OPTIONS:
-        parser.add_argument(*names, **facts)
+    for name, names, facts, text in OPTIONS:
+        parser.add_argument(*names.split(), dest=name, help=text, **facts)
     fields = vars(Settings())
     parser.set_defaults(**fields)
     options = parser.parse_args(words)
@@ -5521,6 +5463,9 @@ def check_identity(configuration: Configuration) -> None:
 def main(words: Sequence[str]) -> int:
     """Dispatch; the exit status."""
     settings, options = parse_arguments(words)
+    if options.version:
+        print(f"pgod {VERSION}")
+        return 0
     if options.unit:
         print(UNIT.format(python=sys.executable, program=Path(__file__).resolve(),
                           config=settings.config, directory=settings.directory), end="")

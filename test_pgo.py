@@ -4574,7 +4574,7 @@ def test_client_and_server_know_the_same_commands() -> None:
 
 @pytest.mark.parametrize("names", [
     pgod.COMMANDS, pgod.SERVICE_KEYS, pgod.METRICS, pgod.ALLOW, pgoctl.ENVIRONMENT,
-    [name for names, _ in pgod.OPTIONS for name in names],
+    [name for _, names, *_ in pgod.OPTIONS for name in names.split()],
     [a.partition("@")[0] for key in ("kex_algs", "encryption_algs", "mac_algs")
      for a in pgod.SSH_ALGORITHMS[key]]],
     ids=["commands", "keys", "metrics", "allow", "environment", "options", "algorithms"])
