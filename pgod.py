@@ -4790,6 +4790,13 @@ def host_key(path: Path, asyncssh: Any) -> Any:
     except (OSError, asyncssh.KeyImportError) as error:
         raise Fault(f"host key {path} cannot be read: {error}") from None
 
+def end_stream(children: Children, child: Child, mark: str) -> None:
+    """End the child, and what it began in a container (docker does not)."""
+    ended_by_itself = child.poll() is not None
+    children.end(child)
+    if mark and not ended_by_itself:
+        kill_all(marked_processes(mark), signal.SIGKILL)
+
 class SshServer:
     """pgod's own SSH port, by asyncssh: exec requests of key holders and nothing else."""
 
@@ -5007,13 +5014,6 @@ class SshServer:
         self.shared.metrics.count_command(worker.name, ("compose", command.command), status != 0)
         return 128 - status if status < 0 else status
 
-    def end_stream(self, child: Child, mark: str) -> None:
-        """End the child, and what it began in a container (docker does not)."""
-        ended_by_itself = child.poll() is not None
-        self.shared.children.end(child)
-        if mark and not ended_by_itself:
-            kill_all(marked_processes(mark), signal.SIGKILL)
-
     async def pump(self, process: Any, child: Child, streams: Mapping[str, Any], mark: str,
                    permitted: Callable[[], bool]) -> int:
         """Pump until the child ends, the client goes or its key does; flow control holds both."""
@@ -5030,7 +5030,7 @@ class SshServer:
             while not ended.done() and not gone.done() and permitted():
                 await asyncio.wait({ended, gone}, timeout=SSH_KEY_SECONDS,
                                    return_when=asyncio.FIRST_COMPLETED)
-            await self.loop.run_in_executor(None, self.end_stream, child, mark)
+            await self.loop.run_in_executor(None, end_stream, self.shared.children, child, mark)
             await asyncio.wait({pumps, gone}, return_when=asyncio.FIRST_COMPLETED)
             return 255 if gone.done() else child.wait()
         finally:
