@@ -1545,11 +1545,9 @@ class Compose:
     # was checked: who can trace a process that has the docker group, is root himself.
     service: Service
     paths: ServicePaths
+    account: Account
     children: Children
     program: tuple[str, ...]
-
-    def __post_init__(self) -> None:
-        self.account = account_of(self.service.user)
 
     def environment(self) -> dict[str, str]:
         """For every docker command. Nothing in it or in a .env makes compose fetch a remote."""
@@ -1645,7 +1643,9 @@ class Compose:
 
     def build(self, names: Iterable[str] = ()) -> None:
         """Build from the export. Raises Refused."""
-        result = self.run("build", "--", *names, deadline="build", model="render.json")
+        # All builds of the engine share what `RUN --mount=type=cache` keeps, but for this.
+        own = ("--build-arg", f"BUILDKIT_CACHE_MOUNT_NS={self.service.name}")
+        result = self.run("build", *own, "--", *names, deadline="build", model="render.json")
         if result.failed:
             raise Refused(f"build failed: {one_line(result.stderr + result.trouble, 600)}")
 
@@ -3253,8 +3253,9 @@ class Project:
         self.paths = ServicePaths(service.name, shared.settings.directory, shared.settings.datadir)
         self.store = Store(self.paths)
         self.api = shared.api
-        self.compose = Compose(service, self.paths, shared.children, shared.compose_program)
-        self.account = self.compose.account
+        self.account = account_of(service.user)
+        self.compose = Compose(service, self.paths, self.account, shared.children,
+                               shared.compose_program)
         self.git = Repository(service, self.paths, self.account, shared.children)
 
     def configuration(self) -> str:
@@ -5282,7 +5283,7 @@ class Daemon:
             try:
                 http_server = HttpServer((host, port), self.shared)
             except OSError as error:
-                raise Fault(f"metrics cannot listen on {host}:{port}: {error}") from None
+                raise Fault(f"metrics cannot listen on {host}:{port}: {error.strerror}") from None
             threading.Thread(target=http_server.serve_forever, name="http", daemon=True).start()
         if self.settings.ssh:
             self.ssh = SshServer(self.shared, asyncssh)

@@ -1254,7 +1254,8 @@ def test_compose_file_is_the_one_that_compose_would_take(
         compose: tuple[str, ...], there: str, files: str) -> None:
     service = pgod.Service("app", "root", pgod.Remote("/x"), compose=compose)
     paths = pgod.ServicePaths("app", Path("/lib"), Path("/data"))
-    engine = pgod.Compose(service, paths, pgod.Children(pgod.Metrics()), ("docker", "compose"))
+    engine = pgod.Compose(service, paths, pgod.account_of(service.user),
+                          pgod.Children(pgod.Metrics()), ("docker", "compose"))
     found = engine.files(dict.fromkeys(there.split(), ("100644", "")))
     assert found == [str(paths.export / name) for name in files.split()]
     with pytest.raises(pgod.Refused, match=re.escape((compose or pgod.COMPOSE_FILES)[0])):
