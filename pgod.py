@@ -875,8 +875,8 @@ GIT_SETTINGS = {
     "http.followRedirects": "false", "gc.autoDetach": "false", "fetch.recurseSubmodules": "no",
     "submodule.recurse": "false", "transfer.fsckObjects": "false", "protocol.version": "2",
     "core.symlinks": "true", "core.quotePath": "false", "advice.detachedHead": "false",
-    "http.lowSpeedLimit": "100", "http.lowSpeedTime": "60", "gc.autoPackLimit": "3",
-    "gc.pruneExpire": "now", "core.bigFileThreshold": "16m",
+    "http.lowSpeedLimit": "100", "http.lowSpeedTime": "60", "core.bigFileThreshold": "16m",
+    "fetch.unpackLimit": "1", "gc.autoPackLimit": "3", "gc.pruneExpire": "now",
 }
 
 def printable(text: str) -> str:

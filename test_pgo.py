@@ -1041,6 +1041,17 @@ def test_damaged_git_folder_heals_itself(lab: Lab) -> None:
         assert differences(lab, name) == ""
 
 
+def test_commits_that_are_gone_leave_their_packs_nowhere(lab: Lab) -> None:
+    """Each force push has three megabytes that no other one has."""
+    name = lab.service("a")
+    deployed(lab, name)
+    for _ in range(8):
+        lab.push(name, {"blob": os.urandom(3 << 20)})
+        lab.ssh(f"{name}//git pull", check=True)
+    git = lab.directory / ".pgod" / name / "git"
+    assert sum(path.stat().st_size for path in git.rglob("*")) < 18 << 20
+
+
 def test_small_pack_of_a_huge_tree_fills_no_disk(lab: Lab) -> None:
     """One blob under a hundred names: 64 KiB of objects, and gigabytes as files."""
     name = lab.service("a")
@@ -2149,6 +2160,12 @@ def test_container_makes_no_packets_of_its_own_on_a_network_of_others(lab: Lab) 
     assert "yes" in lab.ssh(f"{name}//status").stdout
 
 
+def test_hook_of_any_compose_is_not_privileged() -> None:
+    for hook in ("pre_start", "post_start", "pre_stop"):
+        model = {"services": {"web": {"image": "x", hook: [{"command": "x", "privileged": True}]}}}
+        assert [violation.allow for violation in judged(model, {})] == ["privileged"]
+
+
 def test_listed_networks_are_the_only_external_ones(tmp_path: Path) -> None:
     model, tree = rendered(tmp_path, NETWORKED.format(uses="[n]",
                                                       network="{external: true, name: elsewhere}"))
@@ -2299,6 +2316,10 @@ def configuration_errors(text: str) -> str:
     (ENTRY + "env = ['A=1', '2=geheim1']", ["env", "entry 2"]),
     (ENTRY + "env_file = '/no/such'", ["env_file", "'/no/such'", "No such file"]),
     (ENTRY + "env_file = 'a'", ["env_file", "absolute"]),
+    (ENTRY + "import = 'ssh/x'", ["import", "not in ssh/"]),
+    (ENTRY + "urls = {a = 'b:0'}", ["urls", "'b:0' is not a target"]),
+    (ENTRY + "urls = {A = 'b:1'}\n" + ENTRY.replace("app", "two") + "urls = {a = 'b:1'}",
+     ["'two'", "urls: a belongs to 'app'"]),
     (ENTRY + "deploy_key = '/no/such'", ["deploy_key", "'/no/such'", "No such file"]),
     (ENTRY + "urls = ['a']", ["urls", "table"]),
     (ENTRY + "urls = {'a b' = 'x:1'}", ["urls", "'a b'", "host name"]),
@@ -2970,6 +2991,38 @@ def test_build_reads_the_commit_and_not_what_a_container_put_there(lab: Lab) -> 
         assert not docker("image", "ls", "--quiet", f"{name}-web")
 
 
+def test_builds_of_two_services_share_no_cache(lab: Lab) -> None:
+    lines = {"a": "echo secret > /c/file", "b": "ls /c > /seen"}
+    for short, line in lines.items():
+        text = f"FROM {IMAGE}\nLABEL pgotest={lab.name}\nRUN --mount=type=cache,target=/c {line}\n"
+        name = lab.service(short, {"compose.yaml": compose_file(image=None, build="."),
+                                   "Dockerfile": text})
+    lab.start()
+    for name in lab.services:
+        lab.runs(name, lab.repositories[name].head())
+    assert docker("exec", f"{name}-web-1", "cat", "/seen") == ""
+
+
+def test_profiles_of_the_repository_count_where_the_administrator_names_none(lab: Lab) -> None:
+    more = {"more": {"image": IMAGE, "command": "sleep 100000", "init": True, "profiles": ["p"],
+                     "stop_grace_period": "1s", "healthcheck": HEALTHY}}
+    name = lab.service("a", {"compose.yaml": compose_file(services=more),
+                             ".env": "COMPOSE_PROFILES=p\n"})
+    lab.start()
+    lab.runs(name, lab.repositories[name].head())
+    assert f"{name}-more-1" in lab.containers(name)
+
+
+def test_volume_that_another_project_made_is_not_mounted(lab: Lab) -> None:
+    name = lab.service("a", {"compose.yaml": compose_file(
+        volumes=["old_data:/d"], top={"volumes": {"old_data": None}})})
+    docker("volume", "create", "--label", f"com.docker.compose.project={name}_old",
+           f"{name}_old_data")
+    lab.start()
+    assert f"is of {name}_old" in lab.failed(name, lab.repositories[name].head())
+    assert not lab.containers(name)
+
+
 def test_profiles_builds_jobs_orphans_and_lists_of_files_work(lab: Lab) -> None:
     lab.duration = "1h"
     rich = lab.service("rich", profiles=["extra"])
@@ -3361,7 +3414,7 @@ def test_end_in_the_middle_of_a_deploy_is_made_good(lab: Lab, number: int) -> No
     assert list(lab.containers(name)) == [f"{name}-web-1"]
 
 
-# ---- Worker --------------------------------------------------------------------------------------
+# ---- Set-up --------------------------------------------------------------------------------------
 
 
 def test_checkout_that_the_policy_refuses_is_not_started_again(lab: Lab) -> None:
@@ -3382,22 +3435,6 @@ def test_checkout_that_the_policy_refuses_is_not_started_again(lab: Lab) -> None
     lab.runs(name, commit)
     caps = docker("inspect", "--format", "{{.HostConfig.CapAdd}}", f"{name}-web-1")
     assert caps == "[]"
-
-
-def test_standalone_compose_serves_where_the_plugin_is_missing(lab: Lab) -> None:
-    tools = lab.folder / "tools"
-    program(tools, "docker", f'[ "$1" != compose ] || {{ echo "unknown command" >&2; exit 1; }}\n'
-                             f'exec {real("docker")} "$@"')
-    program(tools, "docker-compose", "echo 1.29.2")
-    name = lab.service("")
-    path = f"{tools}:{os.environ['PATH']}"
-    old = lab.start(ready=False, env={"PATH": path})
-    assert old.process.wait(PATIENCE) == 1
-    assert "docker-compose 1.29.2 is too old; docker compose 2 is needed" in old.log()
-    (tools / "docker-compose").unlink()
-    (tools / "docker-compose").symlink_to(real("docker-compose"))
-    lab.start(env={"PATH": path})
-    lab.runs(name, lab.repositories[name].head())
 
 
 def test_checkout_of_the_go_program_is_taken_over_as_it_runs(lab: Lab) -> None:
@@ -3425,6 +3462,25 @@ def test_checkout_of_the_go_program_is_taken_over_as_it_runs(lab: Lab) -> None:
     assert (tree / "data" / "untracked").read_text() == "mine"
     assert (tree / "data" / "tracked").read_text() == "2"
     assert not (tree / ".git").exists()
+
+
+# ---- Worker --------------------------------------------------------------------------------------
+
+
+def test_standalone_compose_serves_where_the_plugin_is_missing(lab: Lab) -> None:
+    tools = lab.folder / "tools"
+    program(tools, "docker", f'[ "$1" != compose ] || {{ echo "unknown command" >&2; exit 1; }}\n'
+                             f'exec {real("docker")} "$@"')
+    program(tools, "docker-compose", "echo 1.29.2")
+    name = lab.service("")
+    path = f"{tools}:{os.environ['PATH']}"
+    old = lab.start(ready=False, env={"PATH": path})
+    assert old.process.wait(PATIENCE) == 1
+    assert "docker-compose 1.29.2 is too old; docker compose 2 is needed" in old.log()
+    (tools / "docker-compose").unlink()
+    (tools / "docker-compose").symlink_to(real("docker-compose"))
+    lab.start(env={"PATH": path})
+    lab.runs(name, lab.repositories[name].head())
 
 
 def test_remote_down_for_long_touches_nothing_and_is_followed_again(lab: Lab) -> None:
@@ -3767,7 +3823,8 @@ def test_status_and_metrics_tell_at_once(lab: Lab) -> None:
 
 REFUSED_ORDERS = (
     "a//exec --privileged web id", "a//exec --priv web id", "a//exec --privileged=true web id",
-    "a//exec -Tp web id", "a//exec -e", "a//ps --project-directory /", "a//ps --file /x",
+    "a//exec web \0", "a//exec -Tp web id", "a//exec -e", "a//ps --project-directory /",
+    "a//ps --file /x",
     "a//ps -f x", "a//logs --file=/x", "a//up --env-file /x", "a//up --build", "a//up -p x",
     "a//ps --profile x", "a//down --rmi all", "a//down -v", "a//down --volumes", "a//down -vt",
     "a//ps --dry-run", "a//ps --dry", "a//ps --all=", "a//logs -ft=1", "a//ps -- --dry-run",
