@@ -4458,7 +4458,7 @@ def answer_journal(worker: Worker, command: ParsedCommand, by: str) -> str:
 def answer_help(worker: Worker, command: ParsedCommand, by: str) -> str:
     rows = []
     for name, entry in COMMANDS.items():
-        options = [f"[{text.replace('=', ' ')}]" for text in entry.options.split()]
+        options = [f"[{text.replace('=', ' ', 1)}]" for text in entry.options.split()]
         rows.append(f"{name:<9} {entry.help}")
         if options or entry.operands:
             rows.append(f"          {' '.join([*options, entry.operands]).strip()}")
