@@ -3836,6 +3836,14 @@ REFUSED_ORDERS = (
 )
 
 
+def test_help_shows_every_command_with_what_its_options_take(shared: Lab) -> None:
+    text = shared.ssh(f"{shared.name}-a//help", check=True).stdout
+    for name, command in pgod.COMMANDS.items():
+        assert re.search(rf"^{name} +{re.escape(command.help)}$", text, re.M), name
+    assert "[-e|--env NAME=VALUE]" in text
+    assert "[-t|--timeout SECONDS]" in text
+
+
 @pytest.mark.parametrize("text", REFUSED_ORDERS, ids=lambda text: text[:40])
 def test_what_the_table_does_not_list_is_refused(text: str) -> None:
     with pytest.raises(pgod.Refused):
