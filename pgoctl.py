@@ -250,6 +250,7 @@ def write_all(descriptor: int, data: bytes) -> None:
 def say(text: str) -> None:
     """A line of pgoctl's own on standard error."""
     with contextlib.suppress(OSError):
+        text = re.sub(r"[^\n\x20-\x7e\xa0-\U0010ffff]", "?", text)  # a server may have its say
         write_all(2, f"pgoctl: {text}\n".encode(errors="backslashreplace"))
 
 def output_failure() -> ControlError | SignalError:
