@@ -2569,7 +2569,7 @@ def as_outside_file(value: object) -> str:
         with open_beneath(Path("/"), str(path)[1:]) as file:
             others = os.fstat(file.fileno()).st_mode & (stat.S_IWGRP | stat.S_IWOTH)
     except (OSError, Refused) as error:
-        why = error.strerror if isinstance(error, OSError) else "a link leads to it, or it is no file"
+        why = error.strerror if isinstance(error, OSError) else "a link is in it, or it is no file"
         raise ValueError(f"{value!r} cannot be read: {why}") from None
     if others:
         raise ValueError(f"{value!r} can be written by others: chmod go-w {path}")
