@@ -59,6 +59,7 @@ import hmac
 import http.client
 import http.server
 import io
+import ipaddress
 import itertools
 import json
 import logging
@@ -100,7 +101,7 @@ log = logging.getLogger("pgod")
 COMPOSE_FILES = ("compose.yaml", "compose.yml", "docker-compose.yml", "docker-compose.yaml")
 NAME_PATTERN = re.compile(r"[a-z0-9][a-z0-9_-]{0,59}")
 BACKOFF_CEILING = 3600.0  # seconds between two tries of the same thing, at most
-SAME_TIME_DEPLOYS = 4
+DEPLOYS = 4  # at one time
 SLOW_DEPLOY = 30.0  # seconds, and up to as many more, that one waits for others
 KEY_FILE_BYTES = 16 * 1024
 OUTSIDE_BYTES = 1 << 20  # of a file that pgo.toml names
@@ -142,7 +143,6 @@ DEFAULT_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 
 SSH_UNPROVEN_BYTES = 64 * 1024  # what a client may send before it has proven a key
 SSH_UNPROVEN = 100
-SSH_UNPROVEN_PER_ADDRESS = 20
 SSH_SESSIONS = 10  # at one time in one connection
 SSH_SESSIONS_PER_SERVICE = 50
 SSH_KEY_SECONDS = 2.0  # between two looks whether the key of a stream is still there
@@ -888,8 +888,7 @@ def taken_over(descriptor: int, gid: int, prefix: str = "") -> dict[str, str]:
     # Root's docker builds from it, and would follow a link. The folder first: then it is at rest.
     found, root = dict[str, str](), os.geteuid() == 0
     try:
-        if root:
-            os.fchown(descriptor, 0, gid)
+        chown(descriptor, None, gid)
         os.fchmod(descriptor, 0o750)
         for name in os.listdir(descriptor):
             mode = (facts := os.stat(name, dir_fd=descriptor, follow_symlinks=False)).st_mode
@@ -3290,8 +3289,7 @@ class Shared:
     metrics: Metrics
     compose_program: tuple[str, ...]
     api: EngineApi
-    slots: threading.Semaphore = field(
-        default_factory=lambda: threading.Semaphore(SAME_TIME_DEPLOYS))
+    slots: threading.Semaphore = field(default_factory=lambda: threading.Semaphore(DEPLOYS))
     stopping: threading.Event = field(default_factory=threading.Event)
     events_flow: threading.Event = field(default_factory=threading.Event)
     workers: dict[str, Worker] = field(default_factory=dict)  # whole before a thread starts
@@ -3350,8 +3348,6 @@ def follow_import(project: Project, target: Project | None) -> None:
         project.store.note(announced=digest)
 
 # ---- Deploy ------------------------------------------------------------------------------------
-
-TRIES = 3  # of a cure, until what one brought about needs none
 
 @dataclass(frozen=True)
 class Prepared:
@@ -3709,15 +3705,12 @@ class Reconciler:
     # All of it happens in the service's thread. `pause` waits a moment, less if the engine tells of
     # something, and raises Stopping; `publish` shows others what is known.
     project: Project
+    store: Store
     pause: Callable[[float], None]
     publish: Callable[[], None]
     snapshot: Snapshot = Snapshot()  # the last one
     rows: tuple[Row, ...] = ()  # of the current release with it
     was_stopped: bool = False  # what ended meanwhile was stopped, and is no job that is done
-
-    @property
-    def store(self) -> Store:
-        return self.project.store
 
     def look(self) -> tuple[Row, ...]:
         """Ask the engine, and compare with the current release. Raises Fault."""
@@ -3847,7 +3840,7 @@ class Reconciler:
                 ))
             if any(row.how.cure for row in self.rows):
                 waits = any(row.how.waits for row in self.rows)
-                if not waits and (trouble or cures >= TRIES):
+                if not waits and (trouble or cures >= 3):  # each may bring about the next
                     return trouble or Refused(why)
                 cures += 1
                 trouble = self.attempt(lambda: self.cure(self.rows, say))
@@ -4087,7 +4080,7 @@ class Worker(threading.Thread):
         self.shared = shared
         self.project = Project(service, shared)
         self.store = self.project.store
-        self.reconciler = Reconciler(self.project, self.pause, self.publish)
+        self.reconciler = Reconciler(self.project, self.store, self.pause, self.publish)
         self.wanted, self.keys = self.store.keys()
         self.failures = 0
         self.last_error = ""
@@ -4679,6 +4672,12 @@ class Client:
     key: str = ""  # fingerprint, "" before it is proven
     heard: int = 0  # bytes before that
 
+    @property
+    def network(self) -> str:
+        """Its /24, or /64 of IPv6: who has an address there has many."""
+        host = self.address.partition("%")[0]
+        return str(ipaddress.ip_network(f"{host}/{64 if ':' in host else 24}", strict=False))
+
 def bound_input(channel: Any) -> None:
     """Grant the client no more than a window of input that nobody has read yet."""
     # asyncssh forgets what waits in its buffer: 200 MB for a slow reader took 100 MB of memory.
@@ -4860,14 +4859,15 @@ class SshServer:
         """Limits for clients that have proven nothing, and the proof itself."""
         # A key counts when its signature was verified. That it was offered, or that some key was
         # accepted, does not (CVE-2024-45337). asyncssh reads without limit before authentication.
-        peer = connection.get_extra_info("peername") or ("?", 0)
-        client = connection.pgod_client = Client(str(peer[0]))
-        same = [c for c, other in self.unproven.items() if other.address == client.address]
-        crowds = ((same, SSH_UNPROVEN_PER_ADDRESS), ([*self.unproven], SSH_UNPROVEN))
-        for oldest in {crowd[0] for crowd, limit in crowds if len(crowd) >= limit}:
-            oldest.abort()
-            self.unproven.pop(oldest, None)
+        peer = connection.get_extra_info("peername") or ("127.0.0.1", 0)
+        client = connection.pgod_client = Client(str(peer[0]).removeprefix("::ffff:"))
         self.unproven[connection] = client
+        if len(self.unproven) > SSH_UNPROVEN:  # the oldest of the largest crowd goes, not of all
+            networks = {other: c.network for other, c in self.unproven.items()}
+            crowd = collections.Counter(networks.values()).most_common(1)[0][0]
+            oldest = next(other for other, network in networks.items() if network == crowd)
+            oldest.abort()
+            self.unproven.pop(oldest)
         receive, validate = connection.data_received, connection.validate_public_key
         create = connection.create_server_channel
 

@@ -2681,7 +2681,7 @@ def slots_taken(tmp_path: Path, clock: Callable[[], float]) -> pgod.Shared:
     children = pgod.Children(pgod.Metrics())
     shared = pgod.Shared(pgod.Settings(), pgod.Configuration((), ""), children, children.metrics,
                          ("docker", "compose"), pgod.EngineApi("unix:///nowhere"), clock=clock)
-    assert all(shared.slots.acquire(timeout=1) for _ in range(pgod.SAME_TIME_DEPLOYS))
+    assert all(shared.slots.acquire(timeout=1) for _ in range(pgod.DEPLOYS))
     return shared
 
 
@@ -4196,6 +4196,37 @@ def test_crowd_does_not_keep_a_key_holder_out(shared: Lab) -> None:
             assert child.wait(PATIENCE) == 255
         assert shared.ssh(f"{shared.name}-a//ping", timeout=20).stdout == "pong\n"
         assert memory(shared, "VmRSS") < before + (50 << 20)
+
+
+CROWD = """
+import socket, sys, time
+port, end, open_ones = int(sys.argv[1]), time.monotonic() + 60, []
+print("on", flush=True)
+while time.monotonic() < end:
+    for number in range(8):
+        one = socket.socket()
+        one.bind((f"127.1.{number}.1", 0))
+        one.settimeout(1)
+        try:
+            one.connect(("127.0.0.1", port))
+            open_ones.append(one)
+        except OSError:
+            pass
+    del open_ones[:-300]
+    time.sleep(0.001)
+"""
+
+
+def test_crowd_that_ever_comes_again_keeps_no_key_holder_out(shared: Lab) -> None:
+    """Eight networks, each with a hundred new connections a second, as containers could."""
+    with subprocess.Popen([sys.executable, "-c", CROWD, str(shared.ssh_port)], stdout=-1) as crowd:
+        try:
+            assert crowd.stdout and crowd.stdout.readline() == b"on\n"
+            for _ in range(5):
+                done = shared.ssh(f"{shared.name}-a//ping", timeout=20)
+                assert done.stdout == "pong\n", done.stderr
+        finally:
+            crowd.kill()
 
 
 def test_client_that_never_logs_in_is_sent_away(shared: Lab) -> None:
