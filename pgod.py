@@ -4672,11 +4672,15 @@ class Client:
     key: str = ""  # fingerprint, "" before it is proven
     heard: int = 0  # bytes before that
 
-    @property
-    def network(self) -> str:
-        """Its /24, or /64 of IPv6: who has an address there has many."""
-        host = self.address.partition("%")[0]
-        return str(ipaddress.ip_network(f"{host}/{64 if ':' in host else 24}", strict=False))
+def network_of(address: str) -> str:
+    """Its /24, or /64 of IPv6: who has an address there has many."""
+    host = address.removeprefix("::ffff:").partition("%")[0]
+    return str(ipaddress.ip_network(f"{host}/{64 if ':' in host else 24}", strict=False))
+
+def oldest_of_largest(networks: Mapping[Any, str]) -> Any:
+    """The first connection of the network that has most: a crowd shuts out nobody but itself."""
+    crowd = collections.Counter(networks.values()).most_common(1)[0][0]
+    return next(connection for connection, network in networks.items() if network == crowd)
 
 def bound_input(channel: Any) -> None:
     """Grant the client no more than a window of input that nobody has read yet."""
@@ -4804,7 +4808,7 @@ class SshServer:
         self.shared = shared
         self.asyncssh = asyncssh
         self.sessions = collections.Counter[str]()  # service: commands that run now
-        self.unproven: dict[Any, Client] = {}  # connection: client, oldest first
+        self.unproven: dict[Any, str] = {}  # connection: its network, oldest first
         self.loop = asyncio.new_event_loop()
         self.beat = time.monotonic()
 
@@ -4860,12 +4864,10 @@ class SshServer:
         # A key counts when its signature was verified. That it was offered, or that some key was
         # accepted, does not (CVE-2024-45337). asyncssh reads without limit before authentication.
         peer = connection.get_extra_info("peername") or ("127.0.0.1", 0)
-        client = connection.pgod_client = Client(str(peer[0]).removeprefix("::ffff:"))
-        self.unproven[connection] = client
-        if len(self.unproven) > SSH_UNPROVEN:  # the oldest of the largest crowd goes, not of all
-            networks = {other: c.network for other, c in self.unproven.items()}
-            crowd = collections.Counter(networks.values()).most_common(1)[0][0]
-            oldest = next(other for other, network in networks.items() if network == crowd)
+        client = connection.pgod_client = Client(str(peer[0]))
+        self.unproven[connection] = network_of(client.address)
+        if len(self.unproven) > SSH_UNPROVEN:
+            oldest = oldest_of_largest(self.unproven)
             oldest.abort()
             self.unproven.pop(oldest)
         receive, validate = connection.data_received, connection.validate_public_key
@@ -5116,7 +5118,7 @@ class HttpHandler(http.server.BaseHTTPRequestHandler):
         log.debug("HTTP: %s: %s", self.address_string(), format % args)
 
 class HttpServer(http.server.ThreadingHTTPServer):
-    """The oldest connection goes when there are too many."""
+    """Of too many connections, those go that are late, and the oldest of the largest network."""
     daemon_threads = True
 
     def __init__(self, address: tuple[str, int], shared: Shared) -> None:
@@ -5124,7 +5126,7 @@ class HttpServer(http.server.ThreadingHTTPServer):
         super().__init__(address, HttpHandler, bind_and_activate=False)
         self.shared = shared
         self.guard = threading.Lock()  # guards `open`
-        self.open: dict[socket.socket, float] = {}  # connection: since when
+        self.open: dict[socket.socket, tuple[float, str]] = {}  # since when, and its network
         self.socket.close()
         both = not address[0] and socket.has_dualstack_ipv6()
         family = socket.AF_INET6 if both or ":" in address[0] else socket.AF_INET
@@ -5133,13 +5135,14 @@ class HttpServer(http.server.ThreadingHTTPServer):
     def process_request(self, request: Any, client_address: Any) -> None:
         now = time.monotonic()
         with self.guard:
-            late = [s for s, since in self.open.items() if since + HTTP_SECONDS < now]
-            late += [*self.open][:len(self.open) >= HTTP_CONNECTIONS]
-            for old in {*late}:
+            late = {s for s, (since, _) in self.open.items() if since + HTTP_SECONDS < now}
+            if len(self.open) >= HTTP_CONNECTIONS:
+                late.add(oldest_of_largest({s: network for s, (_, network) in self.open.items()}))
+            for old in late:
                 self.open.pop(old)
                 with contextlib.suppress(OSError):
                     old.shutdown(socket.SHUT_RDWR)
-            self.open[request] = now
+            self.open[request] = now, network_of(client_address[0])
         super().process_request(request, client_address)
 
     def shutdown_request(self, request: Any) -> None:
@@ -5152,7 +5155,7 @@ class HttpServer(http.server.ThreadingHTTPServer):
 
 # ---- Daemon --------------------------------------------------------------------------------------
 
-CONFIGURATION_SECONDS = 2.0
+CONFIGURATION_SECONDS = 2.0  # between two looks at pgo.toml and at what lives
 SSH_SILENCE = 120.0  # seconds; it is asked for a sign of life at each look
 
 def notify(text: str) -> None:
@@ -5297,15 +5300,11 @@ class Daemon:
 
     def watch(self) -> int:
         """Until a signal or a new configuration ends it."""
-        looked = time.monotonic()
         while True:
             with contextlib.suppress(queue.Empty):
-                number = self.wakeup.get(timeout=0.5)
+                number = self.wakeup.get(timeout=CONFIGURATION_SECONDS)
                 log.info("ends: %s", signal.Signals(number).name)
                 return 2 if number == signal.SIGHUP else 0
-            if time.monotonic() < looked + CONFIGURATION_SECONDS:
-                continue
-            looked = time.monotonic()
             if self.alive():
                 notify("WATCHDOG=1")
             if self.settings.restart and self.configuration_changed():
