@@ -3865,6 +3865,7 @@ class Reconciler:
         failure = Failure(commit, self.project.configuration(),
                           redact(str(fault), self.project.service.secrets), retry)
         if self.store.note(failure=failure):
+            self.publish()
             self.append_history(commit, by, began, "failed", str(fault))
 
     def fail(self, commit: str, fault: Fault, say: Progress, by: str, began: float,
