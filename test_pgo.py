@@ -3913,7 +3913,7 @@ def test_an_unknown_compose_service_is_named_and_nothing_is_held(lab: Lab, comma
 def test_what_a_repository_says_does_not_steer_the_terminal(lab: Lab) -> None:
     name = lab.service("a", {"compose.yaml": 'services:\n  "we\\u001b[31mb": {image: x}\n'})
     lab.start()
-    until(lambda: "not looked at" not in lab.ssh(f"{name}//status").stdout)
+    until(lambda: "failed" in lab.ssh(f"{name}//history").stdout)
     for command in ("status", "history", "up", "load"):
         answer = lab.ssh(f"{name}//{command}")
         assert "[31mb" in answer.stdout + answer.stderr
