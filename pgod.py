@@ -5368,7 +5368,7 @@ After=network-online.target docker.service
 
 [Service]
 Type=notify
-ExecStart={python} {program} --config {config} --dir {directory}
+ExecStart={python} {program} {words} --config {config} --dir {directory}
 ExecReload=/bin/kill -HUP $MAINPID
 SyslogIdentifier=pgod
 Restart=on-failure
@@ -5469,6 +5469,7 @@ def main(words: Sequence[str]) -> int:
         return 0
     if options.unit:
         print(UNIT.format(python=sys.executable, program=Path(__file__).resolve(),
+                          words=shlex.join(word for word in words if word != "--unit"),
                           config=settings.config, directory=settings.directory), end="")
         return 0
     handler = logging.StreamHandler()

@@ -4444,11 +4444,14 @@ def test_service_that_left_the_configuration_ends_without_losing_data(lab: Lab) 
 
 def test_unit_is_one_that_systemd_takes(tmp_path: Path) -> None:
     unit = tmp_path / "pgod.service"
-    unit.write_text(run(sys.executable, HERE / "pgod.py", "--unit").stdout)
+    words = ["-s", "127.0.0.1:2223", "-m", "", "--duration=1m", "--datadir", "/srv/a b"]
+    unit.write_text(run(sys.executable, HERE / "pgod.py", *words, "--unit").stdout)
     parser = configparser.ConfigParser(strict=False, interpolation=None)
     parser.optionxform = str  # type: ignore[assignment,method-assign]
     parser.read(unit)
     assert parser["Service"]["Type"] == "notify"
+    started = shlex.split(parser["Service"]["ExecStart"])[2:]
+    assert pgod.parse_arguments(started)[0] == pgod.parse_arguments(words)[0]
     if shutil.which("systemd-analyze"):
         done = run("systemd-analyze", "verify", "--man=no", unit, check=False)
         assert "pgod.service" not in done.stderr, done.stderr
