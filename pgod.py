@@ -4868,8 +4868,7 @@ class SshServer:
         client = connection.pgod_client = Client(str(peer[0]))
         self.unproven[connection] = network_of(client.address)
         if len(self.unproven) > SSH_UNPROVEN:
-            oldest = oldest_of_largest(self.unproven)
-            oldest.abort()
+            (oldest := oldest_of_largest(self.unproven)).abort()
             self.unproven.pop(oldest)
         receive, validate = connection.data_received, connection.validate_public_key
         create = connection.create_server_channel

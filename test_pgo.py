@@ -87,9 +87,12 @@ def until(condition: Callable[[], Any], what: str = "", patience: float = PATIEN
 
 
 def free_port() -> int:
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        return int(sock.getsockname()[1])
+    """Not one of those that connections take; not of `random`, which begins anew in each test."""
+    while True:
+        port = 10_000 + secrets.randbelow(22_000)
+        with socket.socket() as sock, contextlib.suppress(OSError):
+            sock.bind(("127.0.0.1", port))
+            return port
 
 
 def process_environment(**more: str) -> dict[str, str]:
