@@ -96,12 +96,12 @@ VERSION = "0.1.0"
 log = logging.getLogger("pgod")
 
 # ---- Limits ------------------------------------------------------------------------------------
-
 # Compose's own order of preference.
 COMPOSE_FILES = ("compose.yaml", "compose.yml", "docker-compose.yml", "docker-compose.yaml")
 NAME_PATTERN = re.compile(r"[a-z0-9][a-z0-9_-]{0,59}")
 BACKOFF_CEILING = 3600.0  # seconds between two tries of the same thing, at most
 DEPLOYS = 4  # at one time
+JOBS = 20  # of one service that wait for their turn
 SLOW_DEPLOY = 30.0  # seconds, and up to as many more, that one waits for others
 KEY_FILE_BYTES = 16 * 1024
 OUTSIDE_BYTES = 1 << 20  # of a file that pgo.toml names
@@ -110,9 +110,7 @@ KEY_COUNT = 100
 # Deadlines of child processes, in seconds.
 DEADLINE = {
     "ls-remote": 60.0, "fetch": 900.0, "git": 120.0, "render": 60.0, "login": 60.0,
-    "pull": 1800.0, "build": 3600.0, "up": 600.0, "docker": 60.0, "reload": 30.0,
-    "mount": 60.0,
-}
+    "pull": 1800.0, "build": 3600.0, "up": 600.0, "docker": 60.0, "reload": 30.0, "mount": 60.0}
 # What a rendering may use: CPU seconds, bytes of data (address space is no measure: a Go program
 # reserves far more than it uses), bytes of output. An alias bomb of 418 bytes runs for minutes, and
 # `env_file: /dev/zero` takes all memory there is.
@@ -144,7 +142,8 @@ DEFAULT_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 SSH_UNPROVEN_BYTES = 64 * 1024  # what a client may send before it has proven a key
 SSH_UNPROVEN = 100
 SSH_SESSIONS = 10  # at one time in one connection
-SSH_SESSIONS_PER_SERVICE = 50
+SSH_SESSIONS_PER_SERVICE = 20
+STREAM_MEMORY = 192 << 20  # bytes of data of a command that writes to a client
 SSH_KEY_SECONDS = 2.0  # between two looks whether the key of a stream is still there
 SSH_LOGIN_SECONDS = 20
 SSH_COMMAND_BYTES = 64 * 1024
@@ -167,27 +166,23 @@ HTTP_CONNECTIONS = 100
 HTTP_SECONDS = 10.0
 
 # ---- Values ------------------------------------------------------------------------------------
-
 Progress = Callable[[str], None]  # is told what happens, a line at a time
 Json = Mapping[str, Any]  # an object of JSON or of a compose file
 
 class Fault(Exception):
     """Something did not work; the text is for a person. `retry`: trying again may help."""
     retry = True
-
 class Refused(Fault):
     """The commit or the request is at fault: the same again will fail the same way."""
     retry = False
-
+class Held(Refused):
+    """A hold, stop or down came while something was waited for."""
 class EngineGone(Fault):
     """The engine does not answer, or ended meanwhile: no fault of any commit."""
-
 class ConfigurationError(Exception):
     """pgo.toml is wrong; the text has every reason, a line each."""
-
 class Stopping(Exception):
     """pgod is about to end: leave what you do."""
-
 @dataclass(frozen=True)
 class Account:
     """Who a child process or a file operation is: numbers of a user, its group and its groups."""
@@ -195,7 +190,6 @@ class Account:
     uid: int
     gid: int
     groups: tuple[int, ...] = ()
-
 @dataclass(frozen=True)
 class Registry:
     """One login: `docker login -u user address`, with the token on standard input."""
@@ -248,7 +242,6 @@ class Service:
     def trusted(self) -> bool:
         """For root's own repositories the policy is reported, not enforced."""
         return self.user == "root"
-
     @property
     def secrets(self) -> tuple[str, ...]:
         """What must never be shown. Short values of env would redact half of every line."""
@@ -256,9 +249,7 @@ class Service:
         values = (*self.repository.secrets, *tokens, self.webhook,
                   *(value for _, value in self.env if len(value) >= 6))
         return tuple({form for value in values for form in (value, json.dumps(value)[1:-1])})
-
     def digest(self) -> str:
-        """Changes when something changes that a deploy depends on."""
         parts = (self.user, self.repository.url, self.branch, self.compose, self.env,
                  self.networks, self.mount, self.profiles, self.allow)
         return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
@@ -284,7 +275,6 @@ class Settings:
 
 class ServicePaths:
     """Where a service's things lie. All but `worktree` and `data` are closed to containers."""
-
     def __init__(self, service: str, directory: Path, datadir: Path) -> None:
         self.service = service
         self.own = directory / ".pgod" / service
@@ -301,7 +291,6 @@ class PublicKey:
     comment: str
 
 # ---- Parsing -----------------------------------------------------------------------------------
-
 DURATION_UNITS = {"h": 3600.0, "m": 60.0, "s": 1.0, "ms": 0.001}
 
 def parse_duration(text: str, least: float = 0.0) -> float:
@@ -447,7 +436,6 @@ def redact(text: str, secrets: Iterable[str]) -> str:
     for secret in sorted(filter(None, secrets), key=len, reverse=True):
         text = text.replace(secret, "***")
     return text
-
 def nearest(word: str, known: Iterable[str]) -> str:
     """` (did you mean "x"?)`, or nothing."""
     close = difflib.get_close_matches(word, list(known), 1, 0.6)
@@ -456,13 +444,11 @@ def nearest(word: str, known: Iterable[str]) -> str:
 COMPOSE_PROGRESS = re.compile(r"\s*(Container|Network|Volume|Image) \S+ +[A-Z][a-z]+\s*")
 
 def one_line(text: str, limit: int = 300) -> str:
-    """The last lines of a program's complaint, as one."""
     lines = [line.strip() for line in text.splitlines()
              if line.strip() and not COMPOSE_PROGRESS.fullmatch(line)]
     return " / ".join(lines[-4:])[-limit:]
 
 # ---- Files -------------------------------------------------------------------------------------
-
 _libc = ctypes.CDLL(None, use_errno=True)
 
 @contextlib.contextmanager
@@ -487,7 +473,6 @@ def chown(path: Path | int, account: Owner, gid: int | None = None) -> None:
     if os.geteuid() == 0:
         uid = account.uid if account else 0
         os.chown(path, uid, gid if gid is not None else account.gid if account else 0)
-
 def make_folder(path: Path, mode: int, owner: Owner = None, gid: int | None = None) -> None:
     """A folder of pgod's own with that mode and owner, also where it was there already."""
     path.mkdir(parents=True, exist_ok=True)
@@ -623,7 +608,6 @@ def remove_beneath(root: Path, path: str, keep: frozenset[str]) -> None:
             parts = parts[:-1]
 
 # ---- Metrics -----------------------------------------------------------------------------------
-
 # The first two are untyped: their names are the Go program's, and end in _count, which the
 # exposition format keeps for histograms.
 METRICS: dict[str, tuple[str, str]] = {
@@ -647,26 +631,21 @@ METRICS: dict[str, tuple[str, str]] = {
 
 class Metrics:
     """Counters, and gauges that are set; thread-safe."""
-
     def __init__(self) -> None:
         self._lock = threading.Lock()  # guards _values
         self._values: dict[str, dict[tuple[tuple[str, str], ...], float]] = {
             name: {} for name in METRICS}
-
     def count_command(self, service: str, kind: tuple[str, str], failed: bool) -> None:
         """One more command of that kind: (command, subcommand)."""
         for name in ("pgo_command_count", "pgo_command_error_count")[:1 + failed]:
             self.add(name, service=service, cmd=kind[0], subcmd=kind[1])
-
     def add(self, name: str, value: float = 1, /, **labels: str) -> None:
         with self._lock:
             key = tuple(labels.items())
             self._values[name][key] = self._values[name].get(key, 0) + value
-
     def set(self, name: str, value: float, /, **labels: str) -> None:
         with self._lock:
             self._values[name][tuple(labels.items())] = value
-
     def replace(self, name: str, service: str, rows: Iterable[tuple[Json, float]]) -> None:
         """Set a service's rows of a gauge and forget the ones it had."""
         with self._lock:
@@ -688,7 +667,6 @@ class Metrics:
         return "\n".join(lines) + "\n"
 
 # ---- Children ----------------------------------------------------------------------------------
-
 @dataclass(frozen=True)
 class Result:
     """How a child ended: `status` is negative for a signal, as in subprocess."""
@@ -700,12 +678,9 @@ class Result:
     @property
     def failed(self) -> bool:
         return bool(self.status or self.trouble)
-
     @property
     def complaint(self) -> str:
-        """One line for a person."""
         return self.trouble or one_line(self.stderr) or f"exit status {self.status}"
-
     def check(self, doing: str) -> Result:
         """Itself, if all went well. Raises Fault."""
         if self.failed:
@@ -721,6 +696,7 @@ class RunAs:
     directory: Path = Path("/")
     secrets: tuple[str, ...] = ()  # are redacted in the log and in standard error
     limits: tuple[str, ...] = ()  # of prlimit(1)
+    marked: bool = True  # not where a compose file could show the mark
 
 def processes(file: str, matches: Callable[[bytes], bool]) -> list[int]:
     """The processes whose /proc/PID/file matches, proc(5)."""
@@ -738,13 +714,9 @@ def session_processes(session: int) -> list[int]:
         state, _, _, number, *_ = content.rpartition(b")")[2].split()
         return int(number) == session and state != b"Z"
     return processes("stat", belongs)
-
 def marked_processes(mark: str) -> list[int]:
-    """The processes that carry that NAME=VALUE in their environment."""
     return processes("environ", lambda content: mark.encode() in content.split(b"\0"))
-
 def kill_all(processes: Iterable[int], number: int) -> None:
-    """Signal each that is still there."""
     for process in processes:
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.kill(process, number)
@@ -779,7 +751,7 @@ class Children:
         name, _, value = self.mark.partition("=")
         # HOME is nowhere, not in /tmp: others could put links there.
         environment = {"PATH": DEFAULT_PATH, "HOME": "/nonexistent", **passed, **who.env} | (
-            {name: value} if name else {})
+            {name: value} if name and who.marked else {})
         if not shutil.which(words[0], path=environment["PATH"]):
             raise Fault(f"{words[0]} is not installed")
         log.debug("%s: runs: %s", who.service or "pgod", redact(shlex.join(words), who.secrets))
@@ -866,7 +838,6 @@ class Children:
         return output, ""
 
 # ---- Git ---------------------------------------------------------------------------------------
-
 # path: (mode, blob) of everything in a commit, as `git ls-tree -r` says it.
 Tree = dict[str, tuple[str, str]]
 LINK_MODES = {"120000": "a symlink", "160000": "a submodule"}
@@ -998,7 +969,6 @@ class Repository:
         ref = f"+refs/heads/{self.service.branch}:refs/pgod/wanted"
         self.fetch_ref(self.service.repository.url, ref, folder)
         return self.identity("refs/pgod/wanted", folder)
-
     def fetch_ref(self, url: str, ref: str, folder: Path = Path()) -> None:
         self.git("fetch", "--quiet", "--no-tags", "--depth=1", "--no-write-fetch-head", url, ref,
                  deadline="fetch", folder=folder)
@@ -1088,7 +1058,6 @@ class Repository:
         return tree
 
     def take_over(self) -> str:
-        """The commit that a checkout of the Go program has."""
         # upload-pack is made for repositories that are not trusted: it runs nothing of theirs.
         self.fetch_ref(str(self.paths.worktree / ".git"), "+HEAD:refs/pgod/good")
         return self.identity("refs/pgod/good")
@@ -1108,9 +1077,7 @@ class Repository:
         return tuple(keys.values())[:KEY_COUNT]
 
 # ---- Work tree ---------------------------------------------------------------------------------
-
 def folders_of(path: str) -> list[str]:
-    """The folders that a path lies in, the topmost first."""
     parts = path.split("/")
     return ["/".join(parts[:depth]) for depth in range(1, len(parts))]
 
@@ -1234,12 +1201,12 @@ def chown_tracked(root: Path, paths: Iterable[str], former: int, account: Accoun
                 os.chown(name, account.uid, account.gid, dir_fd=folder, follow_symlinks=False)
 
 # ---- Engine ------------------------------------------------------------------------------------
-
 API_NEWEST = (1, 51)  # the newest version of the engine's API that pgod was tried with
 API_BYTES = 32 << 20  # of one answer
 API_SECONDS = 60.0
 PROJECT_LABEL = "com.docker.compose.project"
 SERVICE_LABEL = "com.docker.compose.service"
+REPLACE_LABEL = "com.docker.compose.replace"
 DIGEST_LABEL = "io.pgod.digest"
 KEEP_NAME = "pgod.invalid/keep"  # repository of the tags that keep images; no host has this name
 # Signals that say something to a program and do not end it, as `docker kill` reports them.
@@ -1323,7 +1290,7 @@ def parse_container(facts: Json) -> Container:
         facts.get("RestartCount", 0), host["RestartPolicy"]["Name"] or "no", facts["Image"],
         parse_time(facts["Created"]), parse_time(state["StartedAt"]),
         digest=str(labels.get(DIGEST_LABEL, "")),
-        replaces="com.docker.compose.replace" in labels,
+        replaces=REPLACE_LABEL in labels,
         networks={name: (network or {}).get("NetworkID", "") for name, network in networks.items()},
         shares=tuple(mode[10:] for mode in modes if str(mode).startswith("container:")),
         volumes_from=tuple(text.partition(":")[0] for text in host.get("VolumesFrom") or ()),
@@ -1345,7 +1312,6 @@ def engine_connection(address: tuple[str, int], seconds: float) -> http.client.H
 
 class EngineApi:
     """The engine's own API, for questions and small acts. A connection a request: any thread."""
-
     def __init__(self, host: str = "") -> None:
         if os.environ.get("DOCKER_TLS_VERIFY"):
             raise Fault("DOCKER_TLS_VERIFY is set: pgod speaks to an engine without TLS only, by "
@@ -1424,21 +1390,15 @@ class EngineApi:
             return dict(self.ask("GET", urllib.parse.quote(path)))
         except NotThere:
             return {}
-
     def image(self, name: str) -> Json:
         return self.facts(f"/images/{name}/json")
-
     def images(self, names: Iterable[str]) -> dict[str, str]:
-        """Name and identity of those that are there."""
         found = {name: str(self.image(name).get("Id", "")) for name in sorted({*names})}
         return {name: identity for name, identity in found.items() if identity}
-
     def networks(self) -> tuple[dict[str, Json], float]:
-        """All networks by name, and the engine's time."""
         text, headers = self.exchange("GET", self.path("/networks", {}))
         now = email.utils.parsedate_to_datetime(headers["Date"]).timestamp()
         return {network["Name"]: network for network in json.loads(text)}, now
-
     def snapshot(self, project: str, images: Iterable[str] = (),
                  volumes: Iterable[str] = ()) -> Snapshot:
         """What there is of a project, of the named images and volumes. Raises Fault."""
@@ -1446,34 +1406,27 @@ class EngineApi:
         networks, now = self.networks()
         found = {name: facts for name in volumes if (facts := self.facts(f"/volumes/{name}"))}
         return Snapshot(containers, networks, found, self.images(images), now)
-
     def attached(self, network: str) -> list[Json]:
         """All containers on a network, also stopped ones: names, identities and labels."""
         return list(self.ask("GET", "/containers/json", {
             "all": 1, "filters": {"network": [network]}}))
-
     def act(self, method: str, path: str, query: Json | None = None,
             body: Any = None, seconds: float = API_SECONDS) -> None:
         """Do something to what may be gone meanwhile. Raises Fault."""
         with contextlib.suppress(NotThere):
             self.ask(method, path, query, body, seconds)
-
     def stop(self, identities: Iterable[str]) -> None:
         for identity in identities:
             self.act("POST", f"/containers/{identity}/stop", seconds=API_SECONDS + 120)
-
     def remove(self, identities: Iterable[str], volumes: bool = False) -> None:
         """By force; `volumes`: also the anonymous ones that are its own."""
         for identity in identities:
             self.act("DELETE", f"/containers/{identity}", {"force": 1, "v": int(volumes)})
-
     def tag(self, image: str, name: str) -> None:
         """Give an image one more name, with a tag or without. Raises NotThere."""
         self.ask("POST", f"/images/{image}/tag", {"repo": name})
-
     def untag(self, name: str) -> None:
         self.act("DELETE", f"/images/{urllib.parse.quote(name)}", {"noprune": 1})
-
     def names_of(self, repository: str) -> list[str]:
         """All names REPOSITORY:TAG that there are."""
         rows = self.ask("GET", "/images/json", {"filters": {"reference": [repository]}})
@@ -1561,24 +1514,20 @@ class Compose:
     def who(self, env: Mapping[str, str] | None = None) -> RunAs:
         return RunAs(self.service.name, None, self.environment() | dict(env or {}),
                      secrets=self.service.secrets)
-
     def prepare(self) -> None:
         for name in ("docker", "buildx"):
             make_folder(self.paths.own / name, 0o700)
         if not (self.paths.own / "docker" / "config.json").exists():
             write_atomic(self.paths.own / "docker" / "config.json", b"{}\n")
-
     def write_model(self, name: str, model: Json) -> None:
         # As UTF-8: compose takes no surrogate pairs.
         text = json.dumps(model, sort_keys=True, ensure_ascii=False)
         write_atomic(self.paths.own / name, text.encode())
-
     def words(self, *command: str, model: str = "model.json") -> list[str]:
         """A compose command on a checked model: the same prefix for every one."""
         return [*self.program, "--ansi", "never", "--project-name", self.service.name,
                 "--project-directory", str(self.paths.worktree), "--file",
                 str(self.paths.own / model), "--env-file", "/dev/null", *command]
-
     def run(self, *command: str, deadline: str, model: str = "model.json",
             on_line: Progress | None = None, values: Mapping[str, str] | None = None) -> Result:
         waits = self.service.wait if deadline == "up" else 0  # for what depends_on names
@@ -1606,7 +1555,7 @@ class Compose:
             [*self.program, "--project-name", self.service.name, "--project-directory",
              str(self.paths.export), *words, "config", "--format", "json"],
             RunAs(self.service.name, self.account, env, secrets=self.service.secrets,
-                  limits=(f"--cpu={RENDER_CPU}", f"--data={RENDER_MEMORY}")),
+                  limits=(f"--cpu={RENDER_CPU}", f"--data={RENDER_MEMORY}"), marked=False),
             deadline=DEADLINE["render"], limit=RENDER_OUTPUT, kind=("compose", "config"))
         if result.failed:
             raise render_fault(result, files)
@@ -1640,13 +1589,22 @@ class Compose:
                      model="render.json")
         return trouble or (result.complaint if result.failed else "")
 
-    def build(self, names: Iterable[str] = ()) -> None:
-        """Build from the export. Raises Refused."""
+    def build(self, names: Iterable[str], closed: Iterable[str]) -> None:
+        """Build from the export, without the images in `closed`. Raises Refused."""
         # All builds of the engine share what `RUN --mount=type=cache` keeps, but for this.
         own = ("--build-arg", f"BUILDKIT_CACHE_MOUNT_NS={self.service.name}")
-        result = self.run("build", *own, "--", *names, deadline="build", model="render.json")
+        # BuildKit's own rules: they also count for what variables, ONBUILD and frontends make up.
+        rules = source_rules(closed, "build:address" in self.service.allow or self.service.trusted)
+        path = self.paths.own / "sources.json"
+        write_atomic(path, json.dumps({"version": 1, "rules": rules}).encode())
+        result = self.run("build", *own, "--", *names, deadline="build", model="render.json",
+                          values={"EXPERIMENTAL_BUILDKIT_SOURCE_POLICY": str(path)})
         if result.failed:
-            raise Refused(f"build failed: {one_line(result.stderr + result.trouble, 600)}")
+            why = one_line(result.stderr + result.trouble, 600)
+            raise Refused(f"build failed: {why}" + (
+                "; an administrator permits addresses in a Dockerfile with allow = "
+                '["build:address"], an image of another service with ["image:NAME"]'
+            ) * ("denied by policy" in why))
 
     def up(self, services: Sequence[str], values: Mapping[str, str], on_line: Progress,
            force: bool = False) -> None:
@@ -1661,8 +1619,14 @@ class Compose:
             raise EngineGone(f"the engine went away: {result.complaint}")
         result.check("up")
 
-# ---- Model -------------------------------------------------------------------------------------
+def source_rules(images: Iterable[str], addresses: bool) -> list[Json]:
+    """What a build may not read, as BuildKit's source policies say it: these images, addresses."""
+    # An address is fetched by the engine, which reaches what listens on the host's loopback.
+    denied = [f"docker-image://{start}{name}*" for name in images for start in ("", "*/")]
+    denied += [] if addresses else ["http://*", "https://*", "git://*"]
+    return [{"action": "DENY", "selector": {"identifier": text}} for text in denied]
 
+# ---- Model -------------------------------------------------------------------------------------
 Model = dict[str, Any]
 MAX_BYTES = 1 << 30  # of the host's memory, for a tmpfs or shared memory
 VALUE_PREFIX = "PGOD_VALUE_"  # names of variables are the repository's: DOCKER_HOST is one, too
@@ -1688,17 +1652,12 @@ def part(value: Json, *keys: str) -> dict[str, Any]:
         found = value.get(key)
         value = found if isinstance(found, dict) else {}
     return dict(value)
-
 def compose_services(model: Model) -> dict[str, Any]:
     return model.get("services") or {}
-
 def entries_used(uses: Any, table: Json) -> dict[str, Any]:
-    """The configs or secrets that are named, in short or long form, with what they are."""
     sources = [str(use.get("source") if isinstance(use, dict) else use) for use in uses or ()]
     return {source: table.get(source) or {} for source in sources}
-
 def files_used(uses: Any, table: Json) -> list[str]:
-    """The files of configs or secrets that are named."""
     files = [entry.get("file") for entry in entries_used(uses, table).values()]
     return [str(file) for file in files if file]
 
@@ -1759,31 +1718,43 @@ def inherits_bind(binds: Iterable[Bind], service: Json, image_volumes: Iterable[
 def image_of(project: str, name: str, service: Json) -> str:
     """The image's name; compose makes one up for what it builds."""
     return str(service.get("image") or f"{project}-{name}")
-
 def named_things(project: str, model: Model, kind: str) -> dict[str, tuple[str, Any]]:
     """The project's own networks or volumes: key: (name in the engine, configuration)."""
     return {key: (str((entry or {}).get("name") or f"{project}_{key}"), entry or {})
             for key, entry in (model.get(kind) or {}).items() if not (entry or {}).get("external")}
-
 def networks_used(service: Json) -> list[str]:
-    """The keys of a compose service's networks."""
     networks = service.get("networks") or ()
     return [str(key) for key in networks]
+def names_of(where: str, service: Json, key: str) -> set[str]:
+    names = (where, service.get("hostname"), service.get("container_name"),
+             *(part(service, "networks", key).get("aliases") or ()))
+    return {str(name) for name in names if name}
+def plain(name: str) -> str:
+    return name.lower().rstrip(".")
+
+def names_on(project: str, model: Model, network: str) -> tuple[set[str], set[str]]:
+    """What a project's containers on a network answer to there, and what only they know inside."""
+    services = compose_services(model)
+    keys = {key for key, entry in part(model, "networks").items()
+            if ((entry or {}).get("name") or f"{project}_{key}") == network}
+    on = {name for name, service in services.items() if keys & {*networks_used(service)}}
+    near = {key for name in on for key in networks_used(services[name])}
+    names = [(name in on, names_of(name, service, key)) for name, service in services.items()
+             for key in (keys if name in on else near) & {*networks_used(service)}]
+    return ({plain(text) for outside, found in names for text in found if outside},
+            {plain(text) for outside, found in names for text in found if not outside})
 
 def shared_with(service: Json) -> set[str]:
-    """The compose services whose namespaces or volumes this one has."""
     modes = [str(service.get(key) or "") for key in ("network_mode", "ipc", "pid")]
     sources = [str(text).split(":") for text in service.get("volumes_from") or ()]
     return {mode[8:] for mode in modes if mode.startswith("service:")} | {
         words[0] for words in sources if words[0] != "container"}
-
 def value_names(model: Model) -> list[str]:
     """The variables whose values are configs or secrets of some compose service."""
     entries = (entry for service in compose_services(model).values()
                for kind in ("configs", "secrets")
                for entry in entries_used(service.get(kind), part(model, kind)).values())
     return sorted({str(entry["environment"]) for entry in entries if entry.get("environment")})
-
 def with_value_names(model: Model) -> Model:
     """The model with these variables under names that mean nothing to docker."""
     result = copied(model)
@@ -1794,13 +1765,11 @@ def with_value_names(model: Model) -> Model:
 
 class Files:
     """Content and mode of what a commit has at and beneath a path of the work tree."""
-
     def __init__(self, tree: Tree, worktree: str, generated: Mapping[str, str]) -> None:
         """`generated`: files that pgod itself writes into the work tree, with their digests."""
         self.worktree = worktree
         self.entries = dict(tree) | {path: ("100644", blob) for path, blob in generated.items()}
         self.paths = sorted(self.entries)
-
     def file(self, source: str) -> tuple[str, str] | None:
         """Mode and digest of a file; None where that is no file of the commit."""
         relative = beneath(source, self.worktree)
@@ -1841,7 +1810,6 @@ def digest_of(facts: Any, key: bytes) -> str:
     """Keyed: labels can be read by many, and some of the facts are secret."""
     text = json.dumps(facts, sort_keys=True).encode(errors="surrogatepass")
     return hmac.new(key, text, "sha256").hexdigest()[:32]
-
 def input_digests(model: Model, files: Files, key: bytes) -> dict[str, str]:
     """A digest of the files beneath the folders that each compose service binds."""
     found = collections.defaultdict[str, list[Any]](list)
@@ -1849,12 +1817,9 @@ def input_digests(model: Model, files: Files, key: bytes) -> dict[str, str]:
         if bind.kind == "bind":
             found[bind.compose_service] += files.beneath(bind.source)
     return {name: digest_of(entries, key) for name, entries in found.items()}
-
 def network_digests(project: str, model: Model) -> dict[str, str]:
-    """The digest of each network that pgod makes, by its name in the engine."""
     return {name: digest_of(network, b"")
             for name, network in named_things(project, model, "networks").values()}
-
 def with_labels(model: Model, digests: Mapping[str, str], adopted: Mapping[str, str]) -> Model:
     """The model with the digest of each service; not where what was taken over is still right."""
     result = copied(model)
@@ -1887,7 +1852,6 @@ def why_changed(old: Model, new: Model, name: str) -> str:
     return f"{', '.join(keys or networks[:1] or ['a file, config or secret that it uses'])} changed"
 
 # ---- Policy ------------------------------------------------------------------------------------
-
 @dataclass(frozen=True)
 class Violation:
     """One thing that a repository may not ask for, and the entry of `allow` that permits it."""
@@ -1902,14 +1866,12 @@ class Violation:
         plain = {name: redact(text.replace("$$", "$"), secrets)
                  for name, text in dataclasses.asdict(self).items()}
         return Violation(**plain)
-
     def __str__(self) -> str:
         remedy = f"; an administrator permits it with allow = [{json.dumps(self.allow)}]"
         return (f"{printable(self.where)}: {printable(self.key)}: {printable(self.value)[:200]}: "
                 f"{self.why}{remedy if self.allow else ''}")
 
 def targets(service: Service) -> set[str]:
-    """The hosts that a service's urls lead to."""
     return {target.rpartition(":")[0] for _, target in service.urls}
 
 @dataclass(frozen=True)
@@ -1922,11 +1884,11 @@ class PolicyContext:
     tree: Tree = field(default_factory=dict)
     ports: tuple[int, ...] = ()  # pgod's own
     closed: tuple[str, ...] = ()  # folders of pgod's, that no exception is offered for
+    models: tuple[tuple[str, Model], ...] = ()  # what the others run, or ran last
 
     @property
     def name(self) -> str:
         return self.service.name
-
     def owns(self, text: str, *separators: str) -> bool:
         """Whether a name begins with ours and not with the longer one of a neighbour."""
         longer = [other.name for other in self.others if other.name.startswith(self.name)]
@@ -1945,21 +1907,15 @@ MOST = {"volumes": 500, "configs": 500, "secrets": 500, "ports": 50, "networks":
 NOTHING: tuple[Any, ...] = (None, False, "", [], {})
 
 def shown(value: Any) -> str:
-    """A value in a message."""
     return value if isinstance(value, str) else json.dumps(value, sort_keys=True)
-
 def exact(value: Any) -> str:
     """A value as an entry of `allow` names it: a digest, if it is long."""
     text = shown(value)
     plain = re.fullmatch(r"[\w.:/-]{1,40}", text)
     return text if plain else hashlib.sha256(text.encode()).hexdigest()[:16]
-
 def listed(value: Any) -> list[Any]:
-    """The elements of a list, or the value alone."""
     return value if isinstance(value, list) else [value]
-
 def named(value: Any) -> list[Any]:
-    """The names of a mapping or of a list of NAME=VALUE."""
     return [*value] if isinstance(value, dict) else [str(item).split("=")[0] for item in value]
 
 @dataclass(frozen=True)
@@ -1991,23 +1947,22 @@ class Rule:
 
 def allowed(kind: str, usual: float, measure: Callable[[Any], float],
             context: PolicyContext) -> float:
-    """The largest of what everybody may have and what `allow` has."""
     return max([usual, *(measure(entry.partition(":")[2]) for entry in context.service.allow
                          if entry.partition(":")[0] == kind)])
-
 def at_most(key: str, kind: str, usual: float, measure: Callable[[Any], float], why: str) -> Check:
     """What `measure` makes of the value is at most `usual`, or an exception of that kind."""
     def check(where: str, value: Any, context: PolicyContext) -> Found:
         if value is not None and measure(value) > allowed(kind, usual, measure, context):
             yield Violation(where, key, str(value), why, f"{kind}:{value}")
     return check
-
 def bytes_of(value: Any) -> float:
     """A size as compose renders it or a tmpfs option has it; 0 and unknown forms are no limit."""
     match = re.fullmatch(r"0*([1-9]\d{0,14})([kmgb]?)b?", str(value).strip().lower())
     return int(match[1]) << {"k": 10, "m": 20, "g": 30}.get(match[2], 0) if match else math.inf
 
 GRACE = r"(\d+(\.\d+)?(h|ms?|s))+"
+LEAST_INTERVAL = 0.2  # seconds between two health checks: each is a process, and events for all
+LABEL_TEXT = 64 << 10  # that come with every event of a container
 
 def seconds_of(value: Any) -> float:
     """A duration as compose renders it; unknown forms are too long."""
@@ -2023,7 +1978,6 @@ LABELS = Rule("labels", "is compose's or pgod's own",
               "com.docker.compose.x", named)
 
 def unknown_keys(where: str, prefix: str, value: Json | None, known: Iterable[str]) -> Found:
-    """Keys that say something and that pgod does not know."""
     for key, item in (value or {}).items():
         if key not in known and not key.startswith("x-") and item not in NOTHING:
             yield Violation(where, prefix + key, shown(item), "is not known to this pgod",
@@ -2050,11 +2004,9 @@ KNOWN = {place: frozenset(keys.split()) for place, keys in {
 }.items()}
 
 def log_settings(value: Any) -> list[Any]:
-    """The driver, options of others, for those may be the engine's usual one, and templates."""
     options = value.get("options") or {}
     return [value.get("driver"), *({*options} - KNOWN["log"]),
             *(text for text in options.values() if not PLAIN_TEMPLATE.fullmatch(str(text)))]
-
 def check_container_name(where: str, value: Any, context: PolicyContext) -> Found:
     taken = any(value == other.name or str(value).startswith(other.name + "-")
                 or value in targets(other) for other in context.others)
@@ -2062,7 +2014,6 @@ def check_container_name(where: str, value: Any, context: PolicyContext) -> Foun
     if value and taken and not own:
         yield Violation(where, "container_name", str(value), "is a neighbour's name",
                         f"container_name:{value}")
-
 def port_range(value: Any) -> tuple[int, int]:
     """First and last of `80` or `8000-8010`; (0, 0) where the engine chooses."""
     first, _, last = str(value or "0").partition("-")
@@ -2087,6 +2038,12 @@ def check_tmpfs(where: str, value: Any, context: PolicyContext) -> Found:
         for option in str(item).partition(":")[2].split(","):
             if option.startswith("size="):
                 yield from check_tmpfs_size(where, option[5:], context)
+def check_healthcheck(where: str, value: Any, context: PolicyContext) -> Found:
+    for key in ("interval", "start_interval"):
+        text = str((value or {}).get(key) or "0s")
+        if seconds_of(text) == math.inf or 0 < seconds_of(text) < LEAST_INTERVAL:
+            yield Violation(where, f"healthcheck.{key}", text, f"is under {LEAST_INTERVAL} s",
+                            f"healthcheck:{text}")
 
 def check_deploy(where: str, value: Any, context: PolicyContext) -> Found:
     value = value or {}
@@ -2146,17 +2103,29 @@ def check_build_paths(where: str, build: Json, context: PolicyContext) -> Found:
                 yield Violation(where, f"build.{key}", str(item), "uses files of the host")
 
 def repository_of(name: str) -> str:
-    """An image's name without its tag or digest."""
     name = name.partition("@")[0]
     head, mark, tag = name.rpartition(":")
     return head if mark and "/" not in tag else name
-
+def tagged(name: str) -> str:
+    return name if re.search("[:@][^/]*$", name) else f"{name}:latest"
 def check_built_image(where: str, image: str, context: PolicyContext) -> Found:
     repository = repository_of(image)
     entries = {f"image:{image}", f"image:{repository}"}
     if not context.owns(image, "-", "/") and not entries & {*context.service.allow}:
         yield Violation(where, "image", image, "is built here and may be what others use; "
                         f"call it {context.name}-… or {context.name}/…", f"image:{repository}")
+
+# As BuildKit finds it: # syntax=, // syntax= or JSON, at the start; or a whole file of JSON.
+FRONTEND = re.compile(r'^[\s\ufeff]*(?:#|//|")\s*syntax"?\s*[=:]\s*"?([^\s"]*)|\A[\s\ufeff]*\{',
+                      re.IGNORECASE | re.MULTILINE)
+USUAL_FRONTEND = re.compile(r"docker/dockerfile(-upstream)?([:@].*)?")
+FRONTEND_WHY = "is a program that may read what the builds of others keep"
+
+def check_frontend(where: str, dockerfile: str) -> Found:
+    """What reads the Dockerfile is docker's own: another one need not separate the caches."""
+    for match in FRONTEND.finditer(dockerfile):
+        if not USUAL_FRONTEND.fullmatch(match[1] or ""):
+            yield Violation(where, "syntax", match[0].strip()[:80], FRONTEND_WHY, "build:syntax")
 
 def check_build(where: str, value: Any, context: PolicyContext) -> Found:
     build = value if isinstance(value, dict) else {"context": value}
@@ -2167,6 +2136,8 @@ def check_build(where: str, value: Any, context: PolicyContext) -> Found:
     if build.get("network") not in (None, "", "none", "default"):
         yield Violation(where, "build.network", shown(build["network"]),
                         "is a network that is not its own", f"build:network:{build['network']}")
+    if "BUILDKIT_SYNTAX" in named(build.get("args") or ()):
+        yield Violation(where, "build.args", "BUILDKIT_SYNTAX", FRONTEND_WHY, "build:syntax")
     for tag in build.get("tags") or ():
         yield from check_built_image(where, str(tag), context)
     yield from check_shm(where, build.get("shm_size"), context)
@@ -2198,17 +2169,16 @@ USUAL_CAPABILITIES = ("(?i)(cap_)?(audit_write|chown|dac_override|fowner|fsetid|
 PLAIN_KEYS = (
     "attach cap_drop command configs cpu_count cpu_percent cpu_period cpu_quota cpu_shares cpus "
     "cpuset depends_on develop dns dns_opt dns_search domainname entrypoint environment expose "
-    "extra_hosts healthcheck hostname init links mac_address mem_limit mem_reservation "
-    "mem_swappiness memswap_limit networks pids_limit platform profiles pull_policy "
-    "pull_refresh_after read_only restart secrets stdin_open stop_signal tty user "
-    "working_dir").split()
+    "extra_hosts hostname init links mac_address mem_limit mem_reservation mem_swappiness "
+    "memswap_limit networks pids_limit platform profiles pull_policy pull_refresh_after read_only "
+    "restart secrets stdin_open stop_signal tty user working_dir").split()
 
 # Every key of a compose service that pgod knows. One that is not here is refused by name.
 SERVICE_RULES: dict[str, Rule] = {rule.key: rule for rule in (
     *(Rule(key, allow=None) for key in PLAIN_KEYS),
     Rule("annotations", "speaks to the runtime"),
     Rule("blkio_config", "takes the host's disks"),
-    Rule("build", allow="network:.+|privileged|entitlements|ssh", example="network:host",
+    Rule("build", allow="network:.+|privileged|entitlements|ssh|address|syntax", example="address",
          check=check_build),
     Rule("cap_add", HOST, USUAL_CAPABILITIES, "[A-Z_]+", "NET_ADMIN",
          name=lambda item: str(item).upper().removeprefix("CAP_")),
@@ -2225,6 +2195,7 @@ SERVICE_RULES: dict[str, Rule] = {rule.key: rule for rule in (
     Rule("external_links", "is another's container", "", ".+", "db"),
     Rule("gpus", "is a device of the host"),
     Rule("group_add", "may be a group of the host", "", ".+", "44"),
+    Rule("healthcheck", allow=GRACE, example="500ms", check=check_healthcheck),
     Rule("image", allow=".+", example="shared/app", check=check_image),
     Rule("ipc", "is another's memory", "private|shareable|none|service:.*", ".+", "host"),
     Rule("isolation", HOST, "default", ".+", "process"),
@@ -2273,7 +2244,6 @@ ALLOW: dict[str, Rule] = {rule.key: rule for rule in (
 )}
 
 def permits(entry: str) -> bool:
-    """Whether an entry of `allow` is one that the policy can offer."""
     kind, _, text = entry.partition(":")
     return kind in ALLOW and re.fullmatch(ALLOW[kind].allow or "", text) is not None
 
@@ -2287,6 +2257,8 @@ def check_compose_service(where: str, service: Json, context: PolicyContext) -> 
             yield from SERVICE_RULES[key].violations(where, service[key], context)
     if service.get("build"):
         yield from check_built_image(where, image_of(context.name, where, service), context)
+    if sum(len(f"{pair}") for pair in part(service, "labels").items()) > LABEL_TEXT:
+        yield Violation(where, "labels", "", f"are over {LABEL_TEXT >> 10} KiB in all")
     made_up = f"{context.name}-{where}"
     if not service.get("container_name") and not context.owns(made_up, "-"):
         yield Violation(where, "container_name", f"{made_up}-1", "is a neighbour's name")
@@ -2336,9 +2308,7 @@ def check_attachments(model: Model, context: PolicyContext) -> Found:
             yield Violation(where, place, "driver_opts", "reaches into the host's network")
         if key not in shared:
             continue
-        names = {where, str(service.get("hostname")), str(service.get("container_name")),
-                 *map(str, attachment.get("aliases") or ())}
-        for name in sorted(name for name in names if name.lower().rstrip(".") in taken):
+        for name in sorted(name for name in names_of(where, service, key) if plain(name) in taken):
             yield Violation(where, place, name, "is a neighbour's name on a network that is shared",
                             f"network:{key}_name_{name}")
         attachment = {"mac_address": service.get("mac_address"), **attachment}
@@ -2347,6 +2317,25 @@ def check_attachments(model: Model, context: PolicyContext) -> Found:
                 yield Violation(where, f"{place}.{fixed}", shown(attachment[fixed]),
                                 "is a fixed address on a network that is shared",
                                 f"network:{key}_{fixed}={exact(attachment[fixed])}")
+
+def name_clashes(model: Model, context: PolicyContext) -> Iterator[tuple[str, str, str, bool]]:
+    """Network, name and neighbour, where both answer to it; whether one of them knows it inside."""
+    # The engine asks all networks of a container for a name, in an order that nobody chooses.
+    for key, network in part(model, "networks").items():
+        name = str((network or {}).get("name") or f"{context.name}_{key}")
+        mine, inside = names_on(context.name, model, name)
+        for other, theirs in context.models:
+            their, within = names_on(other, theirs, name)
+            for clash in sorted(mine & within | inside & their | mine & their):
+                yield key, clash, other, clash in mine & within | inside & their
+
+def check_inner_names(model: Model, context: PolicyContext) -> Found:
+    """What one project looks up inside, no other one answers on a network that both are on."""
+    for key, name, other, inner in name_clashes(model, context):
+        if inner:
+            yield Violation("networks", key, name, f"is a name of {other} as well, and one of you "
+                            "uses it inside: the other would answer; rename yours",
+                            f"network:{key}_name_{name}")
 
 def check_volumes(model: Model, context: PolicyContext) -> Found:
     """Named volumes are local ones of the project."""
@@ -2381,7 +2370,6 @@ def check_size(model: Model, context: PolicyContext) -> Found:
                             f"most:{key}={counts[key]}")
 
 def check_top_level(model: Model, context: PolicyContext) -> Found:
-    """Unknown keys, and where configs and secrets come from."""
     yield from unknown_keys("the compose file", "", model, KNOWN["top"])
     for kind in ("configs", "secrets"):
         for name, entry in (model.get(kind) or {}).items():
@@ -2475,8 +2463,8 @@ def check_budget(model: Model) -> Found:
         elif isinstance(value, list):
             left += [(item, key, depth + 1) for item in value]
 
-MODEL_CHECKS = (check_top_level, check_networks, check_attachments, check_volumes, check_binds,
-                check_build_secrets)
+MODEL_CHECKS = (check_top_level, check_networks, check_attachments, check_inner_names,
+                check_volumes, check_binds, check_build_secrets)
 
 def check_policy(model: Model, context: PolicyContext) -> list[Violation]:
     """Every violation of a model whose paths are those of the work tree. Pure."""
@@ -2497,24 +2485,19 @@ def check_policy(model: Model, context: PolicyContext) -> list[Violation]:
     return left[:VIOLATIONS] + [more] * (len(left) > VIOLATIONS)
 
 # ---- Configuration -----------------------------------------------------------------------------
-
 HOST_PATTERN = re.compile(
     r"(https?://)?(\*\.)?[a-z0-9]([a-z0-9-]*[a-z0-9])?(\.[a-z0-9]([a-z0-9-]*[a-z0-9])?)*(:\d{1,5})?",
     re.IGNORECASE)
 TARGET_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*:[1-9]\d{0,4}")
 
 def as_string(value: object) -> str:
-    """A string that is not empty."""
     if not isinstance(value, str) or not value or "\0" in value:
         raise ValueError("must be a string that is not empty")
     return value
-
 def as_strings(value: object) -> tuple[str, ...]:
-    """A list of strings."""
     if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
         raise ValueError("must be a list of strings")
     return tuple(value)
-
 def matching(pattern: str, why: str) -> Callable[[object], str]:
     """A parser of strings; `why` ends the sentence about one that the pattern does not match."""
     def parse(value: object) -> str:
@@ -2535,10 +2518,8 @@ as_branch = matching(r"(?!.*(\.\.|@\{|//|/\.|\.lock(/|$)|[/.]$))[^-/.\x00-\x20~^
                      r"[^\x00-\x20~^:?*\[\\\x7f]*", "is not a name of a branch")
 
 def as_compose(value: object) -> tuple[str, ...]:
-    """One file of the repository or a list of them."""
     files = (value,) if isinstance(value, str) else as_strings(value)
     return tuple(map(as_file_in_repository, files))
-
 def as_env(value: object) -> tuple[tuple[str, str], ...]:
     """A list of NAME=VALUE."""
     pairs = tuple(text.partition("=")[::2] for text in as_strings(value))
@@ -2575,19 +2556,14 @@ def as_outside_file(value: object) -> str:
     return str(path)
 
 def as_secret(value: object) -> str:
-    """A secret that is not guessed."""
     if len(as_string(value)) < 16:
         raise ValueError("must have at least 16 characters; make one with: openssl rand -hex 20")
     return as_string(value)
-
 def as_bool(value: object) -> bool:
-    """true or false."""
     if not isinstance(value, bool):
         raise ValueError("must be true or false")
     return value
-
 def as_known_user(value: object) -> str:
-    """A user that exists on this machine."""
     try:
         return pwd.getpwnam(as_string(value)).pw_name
     except KeyError:
@@ -2719,7 +2695,6 @@ def read_configuration(path: Path) -> Configuration:
     return Configuration(services, digest, (warning,) if others and secret else ())
 
 # ---- Release -----------------------------------------------------------------------------------
-
 STEADY_SECONDS = 7.0  # without a health check, what runs so long is well
 CRASHES = 3  # that many ends fail a deploy ...
 CRASH_AGE = 30.0  # ... of a container that is so old: the engine restarts thrice in a second
@@ -2743,19 +2718,15 @@ class Release:
     @property
     def expected(self) -> dict[str, int]:
         return expected_replicas(self.model)
-
     @property
     def image_names(self) -> dict[str, str]:
         """The image of each compose service."""
         return {name: image_of(self.project, name, service)
                 for name, service in compose_services(self.model).items()}
-
     @property
     def volume_names(self) -> list[str]:
         return [name for name, _ in named_things(self.project, self.model, "volumes").values()]
-
     def job(self, name: str) -> str:
-        """What a job of a compose service is known by when it is done."""
         return f"{self.digests.get(name, '')}.{self.inputs.get(name, '')}"
 
 @dataclass(frozen=True)
@@ -2808,7 +2779,6 @@ class Row:
     @property
     def how(self) -> RowKind:
         return ROWS[self.kind]
-
     def __str__(self) -> str:
         return f"{self.subject} {self.text}"
 
@@ -3012,7 +2982,6 @@ class Hold:
     def stops(self) -> bool:
         """Whether containers are to be stopped; a lock and `hold` leave them as they are."""
         return self.kind == "stop" and not self.by_hand
-
     def __str__(self) -> str:
         end = f" until {format_time(self.until)}" if self.until else ""
         reason = f": {self.reason}" if self.reason else ""
@@ -3046,9 +3015,7 @@ CALM = "in sync"
 
 def short(commit: str) -> str:
     return commit[:10]
-
 def format_time(seconds: float) -> str:
-    """UTC, to the second."""
     moment = datetime.datetime.fromtimestamp(seconds, datetime.UTC)
     return moment.strftime("%Y-%m-%d %H:%M:%SZ")
 
@@ -3098,7 +3065,6 @@ def retry_delay(interval: float, failures: int, chance: float) -> float:
     return min(delay * (1 + chance / 2), BACKOFF_CEILING)
 
 # ---- Store -------------------------------------------------------------------------------------
-
 HISTORY_LINES = 200
 
 def load_json(path: Path, default: Any) -> Any:
@@ -3108,7 +3074,6 @@ def load_json(path: Path, default: Any) -> Any:
     except (OSError, ValueError):
         return default
     return value if isinstance(value, type(default)) else default
-
 def revived(kind: Callable[..., Any], stored: Json) -> Any:
     """The dataclass of a stored mapping; None where that is of another version."""
     with contextlib.suppress(TypeError):
@@ -3128,7 +3093,6 @@ class Store:
     hold.json, NAME.stop   why nothing is done
     digest_key      a random key of the digests in labels
     """
-
     def __init__(self, paths: ServicePaths) -> None:
         self.paths = paths
         self.own = paths.own
@@ -3173,21 +3137,15 @@ class Store:
         if not path.exists() or path.stat().st_size != 32:
             write_atomic(path, os.urandom(32))
         return path.read_bytes()
-
     def tracked(self) -> Tree:
-        """What pgod put into the work tree."""
         stored = load_json(self.own / "tracked.json", {})
         return {path: (mode, blob) for path, (mode, blob) in stored.items()}
-
     def set_tracked(self, tree: Tree) -> None:
         self.write("tracked.json", json.dumps(tree, sort_keys=True).encode())
-
     def keys(self) -> tuple[str, tuple[PublicKey, ...]]:
-        """The newest commit that was fetched, and the keys in it."""
         stored = load_json(self.own / "keys.json", {})
         return str(stored.get("commit", "")), tuple(
             PublicKey(str(key), str(comment)) for key, comment in stored.get("keys", ()))
-
     def set_keys(self, commit: str, keys: Iterable[PublicKey]) -> None:
         rows = [[key.fingerprint, key.comment] for key in keys]
         self.write("keys.json", json.dumps({"commit": commit, "keys": rows}).encode())
@@ -3203,7 +3161,6 @@ class Store:
         return found
 
     def append_history(self, line: Json) -> None:
-        """The newest 200 lines are kept."""
         lines = [*self.history(), line][-HISTORY_LINES:]
         self.write("history.jsonl", "".join(json.dumps(item) + "\n" for item in lines).encode())
 
@@ -3226,14 +3183,11 @@ class Store:
         return hold if not hold.until or hold.until > time.time() else None
 
     def hold(self) -> Hold | None:
-        """The hold that is in force."""
         return self.hold_of("stop") or self.hold_of("hold")
-
     def set_hold(self, hold: Hold) -> None:
         facts = {key: value for key, value in dataclasses.asdict(hold).items()
                  if key not in ("kind", "by_hand")}
         write_atomic(self.hold_file(hold.kind), json.dumps(facts).encode())
-
     def release(self, kind: str) -> None:
         """End what a command made. Raises Refused at an administrator's lock."""
         hold = self.hold_of(kind)
@@ -3244,7 +3198,6 @@ class Store:
 class Project:
     """A service with all that is known of it: its paths, git folder, store, compose and engine."""
     # Only the service's own thread changes anything through it.
-
     def __init__(self, service: Service, shared: Shared) -> None:
         self.service = service
         self.shared = shared
@@ -3258,10 +3211,8 @@ class Project:
         self.git = Repository(service, self.paths, self.account, shared.children)
 
     def configuration(self) -> str:
-        """Changes when a deploy must be done again for the configuration's sake."""
         parts = (self.service.digest(), str(self.paths.worktree), str(self.paths.data))
         return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
-
     def snapshot(self, release: Release | None) -> Snapshot:
         """What there is of the project now. Raises Fault."""
         if not release:
@@ -3274,8 +3225,11 @@ class Project:
         ports = tuple(address[1] for address in (settings.ssh, settings.metric) if address)
         others = tuple(s for s in self.shared.configuration.services if s.name != self.name)
         closed = (str(settings.directory), str(settings.datadir))
+        models = tuple((name, release.model) for name, worker in self.shared.workers.items()
+                       for release in (worker.store.current, worker.store.good)
+                       if release and name != self.name)
         return PolicyContext(self.service, others, str(self.paths.worktree), str(self.paths.data),
-                             tree, ports, closed)
+                             tree, ports, closed, models)
 
     def say(self, text: str) -> None:
         log.info("%s: %s", self.name, text)
@@ -3290,6 +3244,7 @@ class Shared:
     compose_program: tuple[str, ...]
     api: EngineApi
     slots: threading.Semaphore = field(default_factory=lambda: threading.Semaphore(DEPLOYS))
+    naming: threading.Lock = field(default_factory=threading.Lock)  # guards who takes a name first
     stopping: threading.Event = field(default_factory=threading.Event)
     events_flow: threading.Event = field(default_factory=threading.Event)
     workers: dict[str, Worker] = field(default_factory=dict)  # whole before a thread starts
@@ -3311,7 +3266,6 @@ def deploy_slot(shared: Shared) -> Iterator[None]:
             shared.slots.release()
 
 # ---- Reverse proxy -----------------------------------------------------------------------------
-
 def import_of(project: Project) -> dict[str, str]:
     """Caddy's import file, a block a host, that pgod writes into a work tree, if it is to."""
     services, file = project.shared.configuration.services, project.service.import_file
@@ -3348,7 +3302,6 @@ def follow_import(project: Project, target: Project | None) -> None:
         project.store.note(announced=digest)
 
 # ---- Deploy ------------------------------------------------------------------------------------
-
 @dataclass(frozen=True)
 class Prepared:
     """A commit that may be deployed: nothing on the host has changed yet."""
@@ -3366,6 +3319,8 @@ def enforce(project: Project, model: Model, tree: Tree) -> None:
         raise Refused("the policy refuses it:\n" + "\n".join(f"  {v}" for v in violations))
     for violation in violations:
         log.warning("%s: root's repository, so only reported: %s", service.name, violation)
+    for key, name, other, _ in name_clashes(model, project.context(tree)):
+        log.warning("%s: %s answers to %s on network %s as well", service.name, other, name, key)
 
 def render(project: Project, tree: Tree) -> Model:
     """The exported commit's model, its paths those of the work tree. Raises Refused."""
@@ -3417,6 +3372,45 @@ def unfit(project: Project, model: Model, tree: Tree) -> list[str]:
                     found.append(f"{bind.compose_service}: {bind.kind} {bind.source} is missing")
     return found
 
+def foreign_frontends(project: Project, model: Model) -> list[str]:
+    """Dockerfiles of the export that another program than docker's own would read."""
+    found = list[Violation]()
+    for name, service in compose_services(model).items():
+        build = service.get("build") or {}
+        text = str(build.get("dockerfile_inline") or "")
+        folder, file = str(build.get("context", "")), str(build.get("dockerfile") or "Dockerfile")
+        for path in (file, file.lower()) if not text else ():  # docker takes either
+            at = os.path.normpath(os.path.join(folder, path))
+            inside = beneath(at, str(project.paths.worktree))
+            with contextlib.suppress(FileNotFoundError):
+                text += read_beneath(project.paths.export, inside or "", OUTSIDE_BYTES).decode(
+                    errors="replace") + "\n"
+        found += check_frontend(name, text)
+    return [str(violation) for violation in found if violation.allow not in project.service.allow]
+
+def built_by_others(project: Project) -> set[str]:
+    """The images that others built here, or are to build: nobody else reads them."""
+    # What a registry has, everybody may have; the label of compose is on it as well.
+    built = {image_of(name, key, service) for name, model in project.context({}).models
+             for key, service in compose_services(model).items() if service.get("build")}
+    names = {*map(tagged, built)}
+    for row in project.api.ask("GET", "/images/json", {"filters": {"label": [PROJECT_LABEL]}}):
+        if row["Labels"][PROJECT_LABEL] != project.name and not row.get("RepoDigests"):
+            names |= {*(row.get("RepoTags") or ())}
+    permitted = {entry[6:] for entry in project.service.allow if entry.startswith("image:")}
+    return {name for name in names if not {name, repository_of(name)} & permitted}
+
+def check_image_facts(facts: Json) -> str:
+    """Why an image must not be run, or nothing: it says what the compose file leaves out."""
+    config = facts.get("Config") or {}
+    labels = config.get("Labels") or {}
+    if any(name.startswith("io.pgod.") or name == REPLACE_LABEL for name in labels):
+        return "has a label that is pgod's or compose's own"
+    if sum(map(len, itertools.chain(*labels.items()))) > LABEL_TEXT:
+        return f"has over {LABEL_TEXT >> 10} KiB of labels"
+    often = 0 < (config.get("Healthcheck") or {}).get("Interval", 0) < LEAST_INTERVAL * 1e9
+    return f"has a health check more often than each {LEAST_INTERVAL} s" if often else ""
+
 def bound_links(project: Project, containers: Iterable[Container], tree: Tree) -> list[str]:
     """Why the tree must not be put beneath these: their next restart would follow a link."""
     reasons = set()
@@ -3444,6 +3438,7 @@ def prepare(project: Project, commit: str) -> Prepared:
     enforce(project, model, tree)
     values = read_values(project, model)
     wrong = [*unfit(project, model, tree),
+             *(foreign_frontends(project, model) if not project.service.trusted else ()),
              *bound_links(project, project.api.containers(project.name), tree)]
     if wrong:
         raise Refused("; ".join(wrong))
@@ -3457,17 +3452,24 @@ def fetch_images(project: Project, prepared: Prepared, say: Progress) -> Prepare
     """Pull and build what the release needs. Raises Fault if an image is not there then."""
     services, release = compose_services(prepared.rendered), prepared.release
     project.compose.write_model("render.json", with_value_names(prepared.rendered))
+    closed = built_by_others(project)
+    if theirs := sorted({*map(tagged, release.image_names.values())} & closed):
+        raise Refused(f"image {', '.join(theirs)} was built by another service; an administrator "
+                      f"permits it with allow = {json.dumps([f'image:{name}' for name in theirs])}")
     to_pull = [name for name, service in services.items()
                if not service.get("build") and service.get("pull_policy") != "never"]
     trouble = project.compose.pull(to_pull) if to_pull else ""
     if any(service.get("build") for service in services.values()):
-        project.compose.build()
+        project.compose.build((), closed)
         say("built")
     facts = {name: project.api.image(name) for name in sorted({*release.image_names.values()})}
     missing = [name for name, found in facts.items() if not found]
     if missing:
         raise Fault(f"image {', '.join(missing)} cannot be pulled and is not on this server"
                     f"{': ' + trouble if trouble else ''}")
+    if bad := [f"image {name} {why}" for name, found in facts.items()
+               if (why := check_image_facts(found)) and not project.service.trusted]:
+        raise Refused("; ".join(bad))
     if trouble:
         say(f"could not pull, using the copies on this server: {trouble}")
     pulled = {name: digest for name, found in facts.items()
@@ -3508,6 +3510,13 @@ def refuse_what_cannot_be(project: Project, prepared: Prepared, snapshot: Snapsh
         raise Fault(f"{', '.join(paused)} is paused by hand; once docker unpause has ended "
                     "that, it is tried again")
 
+def refuse_taken_names(project: Project, release: Release) -> None:
+    """A neighbour may have taken a name since the policy looked. Raises Refused."""
+    taken = [str(v) for v in check_inner_names(release.model, project.context({}))
+             if v.allow not in project.service.allow]
+    if taken and not project.service.trusted:
+        raise Refused("; ".join(taken))
+
 def keep_images(project: Project, *releases: Release | None) -> None:
     """Have a tag of pgod's own on each image of these releases, and on no other one."""
     prefix = f"{KEEP_NAME}:{project.name}."
@@ -3521,36 +3530,29 @@ def keep_images(project: Project, *releases: Release | None) -> None:
         project.api.untag(name)
 
 def restore_images(project: Project, release: Release, wanted: Iterable[str]) -> Release:
-    """Have the names of these compose services' images lead to what the release ran."""
-    # An image that is gone is pulled again by its digest, or built again; the release with what
-    # came of that. The names of what a neighbour builds are the neighbour's. Raises Fault.
+    """Have the images of these compose services; the names of what it builds lead to them again."""
+    # One that is gone is pulled again by its digest, or built again; the release with what came of
+    # that. A name that was pulled is everybody's, and stays where it leads. Raises Fault.
     images, services = dict(release.images), compose_services(release.model)
-    context = project.context({})
-    theirs = tuple(other.name + mark for other in context.others for mark in "-/")
     for name in sorted({release.image_names[service] for service in wanted}):
-        identity = images.get(name, "")
-        if project.api.image(name).get("Id") == identity or (
-                name.startswith(theirs) and not context.owns(name, "-", "/")):
-            continue
-        with contextlib.suppress(NotThere):
-            if "@" not in name:
-                project.api.tag(identity, name)
-                continue
+        identity, digest = images.get(name, ""), release.pulled.get(name)
         builders = [service for service, image in release.image_names.items()
                     if image == name and services[service].get("build")]
+        if identity and project.api.image(identity):
+            if builders and "@" not in name:
+                project.api.tag(identity, name)
+            continue
         if builders:
             project.git.export(release.commit)
             project.compose.write_model("render.json", moved_paths(
                 release.model, str(project.paths.worktree), str(project.paths.export)))
-            project.compose.build(builders)
-        elif digest := release.pulled.get(name):
+            project.compose.build(builders, built_by_others(project))
+        elif digest:
             project.compose.login()
             project.shared.children.run(
                 ["docker", "pull", "--quiet", "--", digest], project.compose.who(),
                 deadline=DEADLINE["pull"], kind=("docker", "pull")).check("pull")
-            if "@" not in name:
-                project.api.tag(digest, name)
-        images[name] = str(project.api.image(name).get("Id", ""))
+        images[name] = str(project.api.image(name if builders else digest or name).get("Id", ""))
         if not images[name]:
             raise Fault(f"image {name} is gone and cannot be had again")
         project.say(f"image {name} was gone, and is there again")
@@ -3680,10 +3682,15 @@ class Installation:
                                 deadline="up").check("restart")
 
     def write_model(self) -> None:
-        """The model, for compose, as it fits the networks that are there now."""
-        project = self.project
-        project.compose.write_model("model.json", with_network_labels(
-            project.name, self.release.model, project.api.networks()[0]))
+        """The model, for compose, as it fits the networks and names of images that are there."""
+        # An image goes by its identity where its name leads to another one by now.
+        project, release = self.project, self.release
+        model = with_network_labels(project.name, release.model, project.api.networks()[0])
+        there = project.api.images(release.image_names.values())
+        for name, service in compose_services(model).items():
+            identity = release.images.get(image := release.image_names[name])
+            service |= {"image": identity} if identity and there.get(image) != identity else {}
+        project.compose.write_model("model.json", model)
 
 def describe(rows: Iterable[Row], release: Release, former: Release | None) -> dict[str, str]:
     """For each compose service: what is done to it and why, in words."""
@@ -3745,7 +3752,6 @@ class Reconciler:
             self.store.set_current(installation.release)
 
     # A deploy, step by step:
-
     def deploy(self, decision: Decision, say: Progress, by: str, asked: bool) -> None:
         """From a commit to containers that are well, or back. Raises Fault."""
         began, commit = time.monotonic(), decision.commit
@@ -3776,7 +3782,9 @@ class Reconciler:
             changes = describe(compare(release, self.snapshot, self.store.done), release, current)
             for name, change in changes.items():
                 say(f"{name}: {change}")
-            self.store.set_current(release)
+            with self.project.shared.naming:
+                refuse_taken_names(self.project, release)
+                self.store.set_current(release)
             trouble = self.attempt(lambda: self.install(prepared.tree, say))
         if trouble := self.settle(say, trouble):
             self.fail(commit, trouble, say, by, began, changed, [*changes])
@@ -3896,7 +3904,7 @@ class Reconciler:
             trouble = self.attempt(lambda: self.install(tree, say, strict=False))
             if trouble := self.settle(say, trouble):
                 raise trouble
-        except EngineGone:
+        except (EngineGone, Held):
             raise
         except (Fault, OSError) as error:
             to = short(good.commit)
@@ -3920,15 +3928,11 @@ class Reconciler:
         metrics.set("pgo_service_last_deploy_duration_seconds", seconds, service=name)
 
     # Besides deploys:
-
     def stop(self, decision: Decision) -> None:
-        """Stop what an engine started that was restarted, though a command had stopped it."""
         self.project.say(f"stops what runs: {'; '.join(decision.reasons)}")
         self.project.compose.run("stop", "--", *decision.services, deadline="up")
         self.look()
-
     def bring_up(self, say: Progress) -> None:
-        """Bring up the current release, without a deploy, and wait until it is well."""
         self.look()
         trouble = self.attempt(lambda: self.cure(self.rows, say)) if self.rows else None
         if trouble := self.settle(say, trouble):
@@ -3948,7 +3952,6 @@ class Reconciler:
             self.pause(1.0)
 
 # ---- Set-up ------------------------------------------------------------------------------------
-
 def set_up(project: Project) -> None:
     """The folders of a service, and the take-over of a checkout of the Go program. Raises Fault."""
     paths, account = project.paths, project.account
@@ -4021,7 +4024,6 @@ def adopt(project: Project, commit: str) -> None:
     log.info("%s: taken over at %s", project.name, short(commit))
 
 # ---- Worker ------------------------------------------------------------------------------------
-
 WATCH_SECONDS = 1.0  # between two looks at what is on its way
 
 @dataclass(frozen=True)
@@ -4074,7 +4076,6 @@ class View:
 class Worker(threading.Thread):
     """The thread of one service. All that changes the service happens in it, one by one."""
     # It sleeps until its timer, a webhook, an event of the engine or a job wakes it.
-
     def __init__(self, service: Service, shared: Shared) -> None:
         super().__init__(name=service.name, daemon=True)
         self.service = service
@@ -4097,16 +4098,16 @@ class Worker(threading.Thread):
         self.publish()
 
     # From other threads:
-
     def wake(self, cause: str) -> None:
-        """Have a look now, because of `timer`, `webhook`, `event` or `release`."""
         with self._condition:
             self._wakes.add(cause)
             self._condition.notify()
 
     def ask(self, job: Job) -> Job:
-        """Queue a job."""
+        """Queue a job. Raises Refused where many wait."""
         with self._condition:
+            if len(self._jobs) >= JOBS:
+                raise Refused(f"{JOBS} commands wait already; try again later")
             self._jobs.append(job)
             self._condition.notify()
         return job
@@ -4127,7 +4128,6 @@ class Worker(threading.Thread):
         return dataclasses.replace(view, containers=snapshot.containers, rows=rows)
 
     # The thread:
-
     def run(self) -> None:
         prepared = False
         while not self.shared.stopping.is_set():
@@ -4174,16 +4174,18 @@ class Worker(threading.Thread):
             return None, wakes
 
     def pause(self, seconds: float) -> None:
-        """Wait, less if the engine tells of something. Raises Stopping."""
+        """Wait, less if the engine tells of something. Raises Stopping, and Held at a hold."""
         with self._condition:
-            if "event" not in self._wakes and not self.shared.stopping.is_set():
+            stop = [f"{job.command} by {job.by}" for job in self._jobs if job.act is job_stop]
+            if "event" not in self._wakes and not self.shared.stopping.is_set() and not stop:
                 self._condition.wait(seconds)
             self._wakes.discard("event")
         if self.shared.stopping.is_set():
             raise Stopping
+        if held := self.store.hold() or "".join(stop[:1]):
+            raise Held(f"no longer waited for: {held}")
 
     def publish(self) -> None:
-        """Show others what is known."""
         self.view = View(
             self.wanted, self.store.current, self.store.failure, self.project.configuration(),
             self.reconciler.snapshot.containers, self.reconciler.rows, self.keys,
@@ -4206,12 +4208,10 @@ class Worker(threading.Thread):
             self.schedule()
 
     def schedule(self) -> None:
-        """When to ask git next."""
         delay = retry_delay(self.shared.settings.duration, self.failures, self.shared.chance())
         self.next_poll = self.shared.clock() + delay
 
     # A look:
-
     def reconcile(self, wakes: frozenset[str], say: Progress, by: str,
                   asked: bool = False) -> Decision:
         """Ask git, look at the engine, decide, act. Raises Fault; then the next is put off."""
@@ -4315,7 +4315,6 @@ def show_metrics(shared: Shared) -> None:
             metrics.replace(f"pgo_service_{gauge}", name, values)
 
 # ---- Commands ----------------------------------------------------------------------------------
-
 @dataclass(frozen=True)
 class ParsedCommand:
     """A parsed request: service, command, its options as (name, value) and what follows them."""
@@ -4329,17 +4328,12 @@ class ParsedCommand:
         valued = option_names(self.command)
         return [word for name, value in self.options for word in (
             name, "***" if hidden and name in ("-e", "--env") else value)[:1 + valued[name]]]
-
     def option(self, *names: str) -> str | None:
-        """The last value of an option, `` for one without, None if it is not there."""
         return next((value for name, value in reversed(self.options) if name in names), None)
-
     def audited(self) -> str:
-        """The command without the values of -e."""
         return shlex.join((*self.command.split(), *self.words(hidden=True), *self.operands))
 
 # What a service's thread does:
-
 def refuse_hold(worker: Worker) -> None:
     if held := worker.store.hold_of("hold"):
         raise Refused(f"{held}; release it first")
@@ -4383,7 +4377,6 @@ def job_stop(worker: Worker, job: Job) -> None:
     worker.reconciler.look()
 
 def job_start(worker: Worker, job: Job) -> None:
-    """Release a stop and bring up what was deployed last, without a fetch."""
     refuse_hold(worker)
     worker.store.release("stop")
     require_release(worker)
@@ -4437,7 +4430,6 @@ def require_release(worker: Worker) -> Release:
     if not worker.view.release:
         raise Refused("nothing was deployed yet; up does it")
     return worker.view.release
-
 def run_compose(worker: Worker, job: Job) -> None:
     """The compose command of the same name. Raises Fault."""
     require_release(worker)
@@ -4445,7 +4437,6 @@ def run_compose(worker: Worker, job: Job) -> None:
                                on_line=job.say).check(job.command)
 
 # What is answered at once:
-
 def answer_journal(worker: Worker, command: ParsedCommand, by: str) -> str:
     raise Refused("journal is disabled; logs shows what the containers wrote")
 
@@ -4587,7 +4578,6 @@ USAGE_STATUS = 2
 DENIED_STATUS = 1
 
 def option_names(command: str) -> dict[str, bool]:
-    """The options of a command, and whether they take a value."""
     return {name: "=" in text for text in COMMANDS[command].options.split()
             for name in text.partition("=")[0].split("|")}
 
@@ -4665,19 +4655,16 @@ def audit(directory: Path, **facts: object) -> None:
         os.close(descriptor)
 
 # ---- SSH ---------------------------------------------------------------------------------------
-
 @dataclass
 class Client:
     """A connection: where from, and the key that it has proven."""
     address: str
     key: str = ""  # fingerprint, "" before it is proven
     heard: int = 0  # bytes before that
-
 def network_of(address: str) -> str:
     """Its /24, or /64 of IPv6: who has an address there has many."""
     host = address.removeprefix("::ffff:").partition("%")[0]
     return str(ipaddress.ip_network(f"{host}/{64 if ':' in host else 24}", strict=False))
-
 def oldest_of_largest(networks: Mapping[Any, str]) -> Any:
     """The first connection of the network that has most: a crowd shuts out nobody but itself."""
     crowd = collections.Counter(networks.values()).most_common(1)[0][0]
@@ -4721,7 +4708,10 @@ def start_in_terminal(compose: Compose, words: list[str],
 
 def start_stream(compose: Compose, words: list[str], reads: bool) -> tuple[Child, dict[str, Any]]:
     """A streaming child, and which of its ends go to the session. Raises Fault."""
-    child = compose.children.start(words, compose.who(), stdin=PIPE if reads else DEVNULL)
+    # compose keeps a line of logs until its end, and a line may be endless.
+    who = dataclasses.replace(compose.who({"GOTRACEBACK": "none"}),
+                              limits=(f"--data={STREAM_MEMORY}",))
+    child = compose.children.start(words, who, stdin=PIPE if reads else DEVNULL)
     if child.stdin:
         os.set_blocking(child.stdin.fileno(), False)
     streams = {"stdin": child.stdin, "stdout": child.stdout, "stderr": child.stderr}
@@ -4804,7 +4794,6 @@ def end_stream(children: Children, child: Child, mark: str) -> None:
 
 class SshServer:
     """pgod's own SSH port, by asyncssh: exec requests of key holders and nothing else."""
-
     def __init__(self, shared: Shared, asyncssh: Any) -> None:
         self.shared = shared
         self.asyncssh = asyncssh
@@ -4812,7 +4801,6 @@ class SshServer:
         self.unproven: dict[Any, str] = {}  # connection: its network, oldest first
         self.loop = asyncio.new_event_loop()
         self.beat = time.monotonic()
-
     def serve(self, address: tuple[str, int]) -> None:
         """Listen, in a thread. Raises Fault."""
         threading.Thread(target=self.loop.run_forever, name="ssh", daemon=True).start()
@@ -4826,7 +4814,6 @@ class SshServer:
 
         class Server(self.asyncssh.SSHServer):  # type: ignore[name-defined,misc]
             """asyncssh's callbacks for one connection."""
-
             def connection_made(self, conn: Any) -> None:
                 self.connection = conn
                 server.admit(conn)
@@ -4855,7 +4842,6 @@ class SshServer:
             server_version=f"pgod_{VERSION}", **supported_algorithms(self.asyncssh))
 
     def services_of(self, fingerprint: str) -> list[str]:
-        """The services whose repositories hold the key, as of now."""
         return sorted(name for name, worker in self.shared.workers.items()
                       if any(hmac.compare_digest(key.fingerprint, fingerprint)
                              for key in worker.view.keys))
@@ -4919,7 +4905,6 @@ class SshServer:
                 process.exit(min(status, 255))
 
     def tell(self, process: Any, text: str, stream: Any = None) -> None:
-        """A line for people, on standard error if nothing else is asked for."""
         text = "\n".join(printable(line) for line in text.expandtabs().split("\n"))
         with contextlib.suppress(OSError, self.asyncssh.Error):
             (stream or process.stderr).write(f"{text}\n".encode())
@@ -5059,7 +5044,6 @@ def import_asyncssh() -> Any:
     return asyncssh
 
 # ---- HTTP --------------------------------------------------------------------------------------
-
 WEBHOOK_BYTES = 25 << 20  # GitHub sends no more
 # Header, and what stands before the HMAC-SHA256 in it; GitLab sends the secret itself.
 WEBHOOK_SIGNATURES = (
@@ -5149,12 +5133,10 @@ class HttpServer(http.server.ThreadingHTTPServer):
         with self.guard:
             self.open.pop(request, None)
         super().shutdown_request(request)
-
     def handle_error(self, request: Any, client_address: Any) -> None:
         log.debug("HTTP: %s: %s", client_address[0], sys.exc_info()[1])
 
 # ---- Daemon --------------------------------------------------------------------------------------
-
 CONFIGURATION_SECONDS = 2.0  # between two looks at pgo.toml and at what lives
 SSH_SILENCE = 120.0  # seconds; it is asked for a sign of life at each look
 
@@ -5165,7 +5147,6 @@ def notify(text: str) -> None:
         return
     with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
         sock.sendto(text.encode(), "\0" + address[1:] if address[0] == "@" else address)
-
 def left_behind(mark: str) -> list[int]:
     """Processes with the mark, outside of any container."""
     ours, found = os.readlink("/proc/self/ns/pid"), []
@@ -5246,7 +5227,6 @@ def remove_stale(shared: Shared) -> None:
 
 class Daemon:
     """pgod's life: start, watch the configuration, end."""
-
     def __init__(self, settings: Settings, configuration: Configuration) -> None:
         self.settings = settings
         self.configuration = configuration
@@ -5358,7 +5338,6 @@ class Daemon:
         kill_all(left_behind(self.shared.children.mark), signal.SIGTERM)
 
 # ---- Command line ------------------------------------------------------------------------------
-
 UNIT = """\
 [Unit]
 Description=pgod: git decides what runs
@@ -5376,6 +5355,17 @@ RestartForceExitStatus=2
 WatchdogSec=60
 TimeoutStopSec=40
 UMask=0022
+# No mount namespace (ProtectSystem= and the like): the engine must see what pgod mounts.
+NoNewPrivileges=yes
+CapabilityBoundingSet=CAP_CHOWN CAP_DAC_OVERRIDE CAP_FOWNER CAP_FSETID CAP_KILL CAP_SETGID
+CapabilityBoundingSet=CAP_SETUID CAP_NET_BIND_SERVICE CAP_SYS_ADMIN CAP_SYS_PTRACE CAP_SYS_RESOURCE
+LockPersonality=yes
+RestrictAddressFamilies=AF_UNIX AF_INET AF_INET6 AF_NETLINK
+RestrictNamespaces=yes
+RestrictRealtime=yes
+RestrictSUIDSGID=yes
+SystemCallArchitectures=native
+SystemCallFilter=@system-service @mount
 
 [Install]
 WantedBy=multi-user.target
@@ -5438,12 +5428,10 @@ JOURNAL_LEVELS = {logging.ERROR: "<3>", logging.WARNING: "<4>", logging.INFO: "<
 
 class LogFormatter(logging.Formatter):
     """Under systemd the journal has time and level of its own."""
-
     def __init__(self, journal: bool) -> None:
         super().__init__("%(message)s" if journal else "%(asctime)s %(levelname)s %(message)s",
                          "%H:%M:%S")
         self.journal = journal
-
     def format(self, record: logging.LogRecord) -> str:
         # What a repository says must neither steer a terminal nor look like a line of pgod's.
         text = re.sub(r"[^\n\x20-\x7e\xa0-\U0010ffff]", "?", super().format(record))

@@ -306,9 +306,10 @@ class Lab:
                 ("container", ["rm", "-f", "-v"], ["ps", "-a", "--format", "{{.Names}}"]),
                 ("network", ["network", "rm"], ["network", "ls", "--format", "{{.Name}}"]),
                 ("volume", ["volume", "rm", "-f"], ["volume", "ls", "--format", "{{.Name}}"]),
-                ("image", ["rmi", "-f"], ["image", "ls", "--format",
-                                          "{{.Repository}}:{{.Tag}}"])):
-            names = [n for n in docker(*listing).splitlines() if self.name in n]
+                ("image", ["rmi", "-f"], ["image", "ls", "--digests", "--format",
+                                          "{{.Repository}}:{{.Tag}}@{{.Digest}}"])):
+            names = [n.replace(":<none>", "").removesuffix("@<none>")
+                     for n in docker(*listing).splitlines() if self.name in n]
             if names:
                 docker(*remove, *names, check=kind != "container")
         labels = [f"pgotest={self.name}", *(f"com.docker.compose.project={name}"
@@ -1847,6 +1848,11 @@ ATTACKS: tuple[tuple[str, str, str], ...] = (
      "build:network:other_default"),
     ("services: {web: {build: {context: ., entitlements: [security.insecure]}}}",
      "build.entitlements", "build:entitlements"),
+    ("services: {web: {build: {context: ., args: {BUILDKIT_SYNTAX: evil/frontend}}}}",
+     "build.args", "build:syntax"),
+    (web("healthcheck: {test: [CMD, 'true'], interval: 50ms}"), "healthcheck.interval: 50ms",
+     "healthcheck:50ms"),
+    (web("labels: {a: '" + 70_000 * "x" + "'}"), "are over 64 KiB in all", ""),
 )
 
 
@@ -2162,6 +2168,120 @@ def test_container_makes_no_packets_of_its_own_on_a_network_of_others(lab: Lab) 
     assert "not permitted" in told["web"]
     assert "not permitted" not in told["inner"]
     assert "yes" in lab.ssh(f"{name}//status").stdout
+
+
+BUILT = {key: value for key, value in sleeper(build=".").items() if key != "image"}
+NEIGHBOURS_ON = {"proxy": {"external": True, "name": "proxy"}, "default": {"name": "x_default"}}
+
+
+@pytest.mark.parametrize(("mine", "theirs", "harm"), [
+    ({"app": ["proxy", "default"], "db": ["default"]}, {"db": ["proxy"]}, ["db"]),
+    ({"db": ["proxy"]}, {"app": ["proxy", "default"], "db": ["default"]}, ["db"]),
+    ({"web": ["proxy"]}, {"web": ["proxy"]}, []),
+    ({"app": ["proxy"], "db": ["default"]}, {"db": ["proxy"]}, []),
+    ({"app": ["proxy", "default"], "db": ["default"]}, {"db": ["default"]}, [])])
+def test_name_that_is_looked_up_inside_is_not_answered_from_outside(
+        mine: dict[str, list[str]], theirs: dict[str, list[str]], harm: list[str]) -> None:
+    """`app` would hand the password of its `db` to a neighbour's, whoever came first."""
+    one, other = ({"services": {name: {"image": "x", "networks": dict.fromkeys(networks)}
+                                for name, networks in services.items()},
+                   "networks": NEIGHBOURS_ON | {"default": {"name": f"{project}_default"}}}
+                  for project, services in (("app", mine), ("other", theirs)))
+    context = pgod.PolicyContext(pgod.Service("app", "nobody", pgod.Remote("/r")), NEIGHBOURS,
+                                 "/lib/app", "/data/app", models=(("other", other),))
+    found = pgod.check_policy(one, context)
+    assert [violation.value for violation in found] == harm
+    allow = tuple(violation.allow for violation in found)
+    assert not pgod.check_policy(one, pgod.PolicyContext(
+        pgod.Service("app", "nobody", pgod.Remote("/r"), allow=allow), NEIGHBOURS, "/lib/app",
+        "/data/app", models=(("other", other),)))
+    both = {key for key, *_, inner in pgod.name_clashes(one, context) if not inner}
+    assert both == ({"proxy"} if "web" in mine else set())
+
+
+def test_neighbour_who_comes_later_does_not_answer_to_a_name_inside(lab: Lab) -> None:
+    network = f"{lab.name}-shared"
+    docker("network", "create", network)
+    top = {"networks": {"shared": {"external": True, "name": network}}}
+    on_both = sleeper(networks=["shared", "default"])
+    shop = lab.service("shop", {"compose.yaml": json.dumps(
+        {"services": {"app": on_both, "db": sleeper()}} | top)})
+    evil = lab.service("evil")
+    lab.start()
+    for name in (shop, evil):
+        lab.runs(name, lab.repositories[name].head())
+    commit = lab.push(evil, {"compose.yaml": json.dumps(
+        {"services": {"db": sleeper(networks=["shared"])}} | top)})
+    assert shop in lab.failed(evil, commit)
+    address = docker("exec", f"{shop}-app-1", "nslookup", "db", check=False)
+    mine = inspected(f"{shop}-db-1", "{{range .NetworkSettings.Networks}}{{.IPAddress}}{{end}}")
+    assert mine in address
+
+
+@pytest.mark.parametrize(("dockerfile", "allow"), [
+    ("ADD http://127.0.0.1:{port}/metrics /m", "build:address"),
+    ("ARG A=http://127.0.0.1:{port}/metrics\nADD $A /m", "build:address"),
+    ("COPY --from={victim}-web:latest /secret /m", "image:"),
+    ("RUN --mount=from={victim}-web,target=/x cp /x/secret /m", "image:")])
+def test_build_reads_neither_the_loopback_of_the_host_nor_a_neighbour(
+        lab: Lab, dockerfile: str, allow: str) -> None:
+    victim = lab.service("victim", {
+        "Dockerfile": f"FROM {IMAGE}\nRUN echo geheim > /secret\n", "compose.yaml": json.dumps({
+            "services": {"web": BUILT}})})
+    name = lab.service("evil")
+    lab.start()
+    for service in (victim, name):
+        lab.runs(service, lab.repositories[service].head())
+    text = dockerfile.format(port=lab.metric_port, victim=victim)
+    files = {"Dockerfile": f"FROM {IMAGE}\n{text}\n", "compose.yaml": json.dumps({
+        "services": {"web": BUILT}})}
+    commit = lab.push(name, files)
+    why = lab.failed(name, commit)
+    assert "denied by policy" in why
+    assert allow in why
+    lab.daemon.stop()
+    lab.services[name]["allow"] = [allow + (f"{victim}-web" if allow == "image:" else "")]
+    lab.write_config()
+    lab.start()
+    lab.runs(name, commit)
+    assert re.search("geheim|pgo_build_info", docker("exec", f"{name}-web-1", "cat", "/m"))
+
+
+@pytest.mark.parametrize("image", ["{victim}-web", "{victim}-web:latest"])
+def test_image_that_a_neighbour_built_is_not_run(lab: Lab, image: str) -> None:
+    build = json.dumps({"services": {"web": BUILT}})
+    victim = lab.service("victim", {"compose.yaml": build, "Dockerfile":
+                                    f"FROM {IMAGE}\nLABEL pgotest={lab.name}\n"})
+    name = lab.service("evil")
+    lab.start()
+    for service in (victim, name):
+        lab.runs(service, lab.repositories[service].head())
+    commit = lab.push(name, {"compose.yaml": compose_file(
+        image=image.format(victim=victim), pull_policy="never")})
+    assert f'"image:{victim}-web:latest"' in lab.failed(name, commit)
+
+
+@pytest.mark.parametrize("text", [
+    "# syntax=evil/frontend\nFROM x", "#!/x\n#syntax = evil\nFROM x", "// syntax=evil\n",
+    '{"syntax": "evil"}', '\ufeff# syntax=evil', '{\n "syntax": "evil"\n}',
+    "# escape=`\n# SYNTAX=evil"])
+def test_only_the_usual_frontend_reads_a_dockerfile(text: str) -> None:
+    assert [violation.allow for violation in pgod.check_frontend("web", text)]
+    assert not [*pgod.check_frontend("web", "# syntax=docker/dockerfile:1.7\nFROM x\n# a {\n")]
+
+
+@pytest.mark.parametrize("change", [
+    "LABEL io.pgod.digest=x", "LABEL com.docker.compose.replace=x",
+    "LABEL a=" + 40_000 * "x" + "\nLABEL b=" + 40_000 * "x",
+    "HEALTHCHECK --interval=50ms CMD true"])
+def test_image_that_speaks_for_pgod_or_is_looked_at_each_moment_is_refused(lab: Lab,
+                                                                         change: str) -> None:
+    (lab.folder / "Dockerfile").write_text(f"FROM {IMAGE}\nLABEL pgotest={lab.name}\n{change}\n")
+    run("docker", "build", "-q", "-t", f"{lab.name}-x:1", lab.folder,
+        env=os.environ | {"DOCKER_BUILDKIT": "0"})
+    name = lab.service("a", {"compose.yaml": compose_file(image=f"{lab.name}-x:1")})
+    lab.start()
+    assert f"image {lab.name}-x:1 has" in lab.failed(name, lab.repositories[name].head())
 
 
 def test_hook_of_any_compose_is_not_privileged() -> None:
@@ -3162,7 +3282,8 @@ def test_images_of_the_good_commit_survive_pruning_and_a_moved_tag(lab: Lab) -> 
     run("docker", "build", "-q", "-t", image, lab.folder, env=os.environ | {"DOCKER_BUILDKIT": "0"})
     commit = lab.push(name, {"compose.yaml": json.dumps({"services": {"web": {"image": image}}})})
     lab.failed(name, commit)
-    assert docker("image", "inspect", "--format", "{{.Id}}", image) == good
+    moved = docker("image", "inspect", "--format", "{{.Id}}", image)
+    assert moved != good, "a name that others use as well stays where it leads"
     running = docker("inspect", "--format", "{{.Image}} {{.State.Running}}", f"{name}-web-1")
     assert running == f"{good} true"
     lab.daemon.stop()
@@ -3190,6 +3311,44 @@ def test_image_that_is_gone_is_pulled_or_built_again(lab: Lab) -> None:
     assert len(lab.containers(name, "--filter", "status=running")) == 3
     assert docker("exec", f"{name}-built-1", "cat", "/file") == "1"
     until(lambda: '"in_sync": true' in lab.ssh(f"{name}//status --json").stdout, "in sync")
+
+
+@pytest.mark.parametrize("command", ["down", "stop", "hold"])
+def test_command_that_ends_a_deploy_does_not_wait_for_its_health(lab: Lab, command: str) -> None:
+    name = lab.service("a", {}, wait="100s")
+    deployed(lab, name)
+    check = {"test": ["CMD", "false"], "interval": "1s", "start_period": "90s"}
+    commit = lab.push(name, {"compose.yaml": compose_file(healthcheck=check)})
+    up = subprocess.Popen(lab.ssh_words(f"{name}//up"), stdin=subprocess.DEVNULL,
+                          stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    until(lambda: lab.stored(name)["commit"] == commit, "the deploy has begun")
+    began = time.monotonic()
+    lab.ssh(f"{name}//{command}", check=True)
+    assert command in up.communicate(timeout=60)[1] or command == "hold"
+    assert up.returncode == 1
+    assert time.monotonic() - began < 50, "it waited until the deploy was given up"
+    assert not lab.failure(name), "the commit is not to blame"
+    assert lab.stored(name)["commit"] == commit
+    running = lab.containers(name, "--filter", "status=running")
+    assert bool(running) == (command == "hold")
+
+
+def test_commands_that_wait_are_bounded(lab: Lab) -> None:
+    """Whoever asks and leaves, again and again, would fill pgod's memory."""
+    name = lab.service("a", {}, wait="100s")
+    deployed(lab, name)
+    check = {"test": ["CMD", "false"], "interval": "1s", "start_period": "90s"}
+    commit = lab.push(name, {"compose.yaml": compose_file(healthcheck=check)})
+    until(lambda: lab.stored(name)["commit"] == commit, "the deploy has begun")
+    refused = []
+    for _ in range(pgod.JOBS + 1):
+        asking = subprocess.Popen(lab.ssh_words(f"{name}//plan"), stdin=subprocess.DEVNULL,
+                                  stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            refused.append(asking.communicate(timeout=1)[0])
+        asking.kill()
+        asking.communicate()
+    assert refused == [f"{pgod.JOBS} commands wait already; try again later\n"]
 
 
 def test_failed_rollback_is_said_loudly_and_tried_again(lab: Lab) -> None:
