@@ -101,6 +101,7 @@ COMPOSE_FILES = ("compose.yaml", "compose.yml", "docker-compose.yml", "docker-co
 NAME_PATTERN = re.compile(r"[a-z0-9][a-z0-9_-]{0,59}")
 BACKOFF_CEILING = 3600.0  # seconds between two tries of the same thing, at most
 DEPLOYS = 4  # at one time
+LOOKS = 2  # that pgod may be killed at, until a commit counts as failed
 JOBS = 20  # of one service that wait for their turn
 SLOW_DEPLOY = 30.0  # seconds, and up to as many more, that one waits for others
 KEY_FILE_BYTES = 16 * 1024
@@ -696,7 +697,7 @@ class RunAs:
     directory: Path = Path("/")
     secrets: tuple[str, ...] = ()  # are redacted in the log and in standard error
     limits: tuple[str, ...] = ()  # of prlimit(1)
-    marked: bool = True  # not where a compose file could show the mark
+    marked: bool = True  # not where a compose file could show the mark: it dies with pgod
 
 def processes(file: str, matches: Callable[[bytes], bool]) -> list[int]:
     """The processes whose /proc/PID/file matches, proc(5)."""
@@ -751,7 +752,7 @@ class Children:
         name, _, value = self.mark.partition("=")
         # HOME is nowhere, not in /tmp: others could put links there.
         environment = {"PATH": DEFAULT_PATH, "HOME": "/nonexistent", **passed, **who.env} | (
-            {name: value} if name and who.marked else {})
+            {name: value} if name and (who.marked or os.geteuid()) else {})
         if not shutil.which(words[0], path=environment["PATH"]):
             raise Fault(f"{words[0]} is not installed")
         log.debug("%s: runs: %s", who.service or "pgod", redact(shlex.join(words), who.secrets))
@@ -759,7 +760,8 @@ class Children:
             words = ["prlimit", *who.limits, "--core=0", "--", *words]
         if who.account and not os.geteuid():  # by setpriv: Python would have to fork itself
             account, groups = who.account, ",".join(map(str, who.account.groups))
-            words = ["setpriv", f"--reuid={account.uid}", f"--regid={account.gid}",
+            words = ["setpriv", *([] if who.marked else ["--pdeathsig=KILL"]),
+                     f"--reuid={account.uid}", f"--regid={account.gid}",
                      f"--groups={groups}" if groups else "--clear-groups", "--", *words]
         try:
             return subprocess.Popen(words, env=environment, cwd=who.directory, stdin=stdin,
@@ -1839,7 +1841,6 @@ def with_network_labels(project: str, model: Model, there: Mapping[str, Json]) -
     return result
 
 def why_changed(old: Model, new: Model, name: str) -> str:
-    """Why the digest of a compose service is another one, in words."""
     if name not in compose_services(old):
         return "it is not as the commit has it"
     before, after = ({key: value for key, value in part(model, "services", name).items()
@@ -2110,10 +2111,16 @@ def tagged(name: str) -> str:
     return name if re.search("[:@][^/]*$", name) else f"{name}:latest"
 def check_built_image(where: str, image: str, context: PolicyContext) -> Found:
     repository = repository_of(image)
-    entries = {f"image:{image}", f"image:{repository}"}
-    if not context.owns(image, "-", "/") and not entries & {*context.service.allow}:
+    users = [name for name, model in context.models for key, service in
+             compose_services(model).items() if image_of(name, key, service) == image]
+    if {f"image:{image}", f"image:{repository}"} & {*context.service.allow}:
+        return
+    if not context.owns(image, "-", "/"):
         yield Violation(where, "image", image, "is built here and may be what others use; "
                         f"call it {context.name}-… or {context.name}/…", f"image:{repository}")
+    elif users and not context.owns(image, "-"):
+        yield Violation(where, "image", image, f"is built here, and {users[0]} runs an image of "
+                        f"that name; call it {context.name}-…", f"image:{image}")
 
 # As BuildKit finds it: # syntax=, // syntax= or JSON, at the start; or a whole file of JSON.
 FRONTEND = re.compile(r'^[\s\ufeff]*(?:#|//|")\s*syntax"?\s*[=:]\s*"?([^\s"]*)|\A[\s\ufeff]*\{',
@@ -2353,7 +2360,6 @@ def check_volumes(model: Model, context: PolicyContext) -> Found:
                             f"volume:{key}_driver={exact(driver)}")
 
 def check_size(model: Model, context: PolicyContext) -> Found:
-    """How much of everything there is in all."""
     count = sum(max(0, replicas) for replicas in expected_replicas(model).values())
     if count > allowed("replicas", MAX_CONTAINERS, int, context):
         yield Violation("services", "replicas", str(count), f"is more than {MAX_CONTAINERS} "
@@ -2521,7 +2527,6 @@ def as_compose(value: object) -> tuple[str, ...]:
     files = (value,) if isinstance(value, str) else as_strings(value)
     return tuple(map(as_file_in_repository, files))
 def as_env(value: object) -> tuple[tuple[str, str], ...]:
-    """A list of NAME=VALUE."""
     pairs = tuple(text.partition("=")[::2] for text in as_strings(value))
     for number, text in enumerate(as_strings(value), 1):
         if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*=[^\0]*", text, re.DOTALL):
@@ -3102,6 +3107,7 @@ class Store:
         self.done: dict[str, DoneJob] = {
             name: job for name, stored in jobs.items() if (job := revived(DoneJob, stored))}
         self.announced = str(facts.get("announced", ""))
+        self.looks: dict[str, int] = dict(facts.get("looks") or {})  # at a commit, that did not end
         self.current: Release | None = revived(Release, load_json(self.own / "current.json", {}))
         self.good: Release | None = revived(Release, load_json(self.own / "good.json", {}))
         if not self.current and self.good:
@@ -3109,13 +3115,13 @@ class Store:
             self.set_current(self.good)
 
     def note(self, **facts: Any) -> bool:
-        """Set `failure`, `done` or `announced`, also on disk; whether that is news."""
+        """Set `failure`, `done`, `announced` or `looks`, also on disk; whether that is news."""
         if all(getattr(self, name) == value for name, value in facts.items()):
             return False
         vars(self).update(facts)
         stored = {"failure": dataclasses.asdict(self.failure) if self.failure else None,
                   "done": {name: dataclasses.asdict(job) for name, job in self.done.items()},
-                  "announced": self.announced}
+                  "announced": self.announced, "looks": self.looks}
         self.write("state.json", json.dumps(stored, indent=1, sort_keys=True).encode())
         return True
 
@@ -3151,7 +3157,6 @@ class Store:
         self.write("keys.json", json.dumps({"commit": commit, "keys": rows}).encode())
 
     def history(self) -> list[dict[str, Any]]:
-        """The oldest first."""
         found = []
         with contextlib.suppress(OSError):
             text = (self.own / "history.jsonl").read_text(errors="replace")
@@ -3220,7 +3225,6 @@ class Project:
         return self.api.snapshot(self.name, release.image_names.values(), release.volume_names)
 
     def context(self, tree: Tree) -> PolicyContext:
-        """What the policy knows besides the model."""
         settings = self.shared.settings
         ports = tuple(address[1] for address in (settings.ssh, settings.metric) if address)
         others = tuple(s for s in self.shared.configuration.services if s.name != self.name)
@@ -3757,7 +3761,7 @@ class Reconciler:
         began, commit = time.monotonic(), decision.commit
         with deploy_slot(self.project.shared):
             try:
-                prepared = prepare(self.project, commit)
+                prepared = self.prepare(commit, asked)
                 waits = part(prepared.rendered, "x-pgo").get("reload") is False
                 if waits and self.store.current and not asked:
                     failure = Failure(commit, prepared.release.configuration,
@@ -3790,6 +3794,17 @@ class Reconciler:
             self.fail(commit, trouble, say, by, began, changed, [*changes])
         self.record_success(by, began)
         say(f"runs {short(commit)}, healthy after {time.monotonic() - began:.1f} s")
+
+    def prepare(self, commit: str, asked: bool) -> Prepared:
+        """Look at a commit. Raises Refused, also where pgod did not survive that twice."""
+        times = 0 if asked else self.store.looks.get(commit, 0)
+        if times >= LOOKS:
+            raise Refused(f"pgod was killed {times} times while it looked at it")
+        self.store.note(looks={commit: times + 1})
+        try:
+            return prepare(self.project, commit)
+        finally:
+            self.store.note(looks={})
 
     def ill_before(self) -> tuple[str, ...]:
         """The containers that are ill before a deploy. Where one was cut short, before that one."""
@@ -3916,7 +3931,6 @@ class Reconciler:
         log.warning("%s: rolled back to %s", self.project.name, short(good.commit))
 
     def append_history(self, commit: str, by: str, began: float, outcome: str, reason: str) -> None:
-        """A line of history, and the metrics of a deploy."""
         author, subject = self.project.git.describe(commit)
         seconds = round(time.monotonic() - began, 1)
         self.store.append_history({
@@ -4642,7 +4656,6 @@ def compose_command(command: ParsedCommand, terminal: bool) -> list[str]:
     return [command.command, *fixed, *command.words(), "--", *command.operands]
 
 def audit(directory: Path, **facts: object) -> None:
-    """One line of the audit log, JSON."""
     line = json.dumps({"time": format_time(time.time()), **facts}) + "\n"
     flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC
     path = directory / ".pgod" / "audit.log"
@@ -4742,7 +4755,6 @@ async def write_all(descriptor: int, data: bytes) -> bool:
     return bool(data) or os.isatty(descriptor)
 
 async def pump_out(source: Any, writer: Any) -> None:
-    """What the child writes, until it writes no more."""
     with contextlib.suppress(OSError):  # EIO is a terminal's end
         while True:
             await ready(source.fileno())
@@ -5358,7 +5370,7 @@ UMask=0022
 # No mount namespace (ProtectSystem= and the like): the engine must see what pgod mounts.
 NoNewPrivileges=yes
 CapabilityBoundingSet=CAP_CHOWN CAP_DAC_OVERRIDE CAP_FOWNER CAP_FSETID CAP_KILL CAP_SETGID
-CapabilityBoundingSet=CAP_SETUID CAP_NET_BIND_SERVICE CAP_SYS_ADMIN CAP_SYS_PTRACE CAP_SYS_RESOURCE
+CapabilityBoundingSet=CAP_SETUID CAP_NET_BIND_SERVICE CAP_SYS_ADMIN CAP_SYS_PTRACE
 LockPersonality=yes
 RestrictAddressFamilies=AF_UNIX AF_INET AF_INET6 AF_NETLINK
 RestrictNamespaces=yes

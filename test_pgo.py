@@ -2199,6 +2199,17 @@ def test_name_that_is_looked_up_inside_is_not_answered_from_outside(
     assert both == ({"proxy"} if "web" in mine else set())
 
 
+def test_nobody_builds_under_the_name_of_an_image_that_a_neighbour_runs() -> None:
+    """A service may be called like the organisation whose images others pull."""
+    theirs = (("forge", {"services": {"git": {"image": "app/server:1"}}}),)
+    context = pgod.PolicyContext(pgod.Service("app", "nobody", pgod.Remote("/r")), NEIGHBOURS,
+                                 "/lib/app", "/data/app", models=theirs)
+    build = {"build": {"context": "/lib/app"}}
+    for image, words in (("app/server:1", "forge runs"), ("app/server:2", ""), ("app-x", "")):
+        found = pgod.check_policy({"services": {"web": {"image": image, **build}}}, context)
+        assert ["forge runs" in str(violation) for violation in found] == [True] * bool(words)
+
+
 def test_neighbour_who_comes_later_does_not_answer_to_a_name_inside(lab: Lab) -> None:
     network = f"{lab.name}-shared"
     docker("network", "create", network)
@@ -3313,6 +3324,27 @@ def test_image_that_is_gone_is_pulled_or_built_again(lab: Lab) -> None:
     until(lambda: '"in_sync": true' in lab.ssh(f"{name}//status --json").stdout, "in sync")
 
 
+def test_commit_that_pgod_does_not_survive_is_not_tried_for_ever(lab: Lab) -> None:
+    name = lab.service("a")
+    deployed(lab, name)
+    lab.daemon.stop()
+    program(lab.folder / "bin", "docker", 'case "$*" in *" config "*) exec sleep 1000;; esac\n'
+            f'exec {real("docker")} "$@"')
+    environment = {"PATH": f"{lab.folder}/bin:{os.environ['PATH']}"}
+    commit = lab.push(name, {"compose.yaml": compose_file("sleep 100001")})
+    for times in (1, 2):
+        daemon = lab.start(env=environment)
+        until(lambda: lab.stored(name, "state.json").get("looks") == {commit: times},  # noqa: B023
+              "it looks at the commit")
+        daemon.stop(signal.SIGKILL)
+    lab.start(env=environment)
+    assert "was killed 2 times" in lab.failed(name, commit)
+    lab.daemon.stop()
+    lab.start()
+    lab.ssh(f"{name}//up", check=True)
+    assert lab.commit(name) == commit
+
+
 @pytest.mark.parametrize("command", ["down", "stop", "hold"])
 def test_command_that_ends_a_deploy_does_not_wait_for_its_health(lab: Lab, command: str) -> None:
     name = lab.service("a", {}, wait="100s")
@@ -3349,6 +3381,25 @@ def test_commands_that_wait_are_bounded(lab: Lab) -> None:
         asking.kill()
         asking.communicate()
     assert refused == [f"{pgod.JOBS} commands wait already; try again later\n"]
+
+
+def test_endless_line_of_a_log_takes_bounded_memory(lab: Lab) -> None:
+    """compose keeps a line until it ends; 300 MB were seen in each session."""
+    name = lab.service("a", {"compose.yaml": compose_file([
+        "sh", "-c", "yes | head -c 400000000 | tr -d '\\n'; sleep 100000"])})
+    deployed(lab, name)
+    with subprocess.Popen(lab.ssh_words(f"{name}//logs -f"), stdin=subprocess.DEVNULL,
+                          stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as client:
+        most = 0
+        while client.poll() is None:
+            for pid in pgod.processes("cmdline", lambda line: f"{name}\0".encode() in line
+                                      and b"\0logs\0" in line):
+                with contextlib.suppress(OSError):
+                    found = re.search(r"VmHWM:\s+(\d+)", Path(f"/proc/{pid}/status").read_text())
+                    most = max(most, int(found[1]) if found else 0)
+            time.sleep(0.05)
+    assert 0 < most < 240_000
+    assert "yyy" in lab.ssh(f"{name}//exec web sh -c 'yes | head -c 30 | tr -d \"\\n\"'").stdout
 
 
 def test_failed_rollback_is_said_loudly_and_tried_again(lab: Lab) -> None:
