@@ -947,7 +947,8 @@ class Repository:
         subcommand = "pull" if words[0] == "fetch" else words[0]
         who = RunAs(self.service.name, self.account, self.environment() | dict(env or {}),
                     secrets=self.service.secrets,
-                    limits=(f"--data={GIT_MEMORY}", f"--fsize={TREE_BYTES}"))
+                    limits=(f"--data={GIT_MEMORY}", f"--fsize={TREE_BYTES}",
+                            f"--cpu={DEADLINE['fetch']:.0f}"))
         result = self.children.run(["git", *where, *words], who, deadline=DEADLINE[deadline],
                                    kind=("git", subcommand))
         if result.failed:
@@ -1677,7 +1678,6 @@ def binds_of(model: Model) -> list[Bind]:
     return binds
 
 def expected_replicas(model: Model) -> dict[str, int]:
-    """How many containers each compose service has when all is well."""
     expected = {}
     for name, service in compose_services(model).items():
         replicas = part(service, "deploy").get("replicas", service.get("scale", 1))
@@ -1741,8 +1741,11 @@ def names_on(project: str, model: Model, network: str) -> tuple[set[str], set[st
             if ((entry or {}).get("name") or f"{project}_{key}") == network}
     on = {name for name, service in services.items() if keys & {*networks_used(service)}}
     near = {key for name in on for key in networks_used(services[name])}
-    names = [(name in on, names_of(name, service, key)) for name, service in services.items()
-             for key in (keys if name in on else near) & {*networks_used(service)}]
+    links = [str(link).partition(":") for name in on for link in services[name].get("links") or ()]
+    names = [(False, {alias for _, _, alias in links if alias}), *(
+        (name in on, names_of(name, service, key) | {f"{project}-{name}-1"})
+        for name, service in services.items()
+        for key in (keys if name in on else near) & {*networks_used(service)})]
     return ({plain(text) for outside, found in names for text in found if outside},
             {plain(text) for outside, found in names for text in found if not outside})
 
@@ -2345,7 +2348,6 @@ def check_inner_names(model: Model, context: PolicyContext) -> Found:
                             f"network:{key}_name_{name}")
 
 def check_volumes(model: Model, context: PolicyContext) -> Found:
-    """Named volumes are local ones of the project."""
     for key, volume in part(model, "volumes").items():
         volume = volume or {}
         name = str(volume.get("name") or f"{context.name}_{key}")
@@ -2635,7 +2637,6 @@ def parse_service(table: Mapping[str, object], label: str) -> tuple[Service | No
     return (None, errors) if errors else combine_fields(fields, label)
 
 def check_services(services: Sequence[Service]) -> list[str]:
-    """What can be wrong only between services."""
     errors, hosts = list[str](), dict[str, str]()
     names = collections.Counter(service.name for service in services)
     errors += [f"service {name!r}: the name is used {count} times; names must differ"
@@ -3404,10 +3405,12 @@ def built_by_others(project: Project) -> set[str]:
     permitted = {entry[6:] for entry in project.service.allow if entry.startswith("image:")}
     return {name for name in names if not {name, repository_of(name)} & permitted}
 
-def check_image_facts(facts: Json) -> str:
+def check_image_facts(facts: Json, closed: set[str]) -> str:
     """Why an image must not be run, or nothing: it says what the compose file leaves out."""
     config = facts.get("Config") or {}
-    labels = config.get("Labels") or {}
+    labels, tags = config.get("Labels") or {}, {*(facts.get("RepoTags") or ())}
+    if tags & closed or not (tags or facts.get("RepoDigests")):
+        return "was built by another service, or has no name"
     if any(name.startswith("io.pgod.") or name == REPLACE_LABEL for name in labels):
         return "has a label that is pgod's or compose's own"
     if sum(map(len, itertools.chain(*labels.items()))) > LABEL_TEXT:
@@ -3472,7 +3475,7 @@ def fetch_images(project: Project, prepared: Prepared, say: Progress) -> Prepare
         raise Fault(f"image {', '.join(missing)} cannot be pulled and is not on this server"
                     f"{': ' + trouble if trouble else ''}")
     if bad := [f"image {name} {why}" for name, found in facts.items()
-               if (why := check_image_facts(found)) and not project.service.trusted]:
+               if (why := check_image_facts(found, closed)) and not project.service.trusted]:
         raise Refused("; ".join(bad))
     if trouble:
         say(f"could not pull, using the copies on this server: {trouble}")
@@ -4778,7 +4781,6 @@ async def pump_in(process: Any, target: Any, asyncssh: Any) -> None:
             target.close()
 
 def supported_algorithms(asyncssh: Any) -> dict[str, Any]:
-    """Those of SSH_ALGORITHMS that this asyncssh has."""
     from asyncssh import encryption, kex, mac, public_key  # noqa: PLC0415
     have = {"kex_algs": kex.get_kex_algs(), "encryption_algs": encryption.get_encryption_algs(),
             "mac_algs": mac.get_mac_algs(), "signature_algs": public_key.get_public_key_algs()}
@@ -5043,7 +5045,6 @@ class SshServer:
                 stream.close()
 
 def import_asyncssh() -> Any:
-    """The module, or a Fault that says how to get it."""
     warnings.simplefilter("ignore")  # asyncssh's of old ciphers, which nobody can do anything about
     try:
         import asyncssh  # noqa: PLC0415
@@ -5461,7 +5462,6 @@ def check_identity(configuration: Configuration) -> None:
         os.umask(0o022)
 
 def main(words: Sequence[str]) -> int:
-    """Dispatch; the exit status."""
     settings, options = parse_arguments(words)
     if options.version:
         print(f"pgod {VERSION}")

@@ -2179,6 +2179,8 @@ NEIGHBOURS_ON = {"proxy": {"external": True, "name": "proxy"}, "default": {"name
     ({"db": ["proxy"]}, {"app": ["proxy", "default"], "db": ["default"]}, ["db"]),
     ({"web": ["proxy"]}, {"web": ["proxy"]}, []),
     ({"app": ["proxy"], "db": ["default"]}, {"db": ["proxy"]}, []),
+    ({"shop-db-1": ["proxy"]}, {"app": ["proxy", "default"], "db": ["default"]}, []),
+    ({"other-db-1": ["proxy"]}, {"app": ["proxy", "default"], "db": ["default"]}, ["other-db-1"]),
     ({"app": ["proxy", "default"], "db": ["default"]}, {"db": ["default"]}, [])])
 def test_name_that_is_looked_up_inside_is_not_answered_from_outside(
         mine: dict[str, list[str]], theirs: dict[str, list[str]], harm: list[str]) -> None:
@@ -2258,7 +2260,7 @@ def test_build_reads_neither_the_loopback_of_the_host_nor_a_neighbour(
     assert re.search("geheim|pgo_build_info", docker("exec", f"{name}-web-1", "cat", "/m"))
 
 
-@pytest.mark.parametrize("image", ["{victim}-web", "{victim}-web:latest"])
+@pytest.mark.parametrize("image", ["{victim}-web", "{identity}", "{identity:.19}", "{keep}"])
 def test_image_that_a_neighbour_built_is_not_run(lab: Lab, image: str) -> None:
     build = json.dumps({"services": {"web": BUILT}})
     victim = lab.service("victim", {"compose.yaml": build, "Dockerfile":
@@ -2267,9 +2269,12 @@ def test_image_that_a_neighbour_built_is_not_run(lab: Lab, image: str) -> None:
     lab.start()
     for service in (victim, name):
         lab.runs(service, lab.repositories[service].head())
-    commit = lab.push(name, {"compose.yaml": compose_file(
-        image=image.format(victim=victim), pull_policy="never")})
-    assert f'"image:{victim}-web:latest"' in lab.failed(name, commit)
+    identity = inspected(f"{victim}-web-1", "{{.Image}}")
+    tags = json.loads(docker("image", "inspect", "--format", "{{json .RepoTags}}", identity))
+    (keep,) = [tag for tag in tags if tag.startswith(pgod.KEEP_NAME)]
+    commit = lab.push(name, {"compose.yaml": compose_file(pull_policy="never", image=image.format(
+        victim=victim, identity=identity, keep=keep))})
+    assert re.search("built by another service|pgod keeps images", lab.failed(name, commit))
 
 
 @pytest.mark.parametrize("text", [
@@ -3328,15 +3333,17 @@ def test_commit_that_pgod_does_not_survive_is_not_tried_for_ever(lab: Lab) -> No
     name = lab.service("a")
     deployed(lab, name)
     lab.daemon.stop()
-    program(lab.folder / "bin", "docker", 'case "$*" in *" config "*) exec sleep 1000;; esac\n'
+    mark = f"98764{int(lab.name[1:], 16)}"
+    program(lab.folder / "bin", "docker", f'case "$*" in *" config "*) exec sleep {mark};; esac\n'
             f'exec {real("docker")} "$@"')
     environment = {"PATH": f"{lab.folder}/bin:{os.environ['PATH']}"}
     commit = lab.push(name, {"compose.yaml": compose_file("sleep 100001")})
     for times in (1, 2):
         daemon = lab.start(env=environment)
-        until(lambda: lab.stored(name, "state.json").get("looks") == {commit: times},  # noqa: B023
-              "it looks at the commit")
+        until(lambda: hung(mark), "it looks at the commit")
+        assert lab.stored(name, "state.json")["looks"] == {commit: times}
         daemon.stop(signal.SIGKILL)
+        until(lambda: not hung(mark), "the rendering ended with it")
     lab.start(env=environment)
     assert "was killed 2 times" in lab.failed(name, commit)
     lab.daemon.stop()
