@@ -122,6 +122,7 @@ CHILD_OUTPUT = 16 << 20
 # What a commit may have: files, bytes of them all, characters of a path, and folders above one.
 TREE_FILES = 50_000
 TREE_BYTES = 4 << 30
+DISK_RESERVE = 256 << 20  # bytes, or a twentieth of the disk
 PATH_LENGTH = 1024
 PATH_DEPTH = 64
 # What a rendered model may have before any rule reads it.
@@ -648,7 +649,6 @@ class Metrics:
         with self._lock:
             self._values[name][tuple(labels.items())] = value
     def replace(self, name: str, service: str, rows: Iterable[tuple[Json, float]]) -> None:
-        """Set a service's rows of a gauge and forget the ones it had."""
         with self._lock:
             kept = {key: value for key, value in self._values[name].items()
                     if ("service", service) not in key}
@@ -1014,8 +1014,8 @@ class Repository:
         author, _, subject = text.decode(errors="replace").strip().partition("\0")
         return printable(author)[:80], printable(subject)[:120]
 
-    def tree(self, commit: str) -> Tree:
-        """What the commit holds. Raises Refused where that is too much."""
+    def tree(self, commit: str, reserve: int) -> Tree:
+        """What the commit holds. Raises Refused where that, or the disk without it, is too much."""
         tree: Tree = {}
         left = TREE_BYTES
         for entry in self.git("ls-tree", "-r", "-l", "-z", "--full-tree", commit).split(b"\0")[:-1]:
@@ -1030,17 +1030,22 @@ class Repository:
             tree[path] = ("100644" if mode == "100664" else mode, blob)
             if len(tree) > TREE_FILES or left < 0:
                 raise Refused(f"it has more than {TREE_FILES} files or {TREE_BYTES >> 30} GiB")
+        disk = shutil.disk_usage(self.paths.own)
+        full = Refused(f"No space left for it on the disk: {disk.free >> 20} MiB are free")
+        full.retry = True
+        if reserve and disk.free < 2 * (TREE_BYTES - left) + min(reserve, disk.total // 20):
+            raise full
         return tree
 
-    def export(self, commit: str) -> Tree:
-        """Put the commit's files into the export folder, where no container reaches; its tree."""
+    def export(self, commit: str, reserve: int = 0) -> Tree:
+        """Put the commit's files where no container reaches; its tree. Leaves `reserve` free."""
         if self.exported[0] != commit:
             self.exported = ("", {})
-            self.exported = (commit, self.repaired(lambda: self._export(commit)))
+            self.exported = (commit, self.repaired(lambda: self._export(commit, reserve)))
         return self.exported[1]
 
-    def _export(self, commit: str) -> Tree:
-        tree = self.tree(commit)
+    def _export(self, commit: str, reserve: int) -> Tree:
+        tree = self.tree(commit, reserve)
         fresh, index = self.paths.own / "export.new", self.folder / "export.index"
         shutil.rmtree(fresh, ignore_errors=True)
         for left in (index, index.with_name("export.index.lock")):
@@ -1781,7 +1786,6 @@ class Files:
         return self.entries.get(relative) if relative else None
 
     def beneath(self, source: str) -> list[tuple[str, tuple[str, str]]]:
-        """All that the commit has beneath a folder."""
         relative = beneath(source, self.worktree)
         if relative is None:
             return []
@@ -3324,7 +3328,7 @@ def enforce(project: Project, model: Model, tree: Tree) -> None:
         raise Refused("the policy refuses it:\n" + "\n".join(f"  {v}" for v in violations))
     for violation in violations:
         log.warning("%s: root's repository, so only reported: %s", service.name, violation)
-    for key, name, other, _ in name_clashes(model, project.context(tree)):
+    for key, name, other, _ in sorted({*name_clashes(model, project.context(tree))}):
         log.warning("%s: %s answers to %s on network %s as well", service.name, other, name, key)
 
 def render(project: Project, tree: Tree) -> Model:
@@ -3440,7 +3444,7 @@ def make_release(project: Project, commit: str, model: Model, tree: Tree,
 
 def prepare(project: Project, commit: str) -> Prepared:
     """Export, render and check a commit. Raises Refused."""
-    tree = project.git.export(commit)
+    tree = project.git.export(commit, DISK_RESERVE)
     model = render(project, tree)
     enforce(project, model, tree)
     values = read_values(project, model)
@@ -4079,7 +4083,6 @@ class View:
                     and release.configuration == self.configuration and not self.rows)
 
     def why(self, hold: Hold | None) -> str:
-        """Why it is not in sync, or what else is to be known."""
         if hold:
             return str(hold)
         failure = self.failure
@@ -4130,7 +4133,6 @@ class Worker(threading.Thread):
         return job
 
     def fresh_view(self) -> View:
-        """What is known, with what the engine has at this moment."""
         view = self.view
         try:
             snapshot = self.project.snapshot(view.release)
@@ -4279,7 +4281,8 @@ class Worker(threading.Thread):
             found = self.project.git.ask()
             if found != self.wanted or not self.keys:
                 found = str(self.project.git.repaired(self.project.git.fetch))
-                self.keys = self.project.git.public_keys(self.project.git.export(found))
+                self.keys = self.project.git.public_keys(
+                    self.project.git.export(found, DISK_RESERVE))
                 self.store.set_keys(found, self.keys)
                 self.wanted = found
             self.remote_error = ""
@@ -4482,7 +4485,6 @@ def status_facts(worker: Worker, now: float) -> dict[str, Any]:
                         "restarts": c.restarts, "started": c.started} for c in view.containers]}
 
 def render_status(facts: Json) -> str:
-    """For people: aligned, the newest thing first."""
     now, since = time.time(), facts["since"]
     age = f" since {format_time(since)} ({format_duration(now - since)})" if since else ""
     rows = [("service", facts["service"]), ("runs", (short(facts["commit"]) or "nothing") + age),
@@ -5292,7 +5294,6 @@ class Daemon:
         notify("READY=1")
 
     def watch(self) -> int:
-        """Until a signal or a new configuration ends it."""
         while True:
             with contextlib.suppress(queue.Empty):
                 number = self.wakeup.get(timeout=CONFIGURATION_SECONDS)
@@ -5367,7 +5368,6 @@ RestartSec=2
 RestartForceExitStatus=2
 WatchdogSec=60
 TimeoutStopSec=40
-UMask=0022
 # No mount namespace (ProtectSystem= and the like): the engine must see what pgod mounts.
 NoNewPrivileges=yes
 CapabilityBoundingSet=CAP_CHOWN CAP_DAC_OVERRIDE CAP_FOWNER CAP_FSETID CAP_KILL CAP_SETGID
@@ -5379,13 +5379,13 @@ RestrictRealtime=yes
 RestrictSUIDSGID=yes
 SystemCallArchitectures=native
 SystemCallFilter=@system-service @mount
+SystemCallErrorNumber=EPERM
 
 [Install]
 WantedBy=multi-user.target
 """
 
 def bool_word(text: str) -> bool:
-    """Go's notation: true, false, 1, 0, t, f."""
     if text.lower() not in ("true", "false", "1", "0", "t", "f"):
         raise argparse.ArgumentTypeError(f"{text!r} is neither true nor false")
     return text.lower() in ("true", "1", "t")

@@ -752,6 +752,20 @@ def test_path_that_leaves_the_work_tree_is_not_written(lab: Lab) -> None:
     assert not [path for path in lab.folder.rglob("pwned") if "repositories" not in path.parts]
 
 
+def test_commit_that_would_fill_the_disk_leaves_room_for_neighbours(lab: Lab) -> None:
+    lab.directory.mkdir()
+    run("mount", "-t", "tmpfs", "-o", "size=16m,mode=755", "tmpfs", lab.directory)
+    lab.exits.callback(run, "umount", "-l", lab.directory)
+    name, neighbour = lab.service("a"), lab.service("b")
+    deployed(lab, name, neighbour)
+    commit = lab.push(name, {f"big{number}": "x" * 3_000_000 for number in range(4)})
+    logged(lab, f"{commit[:10]} cannot be fetched: No space left for it on the disk")
+    assert shutil.disk_usage(lab.directory).free > 8 << 20
+    assert "No space" in lab.ssh(f"{name}//status").stdout
+    lab.ssh(f"{neighbour}//hold", check=True)
+    lab.runs(name, lab.push(name, {f"big{number}": None for number in range(4)}))
+
+
 def test_full_disk_leaves_the_old_state_or_the_new(lab: Lab) -> None:
     lab.directory.mkdir()
     run("mount", "-t", "tmpfs", "-o", "size=8m,mode=755", "tmpfs", lab.directory)
