@@ -947,8 +947,7 @@ class Repository:
         subcommand = "pull" if words[0] == "fetch" else words[0]
         who = RunAs(self.service.name, self.account, self.environment() | dict(env or {}),
                     secrets=self.service.secrets,
-                    limits=(f"--data={GIT_MEMORY}", f"--fsize={TREE_BYTES}",
-                            f"--cpu={DEADLINE['fetch']:.0f}"))
+                    limits=(f"--data={GIT_MEMORY}", f"--fsize={TREE_BYTES}", "--cpu=900"))
         result = self.children.run(["git", *where, *words], who, deadline=DEADLINE[deadline],
                                    kind=("git", subcommand))
         if result.failed:
@@ -1031,9 +1030,9 @@ class Repository:
             if len(tree) > TREE_FILES or left < 0:
                 raise Refused(f"it has more than {TREE_FILES} files or {TREE_BYTES >> 30} GiB")
         disk = shutil.disk_usage(self.paths.own)
-        full = Refused(f"No space left for it on the disk: {disk.free >> 20} MiB are free")
-        full.retry = True
         if reserve and disk.free < 2 * (TREE_BYTES - left) + min(reserve, disk.total // 20):
+            full = Refused(f"No space left for it on the disk: {disk.free >> 20} MiB are free")
+            full.retry = True
             raise full
         return tree
 
@@ -1498,6 +1497,13 @@ def render_fault(result: Result, files: Sequence[str]) -> Fault:
         return Refused(f"{at}, {match[1]}: {match[2]}")
     return Refused(f"{at}: {why.replace(os.path.dirname(files[0]) + '/', '')}")
 
+def source_rules(images: Iterable[str], addresses: bool) -> list[Json]:
+    """What a build may not read, as BuildKit's source policies say it: these images, addresses."""
+    # An address is fetched by the engine, which reaches what listens on the host's loopback.
+    denied = [f"docker-image://{start}{name}*" for name in images for start in ("", "*/")]
+    denied += [] if addresses else ["http://*", "https://*", "git://*"]
+    return [{"action": "DENY", "selector": {"identifier": text}} for text in denied]
+
 @dataclass
 class Compose:
     """docker compose for one service."""
@@ -1609,10 +1615,9 @@ class Compose:
                           values={"EXPERIMENTAL_BUILDKIT_SOURCE_POLICY": str(path)})
         if result.failed:
             why = one_line(result.stderr + result.trouble, 600)
-            raise Refused(f"build failed: {why}" + (
-                "; an administrator permits addresses in a Dockerfile with allow = "
-                '["build:address"], an image of another service with ["image:NAME"]'
-            ) * ("denied by policy" in why))
+            remedy = ('; an administrator permits an address in a Dockerfile with allow = '
+                      '["build:address"], an image of another service with ["image:NAME"]')
+            raise Refused(f"build failed: {why}{remedy if 'denied by policy' in why else ''}")
 
     def up(self, services: Sequence[str], values: Mapping[str, str], on_line: Progress,
            force: bool = False) -> None:
@@ -1626,13 +1631,6 @@ class Compose:
                      "server is shutting down", result.stderr) and result.status:
             raise EngineGone(f"the engine went away: {result.complaint}")
         result.check("up")
-
-def source_rules(images: Iterable[str], addresses: bool) -> list[Json]:
-    """What a build may not read, as BuildKit's source policies say it: these images, addresses."""
-    # An address is fetched by the engine, which reaches what listens on the host's loopback.
-    denied = [f"docker-image://{start}{name}*" for name in images for start in ("", "*/")]
-    denied += [] if addresses else ["http://*", "https://*", "git://*"]
-    return [{"action": "DENY", "selector": {"identifier": text}} for text in denied]
 
 # ---- Model -------------------------------------------------------------------------------------
 Model = dict[str, Any]
@@ -1746,8 +1744,8 @@ def names_on(project: str, model: Model, network: str) -> tuple[set[str], set[st
             if ((entry or {}).get("name") or f"{project}_{key}") == network}
     on = {name for name, service in services.items() if keys & {*networks_used(service)}}
     near = {key for name in on for key in networks_used(services[name])}
-    links = [str(link).partition(":") for name in on for link in services[name].get("links") or ()]
-    names = [(False, {alias for _, _, alias in links if alias}), *(
+    names = [(False, {str(link).partition(":")[2] for name in on
+                      for link in services[name].get("links") or ()} - {""}), *(
         (name in on, names_of(name, service, key) | {f"{project}-{name}-1"})
         for name, service in services.items()
         for key in (keys if name in on else near) & {*networks_used(service)})]
@@ -1820,7 +1818,6 @@ def digest_of(facts: Any, key: bytes) -> str:
     text = json.dumps(facts, sort_keys=True).encode(errors="surrogatepass")
     return hmac.new(key, text, "sha256").hexdigest()[:32]
 def input_digests(model: Model, files: Files, key: bytes) -> dict[str, str]:
-    """A digest of the files beneath the folders that each compose service binds."""
     found = collections.defaultdict[str, list[Any]](list)
     for bind in binds_of(model):
         if bind.kind == "bind":
@@ -2130,14 +2127,17 @@ def check_built_image(where: str, image: str, context: PolicyContext) -> Found:
                         f"that name; call it {context.name}-…", f"image:{image}")
 
 # As BuildKit finds it: # syntax=, // syntax= or JSON, at the start; or a whole file of JSON.
-FRONTEND = re.compile(r'^[\s\ufeff]*(?:#|//|")\s*syntax"?\s*[=:]\s*"?([^\s"]*)|\A[\s\ufeff]*\{',
+FRONTEND = re.compile(r'^[^\S\n]*(?:#|//|")[^\S\n]*syntax"?[^\S\n]*[=:][^\S\n]*"?([^\s"]*)|\A\s*\{',
                       re.IGNORECASE | re.MULTILINE)
 USUAL_FRONTEND = re.compile(r"docker/dockerfile(-upstream)?([:@].*)?")
 FRONTEND_WHY = "is a program that may read what the builds of others keep"
 
 def check_frontend(where: str, dockerfile: str) -> Found:
     """What reads the Dockerfile is docker's own: another one need not separate the caches."""
-    for match in FRONTEND.finditer(dockerfile):
+    if len(dockerfile) > MODEL_TEXT:
+        yield Violation(where, "dockerfile", "", f"has over {MODEL_TEXT >> 10} KiB")
+        return
+    for match in FRONTEND.finditer(dockerfile.lstrip("\ufeff")):
         if not USUAL_FRONTEND.fullmatch(match[1] or ""):
             yield Violation(where, "syntax", match[0].strip()[:80], FRONTEND_WHY, "build:syntax")
 
@@ -2347,8 +2347,8 @@ def check_inner_names(model: Model, context: PolicyContext) -> Found:
     """What one project looks up inside, no other one answers on a network that both are on."""
     for key, name, other, inner in name_clashes(model, context):
         if inner:
-            yield Violation("networks", key, name, f"is a name of {other} as well, and one of you "
-                            "uses it inside: the other would answer; rename yours",
+            yield Violation("networks", key, name, f"{other} answers to it on this network as "
+                            "well, and one of the two looks it up inside; rename yours",
                             f"network:{key}_name_{name}")
 
 def check_volumes(model: Model, context: PolicyContext) -> Found:
@@ -3030,7 +3030,6 @@ def format_time(seconds: float) -> str:
     return moment.strftime("%Y-%m-%d %H:%M:%SZ")
 
 def deploy_reason(seen: Situation, target: str) -> str:
-    """Why the target must be deployed, or nothing."""
     current = seen.current
     if not current:
         return f"first deploy of {short(target)}"
@@ -3328,7 +3327,7 @@ def enforce(project: Project, model: Model, tree: Tree) -> None:
         raise Refused("the policy refuses it:\n" + "\n".join(f"  {v}" for v in violations))
     for violation in violations:
         log.warning("%s: root's repository, so only reported: %s", service.name, violation)
-    for key, name, other, _ in sorted({*name_clashes(model, project.context(tree))}):
+    for key, name, other, _ in sorted({*name_clashes(model, project.context(tree))})[:10]:
         log.warning("%s: %s answers to %s on network %s as well", service.name, other, name, key)
 
 def render(project: Project, tree: Tree) -> Model:
@@ -3383,26 +3382,27 @@ def unfit(project: Project, model: Model, tree: Tree) -> list[str]:
 
 def foreign_frontends(project: Project, model: Model) -> list[str]:
     """Dockerfiles of the export that another program than docker's own would read."""
-    found = list[Violation]()
+    found, files = list[Violation](), dict[str, str]()
     for name, service in compose_services(model).items():
         build = service.get("build") or {}
-        text = str(build.get("dockerfile_inline") or "")
-        folder, file = str(build.get("context", "")), str(build.get("dockerfile") or "Dockerfile")
-        for path in (file, file.lower()) if not text else ():  # docker takes either
-            at = os.path.normpath(os.path.join(folder, path))
-            inside = beneath(at, str(project.paths.worktree))
-            with contextlib.suppress(FileNotFoundError):
-                text += read_beneath(project.paths.export, inside or "", OUTSIDE_BYTES).decode(
-                    errors="replace") + "\n"
-        found += check_frontend(name, text)
+        found += check_frontend(name, str(build.get("dockerfile_inline") or ""))
+        file = str(build.get("dockerfile") or "Dockerfile")
+        for path in (file, file.lower()) if build else ():  # docker takes either
+            at = os.path.normpath(os.path.join(str(build.get("context", "")), path))
+            files[beneath(at, str(project.paths.worktree)) or ""] = name
+    for inside, name in files.items():
+        with contextlib.suppress(FileNotFoundError):
+            data = read_beneath(project.paths.export, inside, 4 * MODEL_TEXT)
+            found += check_frontend(name, data.decode(errors="replace"))
     return [str(violation) for violation in found if violation.allow not in project.service.allow]
 
 def built_by_others(project: Project) -> set[str]:
-    """The images that others built here, or are to build: nobody else reads them."""
+    """The images that others built here, or are to build; root's repositories read them."""
+    if project.service.trusted:
+        return set()
     # What a registry has, everybody may have; the label of compose is on it as well.
-    built = {image_of(name, key, service) for name, model in project.context({}).models
+    names = {tagged(image_of(name, key, service)) for name, model in project.context({}).models
              for key, service in compose_services(model).items() if service.get("build")}
-    names = {*map(tagged, built)}
     for row in project.api.ask("GET", "/images/json", {"filters": {"label": [PROJECT_LABEL]}}):
         if row["Labels"][PROJECT_LABEL] != project.name and not row.get("RepoDigests"):
             names |= {*(row.get("RepoTags") or ())}
@@ -3410,7 +3410,7 @@ def built_by_others(project: Project) -> set[str]:
     return {name for name in names if not {name, repository_of(name)} & permitted}
 
 def check_image_facts(facts: Json, closed: set[str]) -> str:
-    """Why an image must not be run, or nothing: it says what the compose file leaves out."""
+    """Why an image must not be run, or nothing: containers have its labels and health check."""
     config = facts.get("Config") or {}
     labels, tags = config.get("Labels") or {}, {*(facts.get("RepoTags") or ())}
     if tags & closed or not (tags or facts.get("RepoDigests")):
@@ -3458,6 +3458,17 @@ def prepare(project: Project, commit: str) -> Prepared:
     # Built is from the export alone, also where the file names the work tree itself.
     rendered = moved_paths(model, str(project.paths.worktree), str(project.paths.export))
     return Prepared(release, tree, rendered)
+
+def prepare_or_give_up(project: Project, commit: str, asked: bool) -> Prepared:
+    """As `prepare`. Raises Refused, also where pgod was killed at it twice, unless `asked`."""
+    store, times = project.store, 0 if asked else project.store.looks.get(commit, 0)
+    if times >= LOOKS:
+        raise Refused(f"pgod was killed {times} times while it looked at it")
+    store.note(looks={commit: times + 1})
+    try:
+        return prepare(project, commit)
+    finally:
+        store.note(looks={})
 
 def fetch_images(project: Project, prepared: Prepared, say: Progress) -> Prepared:
     """Pull and build what the release needs. Raises Fault if an image is not there then."""
@@ -3768,7 +3779,7 @@ class Reconciler:
         began, commit = time.monotonic(), decision.commit
         with deploy_slot(self.project.shared):
             try:
-                prepared = self.prepare(commit, asked)
+                prepared = prepare_or_give_up(self.project, commit, asked)
                 waits = part(prepared.rendered, "x-pgo").get("reload") is False
                 if waits and self.store.current and not asked:
                     failure = Failure(commit, prepared.release.configuration,
@@ -3801,17 +3812,6 @@ class Reconciler:
             self.fail(commit, trouble, say, by, began, changed, [*changes])
         self.record_success(by, began)
         say(f"runs {short(commit)}, healthy after {time.monotonic() - began:.1f} s")
-
-    def prepare(self, commit: str, asked: bool) -> Prepared:
-        """Look at a commit. Raises Refused, also where pgod did not survive that twice."""
-        times = 0 if asked else self.store.looks.get(commit, 0)
-        if times >= LOOKS:
-            raise Refused(f"pgod was killed {times} times while it looked at it")
-        self.store.note(looks={commit: times + 1})
-        try:
-            return prepare(self.project, commit)
-        finally:
-            self.store.note(looks={})
 
     def ill_before(self) -> tuple[str, ...]:
         """The containers that are ill before a deploy. Where one was cut short, before that one."""
@@ -4202,7 +4202,7 @@ class Worker(threading.Thread):
         if self.shared.stopping.is_set():
             raise Stopping
         if held := self.store.hold() or "".join(stop[:1]):
-            raise Held(f"no longer waited for: {held}")
+            raise Held(f"does not wait any longer: {held}")
 
     def publish(self) -> None:
         self.view = View(
@@ -4216,9 +4216,9 @@ class Worker(threading.Thread):
         text = redact(str(error), self.service.secrets)
         if job:
             job.say(f"failed: {text}" if known else "failed: an error of pgod, see its log")
-            if isinstance(error, Refused):
-                log.info("%s: %s: %s", self.name, job.command, text)
-                return
+        if isinstance(error, Held) or (job and isinstance(error, Refused)):
+            log.info("%s: %s: %s", self.name, job.command if job else "deploy", text)
+            return
         if text != self.last_error or not known:
             log.error("%s: failed: %s", self.name, text, exc_info=None if known else error)
         self.last_error = text

@@ -2245,6 +2245,22 @@ def test_neighbour_who_comes_later_does_not_answer_to_a_name_inside(lab: Lab) ->
     assert mine in address
 
 
+def test_of_two_who_take_a_name_at_the_same_moment_one_is_refused(lab: Lab) -> None:
+    network = f"{lab.name}-shared"
+    docker("network", "create", network)
+    top = {"networks": {"shared": {"external": True, "name": network}}}
+    names = [lab.service("shop", {"compose.yaml": json.dumps({"services": {
+        "app": sleeper(networks=["shared", "default"]), "db": sleeper()}} | top)}),
+        lab.service("evil", {"compose.yaml": json.dumps(
+            {"services": {"db": sleeper(networks=["shared"])}} | top)})]
+    lab.start()
+    until(lambda: {bool(lab.commit(name)) for name in names} == {True, False} and any(
+        map(lab.failure, names)), "one runs, one is refused")
+    (refused,) = [name for name in names if lab.failure(name)]
+    assert "looks it up inside" in lab.failure(refused)["reason"]
+    assert not lab.containers(refused)
+
+
 @pytest.mark.parametrize(("dockerfile", "allow"), [
     ("ADD http://127.0.0.1:{port}/metrics /m", "build:address"),
     ("ARG A=http://127.0.0.1:{port}/metrics\nADD $A /m", "build:address"),
@@ -2298,6 +2314,15 @@ def test_image_that_a_neighbour_built_is_not_run(lab: Lab, image: str) -> None:
 def test_only_the_usual_frontend_reads_a_dockerfile(text: str) -> None:
     assert [violation.allow for violation in pgod.check_frontend("web", text)]
     assert not [*pgod.check_frontend("web", "# syntax=docker/dockerfile:1.7\nFROM x\n# a {\n")]
+
+
+@pytest.mark.parametrize("text", ["\n", " ", "#\n", "# ", "#syntax", "# syntax=\n", '"', "{",
+                                  "# syntax "])
+def test_dockerfile_of_any_size_is_looked_at_in_a_moment(text: str) -> None:
+    began = time.process_time()
+    for size in (pgod.MODEL_TEXT, 4 * pgod.MODEL_TEXT):
+        [*pgod.check_frontend("web", text * (size // len(text)))]
+    assert time.process_time() - began < 2
 
 
 @pytest.mark.parametrize("change", [
@@ -3375,12 +3400,10 @@ def test_command_that_ends_a_deploy_does_not_wait_for_its_health(lab: Lab, comma
     up = subprocess.Popen(lab.ssh_words(f"{name}//up"), stdin=subprocess.DEVNULL,
                           stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     until(lambda: lab.stored(name)["commit"] == commit, "the deploy has begun")
-    began = time.monotonic()
     lab.ssh(f"{name}//{command}", check=True)
-    assert command in up.communicate(timeout=60)[1] or command == "hold"
+    assert "does not wait any longer" in up.communicate(timeout=200)[1]
     assert up.returncode == 1
-    assert time.monotonic() - began < 50, "it waited until the deploy was given up"
-    assert not lab.failure(name), "the commit is not to blame"
+    assert not lab.failure(name), "it waited until the deploy was given up"
     assert lab.stored(name)["commit"] == commit
     running = lab.containers(name, "--filter", "status=running")
     assert bool(running) == (command == "hold")
@@ -3393,15 +3416,18 @@ def test_commands_that_wait_are_bounded(lab: Lab) -> None:
     check = {"test": ["CMD", "false"], "interval": "1s", "start_period": "90s"}
     commit = lab.push(name, {"compose.yaml": compose_file(healthcheck=check)})
     until(lambda: lab.stored(name)["commit"] == commit, "the deploy has begun")
-    refused = []
-    for _ in range(pgod.JOBS + 1):
+    said = ""
+    for asked in range(2 * pgod.JOBS):  # noqa: B007
         asking = subprocess.Popen(lab.ssh_words(f"{name}//plan"), stdin=subprocess.DEVNULL,
                                   stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
         with contextlib.suppress(subprocess.TimeoutExpired):
-            refused.append(asking.communicate(timeout=1)[0])
+            said = asking.communicate(timeout=1)[0]
         asking.kill()
         asking.communicate()
-    assert refused == [f"{pgod.JOBS} commands wait already; try again later\n"]
+        if said:
+            break
+    assert said == f"{pgod.JOBS} commands wait already; try again later\n"
+    assert asked >= pgod.JOBS
 
 
 def test_endless_line_of_a_log_takes_bounded_memory(lab: Lab) -> None:
@@ -3411,14 +3437,15 @@ def test_endless_line_of_a_log_takes_bounded_memory(lab: Lab) -> None:
     deployed(lab, name)
     with subprocess.Popen(lab.ssh_words(f"{name}//logs -f"), stdin=subprocess.DEVNULL,
                           stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as client:
-        most = 0
-        while client.poll() is None:
+        most, end = 0, time.monotonic() + 2 * PATIENCE
+        while client.poll() is None and time.monotonic() < end:
             for pid in pgod.processes("cmdline", lambda line: f"{name}\0".encode() in line
                                       and b"\0logs\0" in line):
                 with contextlib.suppress(OSError):
                     found = re.search(r"VmHWM:\s+(\d+)", Path(f"/proc/{pid}/status").read_text())
                     most = max(most, int(found[1]) if found else 0)
             time.sleep(0.05)
+        client.kill()
     assert 0 < most < 240_000
     assert "yyy" in lab.ssh(f"{name}//exec web sh -c 'yes | head -c 30 | tr -d \"\\n\"'").stdout
 
