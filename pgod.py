@@ -38,54 +38,11 @@ It runs as root. To read it before that, read downwards: a section uses only wha
 
 from __future__ import annotations
 
-import argparse
-import asyncio
-import base64
-import binascii
-import bisect
-import collections
-import contextlib
-import ctypes
-import dataclasses
-import datetime
-import difflib
-import email.utils
-import fcntl
-import functools
-import getopt
-import grp
-import hashlib
-import hmac
-import http.client
-import http.server
-import io
-import ipaddress
-import itertools
-import json
-import logging
-import math
-import os
-import pwd
-import queue
-import random
-import re
-import select
-import selectors
-import shlex
-import shutil
-import signal
-import socket
-import stat
-import struct
-import subprocess
-import sys
-import tempfile
-import termios
-import threading
-import time
-import tomllib
-import urllib.parse
-import warnings
+import argparse, asyncio, base64, binascii, bisect, collections, contextlib, ctypes, dataclasses
+import datetime, difflib, email.utils, fcntl, functools, getopt, grp, hashlib, hmac, http.client
+import http.server, io, ipaddress, itertools, json, logging, math, os, pwd, queue, random, re
+import select, selectors, shlex, shutil, signal, socket, stat, struct, subprocess, sys, tempfile
+import termios, threading, time, tomllib, urllib.parse, warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
@@ -100,7 +57,7 @@ log = logging.getLogger("pgod")
 COMPOSE_FILES = ("compose.yaml", "compose.yml", "docker-compose.yml", "docker-compose.yaml")
 NAME_PATTERN = re.compile(r"[a-z0-9][a-z0-9_-]{0,59}")
 BACKOFF_CEILING = 3600.0  # seconds between two tries of the same thing, at most
-DEPLOYS = 4  # at one time
+DEPLOYS = 4  # at one time; up to 8 of users who have none under way
 LOOKS = 2  # that pgod may be killed at, until a commit counts as failed
 JOBS = 20  # of one service that wait for their turn
 SLOW_DEPLOY = 30.0  # seconds, and up to as many more, that one waits for others
@@ -373,6 +330,19 @@ def parse_reload(text: str) -> Reload:
         raise ValueError("has no command after exec")
     return Reload(match[1], words)
 
+def text_of(data: bytes) -> str:
+    """UTF-8, with or without a byte order mark. Raises ValueError."""
+    if data.startswith((b"\xff\xfe", b"\xfe\xff")):
+        raise ValueError("is UTF-16; save it as UTF-8")
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError:
+        raise ValueError("is not UTF-8") from None
+
+# As compose reads the files of --env-file, but for $, which is no variable here.
+ENV_VALUE = re.compile(r"""'(?P<plain>[^']*)'.*|"(?P<quoted>(?:[^"\\]|\\.)*)".*|(?P<bare>.*)""")
+ESCAPES = {"n": "\n", "r": "\r", "t": "\t"}
+
 def parse_env_lines(text: str) -> tuple[tuple[str, str], ...]:
     """The NAME=VALUE lines of an env_file; blank ones and those with # in front are skipped."""
     pairs = []
@@ -380,13 +350,29 @@ def parse_env_lines(text: str) -> tuple[tuple[str, str], ...]:
         line = line.strip().removeprefix("export ")
         if not line or line.startswith("#"):
             continue
-        name, mark, value = line.partition("=")
+        name, mark, value = (word.strip() for word in line.partition("="))
         if not mark or not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):
             raise ValueError(f"line {number} is not of the form NAME=VALUE")
-        if len(value) > 1 and value[0] == value[-1] and value[0] in "'\"":
-            value = value[1:-1]
-        pairs.append((name, value))
+        found = ENV_VALUE.fullmatch(value)
+        if not found or (found["bare"] or "x")[0] in "'\"":
+            raise ValueError(f"line {number} has a quote that does not end")
+        bare = (found["bare"] or "").partition(" #")[0].rstrip()
+        escaped = re.sub(r"\\(.)", lambda m: ESCAPES.get(m[1], m[1]), found["quoted"] or "")
+        pairs.append((name, found["plain"] or escaped or bare))
     return tuple(pairs)
+
+def private_key_trouble(data: bytes) -> str:
+    """Why ssh could not use it without a person, or nothing."""
+    if b"PRIVATE KEY-----" not in data:
+        return "is no private key" + (", but the public half: name the file without .pub"
+                                      if data.startswith((b"ssh-", b"ecdsa-", b"sk-")) else "")
+    body = b"".join(line for line in data.splitlines() if b":" not in line and b"-----" not in line)
+    with contextlib.suppress(binascii.Error):  # openssh-key-v1: the cipher's name comes first
+        binary = base64.b64decode(body)
+        if b"ENCRYPTED" in data or (binary.startswith(b"openssh-key-v1\0")
+                                    and binary[15:23] != b"\0\0\0\4none"):
+            return "has a passphrase, which nobody is there to type: ssh-keygen -p -N '' removes it"
+    return ""
 
 def rsa_bits(blob: bytes) -> int:
     """Size of the modulus of an ssh-rsa key (RFC 4253, 6.6)."""
@@ -698,6 +684,7 @@ class RunAs:
     secrets: tuple[str, ...] = ()  # are redacted in the log and in standard error
     limits: tuple[str, ...] = ()  # of prlimit(1)
     marked: bool = True  # not where a compose file could show the mark: it dies with pgod
+    disk: str = ""  # a folder; the child is ended before it fills the disk below DISK_RESERVE
 
 def processes(file: str, matches: Callable[[bytes], bool]) -> list[int]:
     """The processes whose /proc/PID/file matches, proc(5)."""
@@ -733,6 +720,13 @@ def feed_lines(data: bytearray, on_line: Progress, secrets: Sequence[str]) -> by
     return bytearray(rest)
 
 LEFT_BEHIND = "something that it left behind holds its pipes"
+FULL = "No space left for it on the disk"
+
+def lacks_room(folder: str | Path, need: int = 0) -> str:
+    """Why there is no room for so many bytes, or nothing."""
+    disk = shutil.disk_usage(folder)
+    lacks = disk.free < need + min(DISK_RESERVE, disk.total // 20)
+    return f"{FULL}: {disk.free >> 20} MiB are free" if lacks else ""
 
 class Children:
     """The one door to other programs: argument lists, never a shell; each in its own session."""
@@ -791,7 +785,7 @@ class Children:
         child = self.start(words, who, stdin=PIPE if stdin else DEVNULL)
         ended = False
         try:
-            output, trouble = self._collect(child, stdin, deadline, limit, on_line, who.secrets)
+            output, trouble = self._collect(child, stdin, deadline, limit, on_line, who)
             ended = not trouble
         finally:
             if not ended:  # /proc is read only for what did not end by itself
@@ -805,8 +799,7 @@ class Children:
         return result
 
     def _collect(self, child: Child, stdin: bytes, deadline: float, limit: int,
-                 on_line: Progress | None,
-                 secrets: Sequence[str]) -> tuple[dict[str, bytearray], str]:
+                 on_line: Progress | None, who: RunAs) -> tuple[dict[str, bytearray], str]:
         """Both outputs until their end, the child's or the deadline; and what was wrong."""
         if child.stdin:
             with contextlib.suppress(BrokenPipeError):
@@ -826,6 +819,8 @@ class Children:
                     return output, f"took longer than {deadline:.0f} s"
                 if self.stopped_at and now > self.stopped_at + self.GRACE:
                     raise Stopping
+                if who.disk and (full := lacks_room(who.disk)):
+                    return output, full
                 if not selector.get_map():
                     time.sleep(0.002)
                 for key, _ in selector.select(0.2) if selector.get_map() else ():
@@ -834,7 +829,7 @@ class Children:
                         selector.unregister(key.fileobj)
                     output[key.data] += data
                     if key.data == "stderr" and on_line:
-                        line = feed_lines(line + data, on_line, secrets)
+                        line = feed_lines(line + data, on_line, who.secrets)
                 if sum(map(len, output.values())) > limit:
                     return dict.fromkeys(output, bytearray()), f"wrote over {limit >> 10} KiB"
         return output, ""
@@ -889,6 +884,7 @@ class Repository:
     account: Account
     children: Children
     exported: tuple[str, Tree] = ("", {})  # commit and tree of the export folder
+    asked: str = ""  # the commit that the remote told last
 
     def __post_init__(self) -> None:
         self.folder = self.paths.own / "git"
@@ -926,18 +922,20 @@ class Repository:
             make_folder(own / name, 0o700, self.account)
         if self.service.deploy_key:
             key = read_beneath(Path("/"), self.service.deploy_key[1:], OUTSIDE_BYTES)
-            write_atomic(own / "ssh" / "deploy_key", key.rstrip() + b"\n", 0o600, self.account)
+            key = key.replace(b"\r\n", b"\n").rstrip() + b"\n"
+            write_atomic(own / "ssh" / "deploy_key", key, 0o600, self.account)
         trusted = [str(self.paths.worktree), str(self.paths.worktree / ".git")]
         if self.service.repository.scheme == "file":
             url = self.service.repository.url
             trusted += [url, f"{url.rstrip('/')}/.git"]
         lines = "".join(f"\tdirectory = {json.dumps(path)}\n" for path in trusted)
         write_atomic(own / "gitconfig", f"[safe]\n{lines}".encode(), 0o644)
-        if not (self.folder / "HEAD").exists():
-            self.init(self.folder)
 
     def init(self, folder: Path) -> None:
-        self.git("init", "--quiet", "--bare", "--template=", str(folder), folder=None)
+        """A git folder with hashes of the remote's kind."""
+        kind = "sha256" if len(self.asked) == 64 else "sha1"
+        self.git("init", "--quiet", "--bare", "--template=", f"--object-format={kind}",
+                 str(folder), folder=None)
 
     def git(self, *words: str, deadline: str = "git", folder: Path | None = Path(),
             env: Mapping[str, str] | None = None) -> bytes:
@@ -958,13 +956,20 @@ class Repository:
 
     def ask(self) -> str:
         """The commit that the branch has at the remote: one process, nothing fetched."""
-        ref = f"refs/heads/{self.service.branch}"
-        output = self.git("ls-remote", self.service.repository.url, ref, deadline="ls-remote")
-        for line in output.decode(errors="replace").splitlines():
-            commit, _, name = line.partition("\t")
-            if name == ref and re.fullmatch(r"[0-9a-f]{40,64}", commit):
-                return commit
-        raise Fault(f"the repository has no branch {self.service.branch!r}")
+        branch, url = self.service.branch, self.service.repository.url
+        if found := self.heads(url, f"refs/heads/{branch}").get(branch):
+            self.asked = found
+            return found
+        there = sorted(map(printable, self.heads(url, "refs/heads/*")))
+        have = ", ".join(there[:10]) + ", …" * (len(there) > 10)
+        raise Fault(f"the repository has no branch {branch!r}; it has: {have or 'none'}")
+
+    def heads(self, url: str, ref: str) -> dict[str, str]:
+        """The branches of a remote that match, and their commits."""
+        output = self.git("ls-remote", url, ref, deadline="ls-remote", folder=None)
+        rows = re.findall(r"^([0-9a-f]{40}|[0-9a-f]{64})\trefs/heads/(.+)$",
+                          output.decode(errors="replace"), re.MULTILINE)
+        return {name: commit for commit, name in rows}
 
     def fetch(self, folder: Path = Path()) -> str:
         """Fetch the branch's commit alone, by force; its identity. Raises Fault."""
@@ -972,6 +977,8 @@ class Repository:
         self.fetch_ref(self.service.repository.url, ref, folder)
         return self.identity("refs/pgod/wanted", folder)
     def fetch_ref(self, url: str, ref: str, folder: Path = Path()) -> None:
+        if not (self.folder / folder / "HEAD").exists():
+            self.init(self.folder / folder)
         self.git("fetch", "--quiet", "--no-tags", "--depth=1", "--no-write-fetch-head", url, ref,
                  deadline="fetch", folder=folder)
 
@@ -1013,8 +1020,8 @@ class Repository:
         author, _, subject = text.decode(errors="replace").strip().partition("\0")
         return printable(author)[:80], printable(subject)[:120]
 
-    def tree(self, commit: str, reserve: int) -> Tree:
-        """What the commit holds. Raises Refused where that, or the disk without it, is too much."""
+    def tree(self, commit: str, spare: bool) -> Tree:
+        """What the commit holds. Raises Refused where that is too much, Fault for the disk."""
         tree: Tree = {}
         left = TREE_BYTES
         for entry in self.git("ls-tree", "-r", "-l", "-z", "--full-tree", commit).split(b"\0")[:-1]:
@@ -1029,22 +1036,19 @@ class Repository:
             tree[path] = ("100644" if mode == "100664" else mode, blob)
             if len(tree) > TREE_FILES or left < 0:
                 raise Refused(f"it has more than {TREE_FILES} files or {TREE_BYTES >> 30} GiB")
-        disk = shutil.disk_usage(self.paths.own)
-        if reserve and disk.free < 2 * (TREE_BYTES - left) + min(reserve, disk.total // 20):
-            full = Refused(f"No space left for it on the disk: {disk.free >> 20} MiB are free")
-            full.retry = True
-            raise full
+        if spare and (full := lacks_room(self.paths.own, 2 * (TREE_BYTES - left))):
+            raise Fault(full)
         return tree
 
-    def export(self, commit: str, reserve: int = 0) -> Tree:
-        """Put the commit's files where no container reaches; its tree. Leaves `reserve` free."""
+    def export(self, commit: str, spare: bool = False) -> Tree:
+        """Put the commit's files where no container reaches; its tree. `spare`s the last space."""
         if self.exported[0] != commit:
             self.exported = ("", {})
-            self.exported = (commit, self.repaired(lambda: self._export(commit, reserve)))
+            self.exported = (commit, self.repaired(lambda: self._export(commit, spare)))
         return self.exported[1]
 
-    def _export(self, commit: str, reserve: int) -> Tree:
-        tree = self.tree(commit, reserve)
+    def _export(self, commit: str, spare: bool) -> Tree:
+        tree = self.tree(commit, spare)
         fresh, index = self.paths.own / "export.new", self.folder / "export.index"
         shutil.rmtree(fresh, ignore_errors=True)
         for left in (index, index.with_name("export.index.lock")):
@@ -1066,7 +1070,9 @@ class Repository:
 
     def take_over(self) -> str:
         # upload-pack is made for repositories that are not trusted: it runs nothing of theirs.
-        self.fetch_ref(str(self.paths.worktree / ".git"), "+HEAD:refs/pgod/good")
+        there = str(self.paths.worktree / ".git")
+        self.asked = self.git("ls-remote", there, "HEAD", folder=None).decode().partition("\t")[0]
+        self.fetch_ref(there, "+HEAD:refs/pgod/good")
         return self.identity("refs/pgod/good")
 
     def public_keys(self, tree: Tree) -> tuple[PublicKey, ...]:
@@ -1399,6 +1405,10 @@ class EngineApi:
             return {}
     def image(self, name: str) -> Json:
         return self.facts(f"/images/{name}/json")
+    def disk(self) -> str:
+        """The folder of the engine's images; empty where it is on another machine."""
+        folder = str(self.facts("/info").get("DockerRootDir", ""))
+        return folder if os.path.isdir(folder) else ""
     def images(self, names: Iterable[str]) -> dict[str, str]:
         found = {name: str(self.image(name).get("Id", "")) for name in sorted({*names})}
         return {name: identity for name, identity in found.items() if identity}
@@ -1525,9 +1535,9 @@ class Compose:
             "COMPOSE_PROJECT_NAME": self.service.name, "COMPOSE_MENU": "false",
             "DOCKER_CLI_HINTS": "false"}
 
-    def who(self, env: Mapping[str, str] | None = None) -> RunAs:
+    def who(self, env: Mapping[str, str] | None = None, disk: str = "") -> RunAs:
         return RunAs(self.service.name, None, self.environment() | dict(env or {}),
-                     secrets=self.service.secrets)
+                     secrets=self.service.secrets, disk=disk)
     def prepare(self) -> None:
         for name in ("docker", "buildx"):
             make_folder(self.paths.own / name, 0o700)
@@ -1543,10 +1553,11 @@ class Compose:
                 "--project-directory", str(self.paths.worktree), "--file",
                 str(self.paths.own / model), "--env-file", "/dev/null", *command]
     def run(self, *command: str, deadline: str, model: str = "model.json",
-            on_line: Progress | None = None, values: Mapping[str, str] | None = None) -> Result:
+            on_line: Progress | None = None, values: Mapping[str, str] | None = None,
+            disk: str = "") -> Result:
         waits = self.service.wait if deadline == "up" else 0  # for what depends_on names
         return self.children.run(
-            self.words(*command, model=model), self.who(values),
+            self.words(*command, model=model), self.who(values, disk),
             deadline=DEADLINE[deadline] + waits, on_line=on_line, kind=("compose", command[0]))
 
     def files(self, tree: Tree) -> list[str]:
@@ -1559,15 +1570,20 @@ class Compose:
                 raise Refused(f"the repository has no {name}")
         return [str(self.paths.export / name) for name in names]
 
+    @property
+    def folder(self) -> str:
+        """The project's folder in the export: compose takes that of the first file."""
+        first = (*self.service.compose, "")[0]
+        return os.path.dirname(self.paths.export / first) if first else str(self.paths.export)
     def render(self, files: Sequence[str]) -> dict[str, Any]:
         """The model of files, by compose itself, in the export. Raises Refused."""
         # As the user, without the docker group, with limits.
         words = [word for name in files for word in ("--file", name)]
-        env = {"PWD": str(self.paths.export), **self.environment(), "GIT_ALLOW_PROTOCOL": "none",
+        env = {"PWD": self.folder, **self.environment(), "GIT_ALLOW_PROTOCOL": "none",
                "DOCKER_CONFIG": "/nonexistent", "GOMAXPROCS": "2"}
         result = self.children.run(
             [*self.program, "--project-name", self.service.name, "--project-directory",
-             str(self.paths.export), *words, "config", "--format", "json"],
+             self.folder, *words, "config", "--format", "json"],
             RunAs(self.service.name, self.account, env, secrets=self.service.secrets,
                   limits=(f"--cpu={RENDER_CPU}", f"--data={RENDER_MEMORY}"), marked=False),
             deadline=DEADLINE["render"], limit=RENDER_OUTPUT, kind=("compose", "config"))
@@ -1589,7 +1605,7 @@ class Compose:
                 deadline=DEADLINE["login"], kind=("docker", "login"))
             result.check(f"login to {registry.address} failed")
 
-    def pull(self, names: Sequence[str]) -> str:
+    def pull(self, names: Sequence[str], disk: str) -> str:
         """Pull the images of compose services; why not all of them came, or nothing."""
         trouble = ""
         try:
@@ -1597,14 +1613,15 @@ class Compose:
         except Fault as fault:
             trouble = str(fault)
         words = ("--", *sorted(names))  # a compose service may be called --build
-        result = self.run("pull", "--quiet", *words, deadline="pull", model="render.json")
+        result = self.run("pull", "--quiet", *words, deadline="pull", model="render.json",
+                          disk=disk)
         if result.status and len(names) > 1:  # compose gave up at the first that failed
             self.run("pull", "--quiet", "--ignore-pull-failures", *words, deadline="pull",
-                     model="render.json")
+                     model="render.json", disk=disk)
         return trouble or (result.complaint if result.failed else "")
 
-    def build(self, names: Iterable[str], closed: Iterable[str]) -> None:
-        """Build from the export, without the images in `closed`. Raises Refused."""
+    def build(self, names: Iterable[str], closed: Iterable[str], disk: str) -> None:
+        """Build from the export, without the images in `closed`. Raises Refused, or Fault."""
         # All builds of the engine share what `RUN --mount=type=cache` keeps, but for this.
         own = ("--build-arg", f"BUILDKIT_CACHE_MOUNT_NS={self.service.name}")
         # BuildKit's own rules: they also count for what variables, ONBUILD and frontends make up.
@@ -1612,7 +1629,9 @@ class Compose:
         path = self.paths.own / "sources.json"
         write_atomic(path, json.dumps({"version": 1, "rules": rules}).encode())
         result = self.run("build", *own, "--", *names, deadline="build", model="render.json",
-                          values={"EXPERIMENTAL_BUILDKIT_SOURCE_POLICY": str(path)})
+                          disk=disk, values={"EXPERIMENTAL_BUILDKIT_SOURCE_POLICY": str(path)})
+        if result.trouble.startswith(FULL):
+            raise Fault(f"build failed: {result.trouble}")
         if result.failed:
             why = one_line(result.stderr + result.trouble, 600)
             remedy = ('; an administrator permits an address in a Dockerfile with allow = '
@@ -1698,6 +1717,15 @@ def with_tmpfs_sizes(model: Model) -> Model:
         for volume in service.get("volumes") or ():
             if isinstance(volume, dict) and volume.get("type") == "tmpfs":
                 volume["tmpfs"] = {"size": str(MAX_BYTES)} | (volume.get("tmpfs") or {})
+    return result
+
+def without_absent(model: Model) -> Model:
+    """The model without dependencies that are optional and not there: `up` would refuse them."""
+    result = copied(model)
+    for service in (services := compose_services(result)).values():
+        if wanted := part(service, "depends_on"):
+            service["depends_on"] = {name: how for name, how in wanted.items() if name in services
+                                     or (how or {}).get("required") is not False}
     return result
 
 def without_raw_sockets(model: Model) -> Model:
@@ -2526,8 +2554,9 @@ as_network = matching(r"[A-Za-z0-9][A-Za-z0-9_.-]*", "is not a name of a network
 as_name = matching(NAME_PATTERN.pattern, "is not a name; use a-z 0-9 _ - (60 at most), "
                    "a letter or digit first")
 # What `git check-ref-format --branch` takes.
-as_branch = matching(r"(?!.*(\.\.|@\{|//|/\.|\.lock(/|$)|[/.]$))[^-/.\x00-\x20~^:?*\[\\\x7f]"
-                     r"[^\x00-\x20~^:?*\[\\\x7f]*", "is not a name of a branch")
+as_branch = matching(r"(?!refs/)(?!.*(\.\.|@\{|//|/\.|\.lock(/|$)|[/.]$))"
+                     r"[^-/.\x00-\x20~^:?*\[\\\x7f][^\x00-\x20~^:?*\[\\\x7f]*",
+                     "is not the name of a branch; write it like main")
 
 def as_compose(value: object) -> tuple[str, ...]:
     files = (value,) if isinstance(value, str) else as_strings(value)
@@ -2566,6 +2595,11 @@ def as_outside_file(value: object) -> str:
         raise ValueError(f"{value!r} can be written by others: chmod go-w {path}")
     return str(path)
 
+def as_deploy_key(value: object) -> str:
+    path = as_outside_file(value)
+    if trouble := private_key_trouble(read_beneath(Path("/"), path[1:], OUTSIDE_BYTES)):
+        raise ValueError(f"{path!r} {trouble}")
+    return path
 def as_secret(value: object) -> str:
     if len(as_string(value)) < 16:
         raise ValueError("must have at least 16 characters; make one with: openssl rand -hex 20")
@@ -2598,7 +2632,7 @@ SERVICE_KEYS: dict[str, Callable[[object], Any]] = {
     "registries": as_strings, "compose": as_compose, "env": as_env, "env_file": as_outside_file,
     "urls": as_urls, "networks": lambda value: tuple(map(as_network, as_strings(value))),
     "import": as_file_in_repository, "reload": lambda value: parse_reload(as_string(value)),
-    "mount": as_mount, "deploy_key": as_outside_file, "profiles": as_strings, "allow": as_allow,
+    "mount": as_mount, "deploy_key": as_deploy_key, "profiles": as_strings, "allow": as_allow,
     "webhook": as_secret, "wait": lambda value: parse_duration(as_string(value), 1),
     "rollback": as_bool,
 }
@@ -2617,8 +2651,8 @@ def combine_fields(fields: dict[str, Any], label: str) -> tuple[Service | None, 
     except ValueError as error:
         errors.append(f"{label}: registries: an entry {error}")
     try:
-        text = read_beneath(Path("/"), env_file[1:], OUTSIDE_BYTES).decode() if env_file else ""
-        lines = dict(parse_env_lines(text))
+        text = read_beneath(Path("/"), env_file[1:], OUTSIDE_BYTES) if env_file else b""
+        lines = dict(parse_env_lines(text_of(text)))
         fields["env"] = tuple((lines | dict(fields.get("env", ()))).items())
     except (ValueError, OSError, Refused) as error:
         errors.append(f"{label}: env_file {env_file}: {error}")
@@ -2640,11 +2674,9 @@ def parse_service(table: Mapping[str, object], label: str) -> tuple[Service | No
     errors += [f"{label}: {key} is missing" for key in REQUIRED_KEYS if key not in table]
     return (None, errors) if errors else combine_fields(fields, label)
 
-def check_services(services: Sequence[Service]) -> list[str]:
+def check_services(services: Sequence[Service], names: Iterable[str]) -> list[str]:
+    """What is wrong between services; `names` are also those of the ones that are wrong."""
     errors, hosts = list[str](), dict[str, str]()
-    names = collections.Counter(service.name for service in services)
-    errors += [f"service {name!r}: the name is used {count} times; names must differ"
-               for name, count in names.items() if count > 1]
     for service in services:
         for host, _ in service.urls:
             if (owner := hosts.setdefault(host.lower(), service.name)) != service.name:
@@ -2673,7 +2705,10 @@ def parse_configuration(text: str) -> tuple[Service, ...]:
         service, wrong = parse_service(table, f"service {name!r}" if name else f"service {number}")
         errors += wrong
         services += [service] if service else []
-    errors += check_services(services)
+    names = collections.Counter(str(table["name"]) for table in tables if "name" in table)
+    errors += [f"service {name!r}: the name is used {count} times; names must differ"
+               for name, count in names.items() if count > 1]
+    errors += check_services(services, names)
     if errors:
         raise ConfigurationError("\n".join(errors))
     return tuple(services)
@@ -2683,7 +2718,7 @@ def configuration_digest(path: Path) -> str:
     text = path.read_bytes()
     digest, tables = hashlib.sha256(text), []
     with contextlib.suppress(ValueError):
-        tables = tomllib.loads(text.decode()).get("services", [])
+        tables = tomllib.loads(text_of(text)).get("services", [])
     for table in filter(lambda table: isinstance(table, dict), tables):
         for name in (str(table.get(key)) for key in ("env_file", "deploy_key") if key in table):
             with contextlib.suppress(OSError, Refused):
@@ -2695,10 +2730,10 @@ def read_configuration(path: Path) -> Configuration:
     """pgo.toml from disk. Raises ConfigurationError, also where it cannot be read."""
     try:
         digest = configuration_digest(path)
-        services = parse_configuration(path.read_text())
+        services = parse_configuration(text_of(path.read_bytes()))
         others = path.stat().st_mode & stat.S_IROTH
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "is not UTF-8"
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
         raise ConfigurationError(f"cannot be read: {reason}") from None
     secret = any(s.secrets for s in services)
     warning = f"{path} holds secrets and everybody can read it: chmod 600 {path}"
@@ -3251,7 +3286,8 @@ class Shared:
     metrics: Metrics
     compose_program: tuple[str, ...]
     api: EngineApi
-    slots: threading.Semaphore = field(default_factory=lambda: threading.Semaphore(DEPLOYS))
+    turn: threading.Condition = field(default_factory=threading.Condition)  # guards `deploying`
+    deploying: collections.Counter[str] = field(default_factory=collections.Counter)  # by user
     naming: threading.Lock = field(default_factory=threading.Lock)  # guards who takes a name first
     stopping: threading.Event = field(default_factory=threading.Event)
     events_flow: threading.Event = field(default_factory=threading.Event)
@@ -3260,18 +3296,25 @@ class Shared:
     chance: Callable[[], float] = random.random
 
 @contextlib.contextmanager
-def deploy_slot(shared: Shared) -> Iterator[None]:
+def deploy_slot(shared: Shared, user: str) -> Iterator[None]:
     """One of a few, so that a boot is no stampede. Raises Stopping."""
-    # Who has waited long goes on without: four that hang must not keep all others from a deploy.
+    # Four of one user's, or four that hang, must not keep all others from a deploy.
     until = shared.clock() + SLOW_DEPLOY * (1 + shared.chance())
-    while not (taken := shared.slots.acquire(timeout=0.05)) and shared.clock() < until:
-        if shared.stopping.is_set():
-            raise Stopping
+    def free() -> bool:
+        most = DEPLOYS if shared.deploying[user] else 2 * DEPLOYS
+        return shared.deploying.total() < most or shared.clock() >= until
+    with shared.turn:
+        while not free():
+            if shared.stopping.is_set():
+                raise Stopping
+            shared.turn.wait(0.1)
+        shared.deploying[user] += 1
     try:
         yield
     finally:
-        if taken:
-            shared.slots.release()
+        with shared.turn:
+            shared.deploying[user] -= 1
+            shared.turn.notify_all()
 
 # ---- Reverse proxy -----------------------------------------------------------------------------
 def import_of(project: Project) -> dict[str, str]:
@@ -3339,7 +3382,7 @@ def render(project: Project, tree: Tree) -> Model:
         moved: Model = moved_paths(model, str(project.paths.export), str(project.paths.worktree))
     except RecursionError:
         raise Refused("the compose file is nested too deeply") from None
-    moved = with_tmpfs_sizes(moved)
+    moved = without_absent(with_tmpfs_sizes(moved))
     return moved if project.service.trusted else without_raw_sockets(moved)
 
 def read_values(project: Project, model: Model) -> dict[str, str]:
@@ -3444,7 +3487,7 @@ def make_release(project: Project, commit: str, model: Model, tree: Tree,
 
 def prepare(project: Project, commit: str) -> Prepared:
     """Export, render and check a commit. Raises Refused."""
-    tree = project.git.export(commit, DISK_RESERVE)
+    tree = project.git.export(commit, spare=True)
     model = render(project, tree)
     enforce(project, model, tree)
     values = read_values(project, model)
@@ -3480,9 +3523,9 @@ def fetch_images(project: Project, prepared: Prepared, say: Progress) -> Prepare
                       f"permits it with allow = {json.dumps([f'image:{name}' for name in theirs])}")
     to_pull = [name for name, service in services.items()
                if not service.get("build") and service.get("pull_policy") != "never"]
-    trouble = project.compose.pull(to_pull) if to_pull else ""
+    trouble = project.compose.pull(to_pull, project.api.disk()) if to_pull else ""
     if any(service.get("build") for service in services.values()):
-        project.compose.build((), closed)
+        project.compose.build((), closed, project.api.disk())
         say("built")
     facts = {name: project.api.image(name) for name in sorted({*release.image_names.values()})}
     missing = [name for name, found in facts.items() if not found]
@@ -3568,7 +3611,7 @@ def restore_images(project: Project, release: Release, wanted: Iterable[str]) ->
             project.git.export(release.commit)
             project.compose.write_model("render.json", moved_paths(
                 release.model, str(project.paths.worktree), str(project.paths.export)))
-            project.compose.build(builders, built_by_others(project))
+            project.compose.build(builders, built_by_others(project), "")
         elif digest:
             project.compose.login()
             project.shared.children.run(
@@ -3777,7 +3820,7 @@ class Reconciler:
     def deploy(self, decision: Decision, say: Progress, by: str, asked: bool) -> None:
         """From a commit to containers that are well, or back. Raises Fault."""
         began, commit = time.monotonic(), decision.commit
-        with deploy_slot(self.project.shared):
+        with deploy_slot(self.project.shared, self.project.service.user):
             try:
                 prepared = prepare_or_give_up(self.project, commit, asked)
                 waits = part(prepared.rendered, "x-pgo").get("reload") is False
@@ -4069,7 +4112,7 @@ class View:
     containers: tuple[Container, ...] = ()
     rows: tuple[Row, ...] = ()
     keys: tuple[PublicKey, ...] = ()
-    remote_error: str = ""
+    remote_error: str = ""  # why the branch's newest commit is not known or cannot be had
     last_error: str = ""
     failures: int = 0
     next_poll: float = 0.0
@@ -4103,15 +4146,10 @@ class Worker(threading.Thread):
         self.project = Project(service, shared)
         self.store = self.project.store
         self.reconciler = Reconciler(self.project, self.store, self.pause, self.publish)
-        self.wanted, self.keys = self.store.keys()
-        self.failures = 0
-        self.last_error = ""
-        self.remote_error = ""  # why the branch's newest commit is not known or cannot be had
-        self.last_success = 0.0
-        self.next_poll = 0.0
         self.heal_after = -1e9  # what ends by itself is not brought back before
         self.watch_until = -1e9  # what is on its way is looked at until then
-        self.view = View()
+        wanted, keys = self.store.keys()
+        self.view = View(wanted, keys=keys)  # only this thread sets it, by `publish`
         self._condition = threading.Condition()  # guards _wakes and _jobs
         self._wakes: set[str] = {"start"}
         self._jobs: collections.deque[Job] = collections.deque()
@@ -4182,7 +4220,7 @@ class Worker(threading.Thread):
             while not self._jobs and not self._wakes and not self.shared.stopping.is_set():
                 now = self.shared.clock()
                 watching = now < self.watch_until
-                left = min(self.next_poll - now, WATCH_SECONDS if watching else 5.0)
+                left = min(self.view.next_poll - now, WATCH_SECONDS if watching else 5.0)
                 if left <= 0:
                     self._wakes.add("timer")
                 elif not self._condition.wait(left) and watching:
@@ -4204,11 +4242,11 @@ class Worker(threading.Thread):
         if held := self.store.hold() or "".join(stop[:1]):
             raise Held(f"does not wait any longer: {held}")
 
-    def publish(self) -> None:
-        self.view = View(
-            self.wanted, self.store.current, self.store.failure, self.project.configuration(),
-            self.reconciler.snapshot.containers, self.reconciler.rows, self.keys,
-            self.remote_error, self.last_error, self.failures, self.next_poll, self.last_success)
+    def publish(self, **facts: Any) -> None:
+        self.view = dataclasses.replace(
+            self.view, release=self.store.current, failure=self.store.failure,
+            configuration=self.project.configuration(), rows=self.reconciler.rows,
+            containers=self.reconciler.snapshot.containers, **facts)
 
     def fail(self, error: Exception, job: Job | None) -> None:
         """Log what went wrong once, count it, and put the next look off."""
@@ -4219,16 +4257,16 @@ class Worker(threading.Thread):
         if isinstance(error, Held) or (job and isinstance(error, Refused)):
             log.info("%s: %s: %s", self.name, job.command if job else "deploy", text)
             return
-        if text != self.last_error or not known:
+        if text != self.view.last_error or not known:
             log.error("%s: failed: %s", self.name, text, exc_info=None if known else error)
-        self.last_error = text
-        self.failures += 1
-        if self.next_poll <= self.shared.clock():
-            self.schedule()
+        failures = self.view.failures + 1
+        later = self.view.next_poll > self.shared.clock()
+        self.publish(last_error=text, failures=failures, next_poll=self.view.next_poll
+                     if later else self.next_poll(failures))
 
-    def schedule(self) -> None:
-        delay = retry_delay(self.shared.settings.duration, self.failures, self.shared.chance())
-        self.next_poll = self.shared.clock() + delay
+    def next_poll(self, failures: int) -> float:
+        delay = retry_delay(self.shared.settings.duration, failures, self.shared.chance())
+        return self.shared.clock() + delay
 
     # A look:
     def reconcile(self, wakes: frozenset[str], say: Progress, by: str,
@@ -4238,8 +4276,8 @@ class Worker(threading.Thread):
         if asking:
             self.ask_remote(say if asked else log.debug)
         hold = self.end_hold()
-        if (hold or asked or wakes - {"timer", "webhook"} or self.reconciler.rows or self.last_error
-                or not self.shared.events_flow.is_set()):
+        if (hold or asked or wakes - {"timer", "webhook"} or self.reconciler.rows
+                or self.view.last_error or not self.shared.events_flow.is_set()):
             self.reconciler.look()
         decision = decide(self.situation(hold, asked))
         log.debug("%s: %s: %s", self.name, decision.action, "; ".join(decision.reasons))
@@ -4257,12 +4295,11 @@ class Worker(threading.Thread):
         follow_import(self.project, target.project if target else None)
         if not any(row.how.waits for row in self.reconciler.rows):
             self.watch_until = -1e9
-        if asking and self.remote_error and not asked:
-            raise Fault(self.remote_error)
+        if asking and self.view.remote_error and not asked:
+            raise Fault(self.view.remote_error)
         if asking:  # an event must not put polls off
-            self.failures, self.last_error = 0, ""
-            self.last_success = time.time()
-            self.schedule()
+            self.publish(failures=0, last_error="", last_success=time.time(),
+                         next_poll=self.next_poll(0))
         return decision
 
     def end_hold(self) -> Hold | None:
@@ -4275,36 +4312,34 @@ class Worker(threading.Thread):
 
     def ask_remote(self, say: Callable[..., None]) -> None:
         """Learn the branch's commit; fetch it, and the keys in it, if it is new."""
-        # What went wrong shows in `remote_error`.
-        found = ""
+        git, found = self.project.git, ""
         try:
-            found = self.project.git.ask()
-            if found != self.wanted or not self.keys:
-                found = str(self.project.git.repaired(self.project.git.fetch))
-                self.keys = self.project.git.public_keys(
-                    self.project.git.export(found, DISK_RESERVE))
-                self.store.set_keys(found, self.keys)
-                self.wanted = found
-            self.remote_error = ""
+            found = git.ask()
+            if found != self.view.wanted or not self.view.keys:
+                found = str(git.repaired(git.fetch))
+                keys = git.public_keys(git.export(found, spare=True))
+                self.store.set_keys(found, keys)
+                self.publish(wanted=found, keys=keys)
+            self.publish(remote_error="")
         except Fault as fault:
-            self.remote_error = f"{short(found)} cannot be fetched: {fault}" if found else (
+            error = f"{short(found)} cannot be fetched: {fault}" if found else (
                 f"the repository cannot be reached: {fault}")
-            say(self.remote_error)
-        self.publish()
+            say(error)
+            self.publish(remote_error=error)
 
     def situation(self, hold: Hold | None, asked: bool) -> Situation:
         store, looked = self.store, self.reconciler
         running = frozenset(c.compose_service for c in looked.snapshot.containers
                             if c.status in ("running", "restarting"))
-        return Situation(self.project.configuration(), hold, self.wanted, store.current,
+        return Situation(self.project.configuration(), hold, self.view.wanted, store.current,
                          store.good, store.failure, looked.rows, running, asked,
-                         self.shared.clock() >= self.next_poll, self.service.rollback)
+                         self.shared.clock() >= self.view.next_poll, self.service.rollback)
 
     def heal(self, say: Progress) -> None:
         """Bring back what fell; what ends by itself or cannot be healed once an interval."""
         now, former = self.shared.clock(), self.heal_after
         rows = [row for row in self.reconciler.rows if row.how.cure
-                and not (now < former and (row.kind == "ended" or self.last_error))]
+                and not (now < former and (row.kind == "ended" or self.view.last_error))]
         if not rows:
             return
         self.heal_after = now + self.shared.settings.duration
@@ -4363,8 +4398,8 @@ def job_up(worker: Worker, job: Job) -> None:
     refuse_hold(worker)
     worker.store.release("stop")
     worker.reconcile(frozenset({"start"}), job.tell, job.by, asked=True)
-    if worker.remote_error:
-        raise Fault(worker.remote_error)
+    if worker.view.remote_error:
+        raise Fault(worker.view.remote_error)
     if hold := worker.store.hold():
         raise Refused(f"nothing was deployed: {hold}")
     worker.reconciler.await_ill(job.say)
@@ -4376,8 +4411,8 @@ def job_pull(worker: Worker, job: Job) -> None:
     if decision.action == "nothing":
         job.say(f"{short(release.commit) if release else 'nothing runs'}: "
                 f"{'; '.join(decision.reasons)}")
-    if failure and failure.commit == worker.wanted and not failure.waits:
-        raise Refused(f"{short(worker.wanted)} is not deployed: {failure.reason}")
+    if failure and failure.commit == worker.view.wanted and not failure.waits:
+        raise Refused(f"{short(worker.view.wanted)} is not deployed: {failure.reason}")
     if not worker.store.hold() and not (failure and failure.waits):
         worker.reconciler.await_ill(job.say)
 
@@ -4416,8 +4451,8 @@ def job_load(worker: Worker, job: Job) -> None:
     """Check the newest commit against the policy; change nothing."""
     worker.ask_remote(job.say)
     release = worker.store.current
-    prepare(worker.project, worker.wanted or (release.commit if release else ""))
-    job.say(f"{short(worker.wanted)}: the policy permits it")
+    prepare(worker.project, worker.view.wanted or (release.commit if release else ""))
+    job.say(f"{short(worker.view.wanted)}: the policy permits it")
 
 def job_plan(worker: Worker, job: Job) -> None:
     """What would be done now and why; nothing is. Raises Refused with every violation."""
@@ -5366,6 +5401,7 @@ SyslogIdentifier=pgod
 Restart=on-failure
 RestartSec=2
 RestartForceExitStatus=2
+SuccessExitStatus=2
 WatchdogSec=60
 TimeoutStopSec=40
 # No mount namespace (ProtectSystem= and the like): the engine must see what pgod mounts.

@@ -766,6 +766,20 @@ def test_commit_that_would_fill_the_disk_leaves_room_for_neighbours(lab: Lab) ->
     lab.runs(name, lab.push(name, {f"big{number}": None for number in range(4)}))
 
 
+def test_build_or_pull_ends_before_it_fills_the_disk(lab: Lab) -> None:
+    lab.directory.mkdir()
+    run("mount", "-t", "tmpfs", "-o", "size=256m,mode=755", "tmpfs", lab.directory)
+    lab.exits.callback(run, "umount", "-l", lab.directory)
+    children = pgod.Children(pgod.Metrics())
+    result = children.run(
+        ["sh", "-c", f"for n in $(seq 1000); do head -c 1m /dev/zero; sleep .01; done > "
+                     f"{lab.directory}/file"], pgod.RunAs(disk=str(lab.directory)),
+        deadline=60, kind=("compose", "build"))
+    assert result.trouble.startswith("No space left")
+    assert shutil.disk_usage(lab.directory).free > 1 << 20
+    assert pgod.EngineApi().disk() == docker("info", "--format", "{{.DockerRootDir}}")
+
+
 def test_full_disk_leaves_the_old_state_or_the_new(lab: Lab) -> None:
     lab.directory.mkdir()
     run("mount", "-t", "tmpfs", "-o", "size=8m,mode=755", "tmpfs", lab.directory)
@@ -786,6 +800,41 @@ def test_full_disk_leaves_the_old_state_or_the_new(lab: Lab) -> None:
     lab.runs(name, commit)
     assert (lab.directory / name / "file").read_text() == "new"
     assert lab.containers(name) == before
+
+
+def test_repository_with_sha_256_hashes_is_followed(lab: Lab) -> None:
+    name = lab.service("a")
+    repository = lab.repositories[name]
+    sha1 = repository.head()
+    for folder, words in ((repository.bare, ["--bare"]), (repository.work, [])):
+        shutil.rmtree(folder / ".git" if not words else folder)
+        run("git", "init", "-q", *words, "-b", "main", "--object-format=sha256", folder)
+    repository.git("remote", "add", "origin", str(repository.bare))
+    first = lab.push(name, {"file": "1"})
+    assert len(first) == 64
+    deployed(lab, name)
+    assert "made again" not in lab.daemon.log()
+    lab.runs(name, commit := lab.push(name, {"file": "2"}))
+    assert lab.ssh(f"{name}//git hash").stdout == f"{commit}\n"
+    assert commit[:10] in lab.ssh(f"{name}//status").stdout
+    bad = lab.push(name, {"compose.yaml": compose_file("false")})
+    lab.failed(name, bad)
+    assert lab.commit(name) == commit, "rolled back"
+    shutil.rmtree(repository.bare)  # and back to SHA-1, at the same address
+    shutil.rmtree(repository.work / ".git")
+    for folder, words in ((repository.bare, ["--bare"]), (repository.work, [])):
+        run("git", "init", "-q", *words, "-b", "main", folder)
+    repository.git("remote", "add", "origin", str(repository.bare))
+    again = lab.push(name, {"compose.yaml": compose_file(), "file": "3"})
+    assert len(again) == len(sha1)
+    lab.runs(name, again)
+
+
+def test_branch_that_is_not_there_is_said_with_those_that_are(lab: Lab) -> None:
+    name = lab.service("a", branch="trunk")
+    lab.repositories[name].git("push", "-q", "origin", "HEAD:other")
+    lab.start()
+    logged(lab, "no branch 'trunk'; it has: main, other")
 
 
 # ---- Metrics -------------------------------------------------------------------------------------
@@ -2485,6 +2534,8 @@ def configuration_errors(text: str) -> str:
     (ENTRY.replace("/srv/app.git", "ssh://-oProxyCommand=x/y"), ["repository", "host"]),
     (ENTRY + "branch = '-x'", ["branch", "'-x'"]),
     (ENTRY + "branch = 'a..b'", ["branch", "'a..b'"]),
+    (ENTRY + "branch = 'refs/heads/main'", ["branch", "like main"]),
+    (ENTRY + ENTRY + "wait = 'x'", ["'app'", "used 2 times", "wait"]),
     (ENTRY + "registries = ['geheim1']", ["registries", "user:token@registry"]),
     (ENTRY + "registries = ['u:geheim1@']", ["registries", "user:token@registry"]),
     (ENTRY + "registries = 'u:geheim1@r'", ["registries", "list"]),
@@ -2585,7 +2636,7 @@ def test_every_key_is_understood(key: str, value: Any, attribute: str, parsed: A
 def test_file_that_others_can_change_or_lead_elsewhere_is_refused(tmp_path: Path,
                                                                   key: str) -> None:
     file, link, pipe, folder = (tmp_path / name for name in ("file", "link", "pipe", "folder"))
-    file.write_text("A=1\n")
+    file.write_text("A=1\n" if key == "env_file" else "-----BEGIN RSA PRIVATE KEY-----\n")
     link.symlink_to(file)
     os.mkfifo(pipe)
     folder.symlink_to(tmp_path)
@@ -2595,6 +2646,61 @@ def test_file_that_others_can_change_or_lead_elsewhere_is_refused(tmp_path: Path
         assert key in errors and "a link is in it, or it is no file" in errors
     file.chmod(0o622)
     assert "chmod go-w" in configuration_errors(f"{ENTRY}{key} = '{file}'")
+
+
+ENV_LINES = {
+    "plain": "A=val # comment", "hash": "A=val#no", "hash first": "A=#x", "blank": "A= # x",
+    "single": "A='a # b' # c", "double": 'A="a\\nb # c" # d', "spaces": "A = spaced",
+    "export": "export A=exp", "trailing": 'A="q" trailing', "inner": 'A=a"b', "around": "A=  x  ",
+    "single escapes": "A='a\\nb'", "escapes": 'A="a\\"b\\\\c"', "empty": "A=", "tab": "A=x\t# y",
+}
+
+
+@pytest.mark.parametrize("line", ENV_LINES.values(), ids=[*ENV_LINES])
+def test_env_file_means_what_it_means_to_compose(tmp_path: Path, line: str, machine: None) -> None:
+    (tmp_path / "env").write_text(line + "\n")
+    (tmp_path / "compose.json").write_text(json.dumps(
+        {"services": {"a": {"image": "x"}}, "x-value": "${A-unset}"}))
+    done = run("docker", "compose", "--env-file", tmp_path / "env", "--file",
+               tmp_path / "compose.json", "config", "--format", "json")
+    assert pgod.parse_env_lines(line) == (("A", json.loads(done.stdout)["x-value"]),)
+
+
+@pytest.mark.parametrize("line", ["A='a", 'A="a', "A", "1=x", "a b=c"])
+def test_env_line_that_is_none_is_said(line: str) -> None:
+    with pytest.raises(ValueError, match="line 2"):
+        pgod.parse_env_lines(f"B=1\n{line}\n")
+
+
+def test_byte_order_mark_is_taken_and_utf_16_is_said(tmp_path: Path) -> None:
+    path, config = tmp_path / "env", tmp_path / "pgo.toml"
+    path.write_bytes(b"\xef\xbb\xbfA=1\r\n")
+    text = f"{ENTRY}env_file = '{path}'\n"
+    assert dict(entry(env_file=str(path)).env) == {"A": "1"}
+    config.write_bytes(b"\xef\xbb\xbf" + text.encode())
+    assert pgod.read_configuration(config).services[0].env == (("A", "1"),)
+    before = pgod.configuration_digest(config)
+    path.write_text("A=2\n")
+    assert pgod.configuration_digest(config) != before
+    path.write_bytes("A=1\n".encode("utf-16"))
+    assert "UTF-16" in configuration_errors(text)
+    config.write_bytes(text.encode("utf-16"))
+    with pytest.raises(pgod.ConfigurationError, match="UTF-16"):
+        pgod.read_configuration(config)
+
+
+def test_deploy_key_that_ssh_could_not_use_is_said(lab: Lab) -> None:
+    key, text = lab.key("plain"), f"{ENTRY}deploy_key = "
+    assert not configuration_errors(f"{text}'{key}'")
+    for kind, words in (("ed25519", ()), ("rsa", ("-m", "PEM"))):
+        locked = lab.folder / f"locked-{kind}"
+        run("ssh-keygen", "-q", "-t", kind, *words, "-N", "geheim1", "-f", locked)
+        assert "passphrase" in configuration_errors(f"{text}'{locked}'")
+    assert "public half" in configuration_errors(f"{text}'{key}.pub'")
+    (lab.folder / "other").write_text("geheim1")
+    errors = configuration_errors(f"{text}'{lab.folder}/other'")
+    assert "no private key" in errors
+    assert "geheim1" not in errors
 
 
 def test_env_wins_over_env_file(tmp_path: Path) -> None:
@@ -2632,9 +2738,10 @@ def test_example_shows_every_key_and_is_valid(tmp_path: Path) -> None:
     text = example.read_text()
     for key in pgod.SERVICE_KEYS:
         assert re.search(rf"^(# )?{key} = ", text, re.M), f"the example lacks {key}"
-    (tmp_path / "secret").touch()
+    (tmp_path / "env_file").touch()
+    (tmp_path / "deploy_key").write_text("-----BEGIN RSA PRIVATE KEY-----\n")
     whole = re.sub(r"^# (\w+ = )", r"\1", text, flags=re.M)
-    whole = re.sub(r"^(env_file|deploy_key) = .*", rf'\1 = "{tmp_path}/secret"', whole, flags=re.M)
+    whole = re.sub(r"^(env_file|deploy_key) = .*", rf'\1 = "{tmp_path}/\1"', whole, flags=re.M)
     services = pgod.parse_configuration(whole)
     assert {user.user for user in services} <= {"root", "nobody", "www-data"}
 
@@ -2855,26 +2962,43 @@ def test_pauses_grow_to_an_hour_at_most() -> None:
 # ---- Store ---------------------------------------------------------------------------------------
 
 
-def slots_taken(tmp_path: Path, clock: Callable[[], float]) -> pgod.Shared:
+def slots_taken(tmp_path: Path, clock: Callable[[], float], *users: str) -> pgod.Shared:
     children = pgod.Children(pgod.Metrics())
     shared = pgod.Shared(pgod.Settings(), pgod.Configuration((), ""), children, children.metrics,
                          ("docker", "compose"), pgod.EngineApi("unix:///nowhere"), clock=clock)
-    assert all(shared.slots.acquire(timeout=1) for _ in range(pgod.DEPLOYS))
+    shared.deploying.update(users)
     return shared
 
 
 def test_deploys_that_take_long_hold_up_no_other(tmp_path: Path) -> None:
     times = iter([1000.0, 1001.0, 1000.0 + 3 * pgod.SLOW_DEPLOY])
-    shared = slots_taken(tmp_path, lambda: next(times))
-    with pgod.deploy_slot(shared):
+    shared = slots_taken(tmp_path, lambda: next(times), *["ann"] * pgod.DEPLOYS)
+    with pgod.deploy_slot(shared, "ann"):
         assert not next(times, 0), "it has waited its time"
-    assert not shared.slots.acquire(blocking=False), "and gives back nothing that it had not"
+    assert shared.deploying["ann"] == pgod.DEPLOYS
+
+
+def test_deploys_of_one_user_hold_up_no_other_user(tmp_path: Path) -> None:
+    shared = slots_taken(tmp_path, lambda: 1000.0, *["ann"] * pgod.DEPLOYS)
+    with pgod.deploy_slot(shared, "ben"):
+        assert shared.deploying["ben"] == 1
+        shared.stopping.set()  # ben's second one would wait, and so ends
+        with pytest.raises(pgod.Stopping), pgod.deploy_slot(shared, "ben"):
+            pass
+    assert shared.deploying["ben"] == 0
+
+
+def test_boot_of_many_users_is_no_stampede(tmp_path: Path) -> None:
+    shared = slots_taken(tmp_path, lambda: 1000.0, *map(str, range(2 * pgod.DEPLOYS)))
+    shared.stopping.set()
+    with pytest.raises(pgod.Stopping), pgod.deploy_slot(shared, "ann"):
+        pass
 
 
 def test_waiting_for_a_slot_ends_with_pgod(tmp_path: Path) -> None:
-    shared = slots_taken(tmp_path, lambda: 1000.0)
+    shared = slots_taken(tmp_path, lambda: 1000.0, *["ann"] * pgod.DEPLOYS)
     shared.stopping.set()
-    with pytest.raises(pgod.Stopping), pgod.deploy_slot(shared):
+    with pytest.raises(pgod.Stopping), pgod.deploy_slot(shared, "ann"):
         pass
 
 
@@ -3200,6 +3324,34 @@ def test_volume_that_another_project_made_is_not_mounted(lab: Lab) -> None:
     lab.start()
     assert f"is of {name}_old" in lab.failed(name, lab.repositories[name].head())
     assert not lab.containers(name)
+
+
+def test_paths_are_relative_to_the_folder_of_the_first_compose_file(lab: Lab) -> None:
+    name = lab.service("a", {
+        "deploy/compose.yaml": compose_file(
+            volumes=["./html:/html", "../top:/top"], env_file="app.env", secrets=["s"],
+            build={"context": "image"}, image=None, environment={"B": "${B}"},
+            top={"secrets": {"s": {"environment": "S"}}}),
+        "deploy/more.yaml": json.dumps({"services": {"web": {"configs": [{
+            "source": "c", "target": "/c"}]}}, "configs": {"c": {"file": "./c.txt"}}}),
+        "deploy/.env": "B=beside\nS=secret\n", "deploy/app.env": "A=app\n", "deploy/c.txt": "conf",
+        "deploy/html/page": "hello", "top/file": "top",
+        "deploy/image/Dockerfile": f"FROM {IMAGE}\nLABEL pgotest={lab.name}\n",
+    }, compose=["deploy/compose.yaml", "deploy/more.yaml"])
+    deployed(lab, name)
+    assert docker("exec", f"{name}-web-1", "sh", "-c", "cat /html/page /top/file /run/secrets/s /c; "
+                  "echo $A $B") == "hellotopsecretconfapp beside"
+    lab.runs(name, commit := lab.push(name, {"deploy/html/page": "other"}))
+    assert docker("exec", f"{name}-web-1", "cat", "/html/page") == "other"
+    assert lab.commit(name) == commit
+
+
+def test_optional_dependency_that_is_not_there_hinders_nothing(lab: Lab) -> None:
+    name = lab.service("a", {"compose.yaml": compose_file(
+        depends_on={"dbg": {"condition": "service_started", "required": False}},
+        services={"dbg": {"image": IMAGE, "profiles": ["debug"]}})})
+    deployed(lab, name)
+    assert [*lab.containers(name)] == [f"{name}-web-1"]
 
 
 def test_profiles_builds_jobs_orphans_and_lists_of_files_work(lab: Lab) -> None:
