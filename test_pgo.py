@@ -3339,8 +3339,8 @@ def test_paths_are_relative_to_the_folder_of_the_first_compose_file(lab: Lab) ->
         "deploy/image/Dockerfile": f"FROM {IMAGE}\nLABEL pgotest={lab.name}\n",
     }, compose=["deploy/compose.yaml", "deploy/more.yaml"])
     deployed(lab, name)
-    assert docker("exec", f"{name}-web-1", "sh", "-c", "cat /html/page /top/file /run/secrets/s /c; "
-                  "echo $A $B") == "hellotopsecretconfapp beside"
+    assert docker("exec", f"{name}-web-1", "sh", "-c", "cat /html/page /top/file /run/secrets/s "
+                  "/c; echo $A $B") == "hellotopsecretconfapp beside"
     lab.runs(name, commit := lab.push(name, {"deploy/html/page": "other"}))
     assert docker("exec", f"{name}-web-1", "cat", "/html/page") == "other"
     assert lab.commit(name) == commit
