@@ -64,6 +64,7 @@ COMMANDS = {
     "plan": "say what would be done now, and why",
     "status": "say what runs, since when, and why not the newest commit",
     "history": "list the last deploys",
+    "why": "print what the containers of a failed deploy said last",
     "hold": "stop deploys and heals, until release or --for a time",
     "release": "end a hold",
     "journal": "is disabled; pgod says so",

@@ -38,14 +38,16 @@ It runs as root. To read it before that, read downwards: a section uses only wha
 
 from __future__ import annotations
 
-import argparse, asyncio, base64, binascii, bisect, collections, contextlib, ctypes, dataclasses
-import datetime, difflib, email.utils, fcntl, functools, getopt, grp, hashlib, hmac, http.client
-import http.server, io, ipaddress, itertools, json, logging, math, os, pwd, queue, random, re
-import select, selectors, shlex, shutil, signal, socket, stat, struct, subprocess, sys, tempfile
-import termios, threading, time, tomllib, urllib.parse, warnings
+import argparse, asyncio, base64, binascii, bisect, ctypes, datetime, difflib, email.utils, errno
+import fcntl, functools, getopt, grp, hashlib, hmac, http.client, http.server, io, ipaddress
+import itertools, json, logging, math, os, pwd, queue, random, re, select, selectors, shlex, shutil
+import signal, socket, stat, struct, subprocess, sys, tempfile, termios, threading, time, tomllib
+import urllib.parse, warnings
+from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass, field
+from contextlib import ExitStack, closing, contextmanager, suppress
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, BinaryIO, NoReturn
 
@@ -135,7 +137,7 @@ class Refused(Fault):
     """The commit or the request is at fault: the same again will fail the same way."""
     retry = False
 class Held(Refused):
-    """A hold, stop or down came while something was waited for."""
+    """A hold, stop or down is in the way."""
 class EngineGone(Fault):
     """The engine does not answer, or ended meanwhile: no fault of any commit."""
 class ConfigurationError(Exception):
@@ -155,7 +157,6 @@ class Registry:
     address: str
     user: str
     token: str = field(repr=False)
-
 @dataclass(frozen=True)
 class Remote:
     """A repository's address without its credentials, and those as an HTTP header's value."""
@@ -168,7 +169,6 @@ class Remote:
         """`https`, `ssh`, `git` or `file`."""
         head, mark, _ = self.url.partition("://")
         return head if mark else "file" if self.url.startswith("/") else "ssh"
-
 @dataclass(frozen=True)
 class Reload:
     """`words` run in compose service `words[0]`'s container, or in `service`'s of that name."""
@@ -219,7 +219,6 @@ class Configuration:
     services: tuple[Service, ...]
     digest: str
     warnings: tuple[str, ...] = ()
-
 @dataclass(frozen=True)
 class Settings:
     """The command line, parsed."""
@@ -231,7 +230,6 @@ class Settings:
     duration: float = 300.0
     debug: bool = False
     restart: bool = True
-
 class ServicePaths:
     """Where a service's things lie. All but `worktree` and `data` are closed to containers."""
     def __init__(self, service: str, directory: Path, datadir: Path) -> None:
@@ -242,7 +240,6 @@ class ServicePaths:
         self.worktree = directory / service
         self.data = datadir / service
         self.roots = (self.worktree, self.data)  # where bind mounts may come from
-
 @dataclass(frozen=True)
 class PublicKey:
     """A key from ssh/: `fingerprint` as `ssh-keygen -l` shows it."""
@@ -258,10 +255,8 @@ def parse_duration(text: str, least: float = 0.0) -> float:
     if not parts or "".join(number + unit for number, unit in parts) != text:
         raise ValueError(f"{text!r} is not a duration; write it like 90s, 5m0s or 1h30m")
     seconds = sum(float(number) * DURATION_UNITS[unit] for number, unit in parts)
-    if seconds < least:
-        raise ValueError(f"{text!r} is too short; at least {least:g}s")
+    if seconds < least: raise ValueError(f"{text!r} is too short; at least {least:g}s")
     return seconds
-
 def format_duration(seconds: float) -> str:
     """The two largest units: 3d4h, 2h5m, 4m7s, 12s."""
     left, parts = int(seconds), list[str]()
@@ -270,22 +265,18 @@ def format_duration(seconds: float) -> str:
         if count or (unit == "s" and not parts):
             parts.append(f"{count}{unit}")
     return "".join(parts[:2])
-
 def parse_address(text: str) -> tuple[str, int] | None:
     """Host and port of `:2222`, `127.0.0.1:2222` or `[::1]:2222`; None of an empty text."""
-    if not text:
-        return None
+    if not text: return None
     host, colon, port = text.rpartition(":")
     if not colon or not port.isdigit() or int(port) > 65535:
         raise ValueError(f"{text!r} is not an address; write it like :2222 or 127.0.0.1:2222")
     return host.removeprefix("[").removesuffix("]"), int(port)
-
 def remote_with_token(parts: urllib.parse.SplitResult) -> Remote:
     """An https address: user and token become a header that git gets by its environment."""
     host = parts.netloc.rpartition("@")[2]
     url = urllib.parse.urlunsplit((parts.scheme, host, parts.path, parts.query, ""))
-    if parts.username is None:
-        return Remote(url)
+    if parts.username is None: return Remote(url)
     raw = [text for text in (parts.username, parts.password) if text]
     user, token = (urllib.parse.unquote(text or "") for text in (parts.username, parts.password))
     basic = base64.b64encode(f"{user}:{token}".encode()).decode()
@@ -295,19 +286,14 @@ def remote_with_token(parts: urllib.parse.SplitResult) -> Remote:
 
 def parse_remote(text: str) -> Remote:
     """A repository's address, with its credentials taken out of it."""
-    if text.startswith("/") or re.fullmatch(r"[\w.-]+@[\w.-]+:[^\s]+", text):
-        return Remote(text)
+    if text.startswith("/") or re.fullmatch(r"[\w.-]+@[\w.-]+:[^\s]+", text): return Remote(text)
     parts = urllib.parse.urlsplit(text)
     if parts.scheme not in ("https", "ssh", "git", "file") or "\n" in text:
         raise ValueError("is not an https, ssh or git address or an absolute path")
-    if parts.scheme == "file":
-        return Remote(parts.path)
-    if not parts.hostname or parts.hostname.startswith("-"):
-        raise ValueError("has no host")
-    if parts.scheme == "https":
-        return remote_with_token(parts)
-    if parts.password:
-        raise ValueError("has a password, which only https can take; use deploy_key")
+    if parts.scheme == "file": return Remote(parts.path)
+    if not parts.hostname or parts.hostname.startswith("-"): raise ValueError("has no host")
+    if parts.scheme == "https": return remote_with_token(parts)
+    if parts.password: raise ValueError("has a password, which only https can take; use deploy_key")
     return Remote(text)
 
 def parse_registry(text: str, user: str) -> Registry:
@@ -319,21 +305,16 @@ def parse_registry(text: str, user: str) -> Registry:
     if not at or not token or not re.fullmatch(r"[\w.-]+(:\d+)?(/[\w./-]+)?", address):
         raise ValueError("is not a login of the form user:token@registry")
     return Registry(address, name or user, token)
-
 def parse_reload(text: str) -> Reload:
     """`host:service//exec word word …`, words split as a shell would."""
     match = re.fullmatch(r"(?:[^/\s]*:)?([^/:\s]+)//exec\s+(.+)", text, re.DOTALL)
-    if not match:
-        raise ValueError("is not of the form localhost:SERVICE//exec COMMAND …")
+    if not match: raise ValueError("is not of the form localhost:SERVICE//exec COMMAND …")
     words = tuple(shlex.split(match[2]))
-    if not words or words[0].startswith("-"):
-        raise ValueError("has no command after exec")
+    if not words or words[0].startswith("-"): raise ValueError("has no command after exec")
     return Reload(match[1], words)
-
 def text_of(data: bytes) -> str:
     """UTF-8, with or without a byte order mark. Raises ValueError."""
-    if data.startswith((b"\xff\xfe", b"\xfe\xff")):
-        raise ValueError("is UTF-16; save it as UTF-8")
+    if data.startswith((b"\xff\xfe", b"\xfe\xff")): raise ValueError("is UTF-16; save it as UTF-8")
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError:
@@ -367,13 +348,12 @@ def private_key_trouble(data: bytes) -> str:
         return "is no private key" + (", but the public half: name the file without .pub"
                                       if data.startswith((b"ssh-", b"ecdsa-", b"sk-")) else "")
     body = b"".join(line for line in data.splitlines() if b":" not in line and b"-----" not in line)
-    with contextlib.suppress(binascii.Error):  # openssh-key-v1: the cipher's name comes first
+    with suppress(binascii.Error):  # openssh-key-v1: the cipher's name comes first
         binary = base64.b64decode(body)
         if b"ENCRYPTED" in data or (binary.startswith(b"openssh-key-v1\0")
                                     and binary[15:23] != b"\0\0\0\4none"):
             return "has a passphrase, which nobody is there to type: ssh-keygen -p -N '' removes it"
     return ""
-
 def rsa_bits(blob: bytes) -> int:
     """Size of the modulus of an ssh-rsa key (RFC 4253, 6.6)."""
     for _ in range(3):
@@ -387,13 +367,11 @@ KEY_TYPES = ("ssh-ed25519", "ecdsa-sha2-nistp256", "ecdsa-sha2-nistp384", "ecdsa
 def key_fingerprint(blob: bytes) -> str:
     """As `ssh-keygen -l` shows it."""
     return "SHA256:" + base64.b64encode(hashlib.sha256(blob).digest()).decode().rstrip("=")
-
 def parse_public_key(line: str) -> PublicKey:
     """One line of a .pub file. Options in front of a key are refused: they would be ignored."""
     kind, _, rest = line.strip().partition(" ")
     encoded, _, comment = rest.strip().partition(" ")
-    if kind not in KEY_TYPES:
-        raise ValueError(f"{kind[:40]!r} is not a key type that is accepted")
+    if kind not in KEY_TYPES: raise ValueError(f"{kind[:40]!r} is not a key type that is accepted")
     try:
         blob = base64.b64decode(encoded, validate=True)
     except binascii.Error:
@@ -404,20 +382,21 @@ def parse_public_key(line: str) -> PublicKey:
         raise ValueError("is an RSA key of under 2048 bits")
     return PublicKey(key_fingerprint(blob), re.sub(r"[^\x20-\x7e]", "?", comment)[:100])
 
-def parse_key_file(data: bytes) -> tuple[list[PublicKey], str]:
+def parse_key_file(data: bytes) -> tuple[list[PublicKey], list[str]]:
     """The keys in a file of at most 16 KiB, one a line, and what is wrong with the other lines."""
-    if len(data) > KEY_FILE_BYTES:
-        return [], "has more than 16 KiB"
-    if b"PRIVATE KEY-----" in data:
-        return [], "is a PRIVATE key: remove it and make a new one"
-    keys, wrong = [], ""
-    for number, line in enumerate(data.decode(errors="replace").splitlines(), 1):
-        if line.strip() and not line.startswith("#"):
-            try:
-                keys.append(parse_public_key(line))
-            except ValueError as error:
-                wrong = wrong or f"line {number} {error}"
-    return keys, wrong
+    if len(data) > KEY_FILE_BYTES: return [], ["has more than 16 KiB"]
+    if b"PRIVATE KEY-----" in data: return [], ["is a PRIVATE key: remove it and make a new one"]
+    keys, wrong = list[PublicKey](), list[str]()
+    try:
+        for number, line in enumerate(text_of(data).splitlines(), 1):
+            if line.strip() and not line.startswith("#"):
+                try:
+                    keys.append(parse_public_key(line))
+                except ValueError as error:
+                    wrong.append(f"line {number} {error}")
+    except ValueError as error:
+        wrong.append(str(error))
+    return keys, wrong if keys or wrong else ["has no key"]
 
 def redact(text: str, secrets: Iterable[str]) -> str:
     """The text with every secret in it as ***; longer ones first, for one may hold another."""
@@ -439,7 +418,7 @@ def one_line(text: str, limit: int = 300) -> str:
 # ---- Files -------------------------------------------------------------------------------------
 _libc = ctypes.CDLL(None, use_errno=True)
 
-@contextlib.contextmanager
+@contextmanager
 def as_user(account: Account) -> Iterator[None]:
     """Within it, this thread's file operations are the user's (setfsuid(2) is the thread's own)."""
     # Root's power over files (CAP_DAC_OVERRIDE, CAP_CHOWN, …) is off meanwhile, capabilities(7).
@@ -464,8 +443,7 @@ def chown(path: Path | int, account: Owner, gid: int | None = None) -> None:
 def make_folder(path: Path, mode: int, owner: Owner = None, gid: int | None = None) -> None:
     """A folder of pgod's own with that mode and owner, also where it was there already."""
     path.mkdir(parents=True, exist_ok=True)
-    if not stat.S_ISDIR(path.lstat().st_mode):
-        raise Fault(f"{path} is not a folder; remove it")
+    if not stat.S_ISDIR(path.lstat().st_mode): raise Fault(f"{path} is not a folder; remove it")
     chown(path, owner, gid)
     path.chmod(mode)
 
@@ -494,14 +472,14 @@ def write_atomic(path: Path, data: bytes, mode: int = 0o600, owner: Owner = None
 
 FOLDER_FLAGS = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 
-@contextlib.contextmanager
+@contextmanager
 def folder_beneath(root: Path, parts: Sequence[str], make: bool = False) -> Iterator[int]:
     """A descriptor of root/parts, by no link. Raises FileNotFoundError, and Refused at a link."""
     descriptor = os.open(root, FOLDER_FLAGS)
     try:
         for number, part in enumerate(parts, 1):
             if make:
-                with contextlib.suppress(FileExistsError):
+                with suppress(FileExistsError):
                     os.mkdir(part, 0o755, dir_fd=descriptor)
             try:
                 deeper = os.open(part, FOLDER_FLAGS, dir_fd=descriptor)
@@ -518,12 +496,9 @@ def folder_beneath(root: Path, parts: Sequence[str], make: bool = False) -> Iter
 
 def beneath(path: str, root: str) -> str | None:
     """The path relative to root (`` for root itself), or None if it lies elsewhere."""
-    if os.path.normpath(path) != path.rstrip("/") and path != root:
-        return None
-    if path.rstrip("/") == root:
-        return ""
+    if os.path.normpath(path) != path.rstrip("/") and path != root: return None
+    if path.rstrip("/") == root: return ""
     return path.rstrip("/")[len(root) + 1:] if path.startswith(root + "/") else None
-
 def stat_beneath(root: Path, path: str) -> os.stat_result | None:
     """What is at root/path, not following any link; None where nothing is."""
     *parts, name = path.split("/")
@@ -541,8 +516,7 @@ def open_beneath(root: Path, path: str) -> BinaryIO:
         try:
             descriptor = os.open(name, flags, dir_fd=folder)
         except OSError as error:
-            if isinstance(error, FileNotFoundError | PermissionError):
-                raise
+            if isinstance(error, FileNotFoundError | PermissionError): raise
             raise Refused(f"{root}/{path} is a link") from None
     file = os.fdopen(descriptor, "rb")
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
@@ -554,7 +528,6 @@ def read_beneath(root: Path, path: str, limit: int) -> bytes:
     """The content of a regular file beneath root, `limit` bytes of it: it may be endless."""
     with open_beneath(root, path) as file:
         return file.read(limit)
-
 def replace_beneath(root: Path, path: str, make: Callable[[str, int], None]) -> None:
     """What `make` makes of a temporary name, at root/path. Raises Refused where a folder is."""
     *parts, name = path.split("/")
@@ -562,13 +535,14 @@ def replace_beneath(root: Path, path: str, make: Callable[[str, int], None]) -> 
     with folder_beneath(root, parts, make=True) as folder:
         try:
             make(temporary, folder)
+            with suppress(OSError):  # an empty folder gives way, as in git
+                os.rmdir(name, dir_fd=folder)
             os.rename(temporary, name, src_dir_fd=folder, dst_dir_fd=folder)
         except IsADirectoryError:
             raise Refused(f"{root}/{path} is a folder, not a file; move or remove it") from None
         finally:
-            with contextlib.suppress(FileNotFoundError):
+            with suppress(FileNotFoundError):
                 os.unlink(temporary, dir_fd=folder)
-
 def write_beneath(root: Path, path: str, data: BinaryIO, mode: int = 0o644) -> None:
     """A regular file beneath root, by a temporary name; a folder in its place is Refused."""
     def make(temporary: str, folder: int) -> None:
@@ -580,11 +554,10 @@ def write_beneath(root: Path, path: str, data: BinaryIO, mode: int = 0o644) -> N
             file.flush()
             os.fsync(descriptor)
     replace_beneath(root, path, make)
-
 def remove_beneath(root: Path, path: str, keep: frozenset[str]) -> None:
     """Unlink a file, and the folders that this leaves empty, but for those in `keep`."""
     *parts, name = path.split("/")
-    with contextlib.suppress(FileNotFoundError, IsADirectoryError, Refused):
+    with suppress(FileNotFoundError, IsADirectoryError, Refused):
         with folder_beneath(root, parts) as folder:
             os.unlink(name, dir_fd=folder)
         while parts and "/".join(parts) not in keep:
@@ -640,7 +613,6 @@ class Metrics:
                     if ("service", service) not in key}
             fresh = {(("service", service), *labels.items()): value for labels, value in rows}
             self._values[name] = kept | fresh
-
     def render(self) -> str:
         """The page, in the text format 0.0.4."""
         lines = []
@@ -670,8 +642,7 @@ class Result:
         return self.trouble or one_line(self.stderr) or f"exit status {self.status}"
     def check(self, doing: str) -> Result:
         """Itself, if all went well. Raises Fault."""
-        if self.failed:
-            raise Fault(f"{doing}: {self.complaint}")
+        if self.failed: raise Fault(f"{doing}: {self.complaint}")
         return self
 
 @dataclass(frozen=True)
@@ -685,17 +656,15 @@ class RunAs:
     limits: tuple[str, ...] = ()  # of prlimit(1)
     marked: bool = True  # not where a compose file could show the mark: it dies with pgod
     disk: str = ""  # a folder; the child is ended before it fills the disk below DISK_RESERVE
-
 def processes(file: str, matches: Callable[[bytes], bool]) -> list[int]:
     """The processes whose /proc/PID/file matches, proc(5)."""
     found = []
     for entry in filter(str.isdigit, os.listdir("/proc")):
         # A process can make its environment as large as it likes: PR_SET_MM_MAP of prctl(2).
-        with contextlib.suppress(OSError), Path("/proc", entry, file).open("rb") as content:
+        with suppress(OSError), Path("/proc", entry, file).open("rb") as content:
             if matches(content.read(ENVIRONMENT_BYTES)):
                 found.append(int(entry))
     return found
-
 def session_processes(session: int) -> list[int]:
     """The processes of a session that have not ended."""
     def belongs(content: bytes) -> bool:
@@ -706,7 +675,7 @@ def marked_processes(mark: str) -> list[int]:
     return processes("environ", lambda content: mark.encode() in content.split(b"\0"))
 def kill_all(processes: Iterable[int], number: int) -> None:
     for process in processes:
-        with contextlib.suppress(ProcessLookupError, PermissionError):
+        with suppress(ProcessLookupError, PermissionError):
             os.kill(process, number)
 
 Child = subprocess.Popen[bytes]
@@ -802,7 +771,7 @@ class Children:
                  on_line: Progress | None, who: RunAs) -> tuple[dict[str, bytearray], str]:
         """Both outputs until their end, the child's or the deadline; and what was wrong."""
         if child.stdin:
-            with contextlib.suppress(BrokenPipeError):
+            with suppress(BrokenPipeError):
                 child.stdin.write(stdin)
             child.stdin.close()
         output = {"stdout": bytearray(), "stderr": bytearray()}
@@ -813,14 +782,10 @@ class Children:
             while selector.get_map() or child.poll() is None:
                 now = time.monotonic()
                 ended = ended or (now if child.poll() is not None else 0.0)
-                if ended and now > ended + 1:
-                    return output, LEFT_BEHIND
-                if now > until:
-                    return output, f"took longer than {deadline:.0f} s"
-                if self.stopped_at and now > self.stopped_at + self.GRACE:
-                    raise Stopping
-                if who.disk and (full := lacks_room(who.disk)):
-                    return output, full
+                if ended and now > ended + 1: return output, LEFT_BEHIND
+                if now > until: return output, f"took longer than {deadline:.0f} s"
+                if self.stopped_at and now > self.stopped_at + self.GRACE: raise Stopping
+                if who.disk and (full := lacks_room(who.disk)): return output, full
                 if not selector.get_map():
                     time.sleep(0.002)
                 for key, _ in selector.select(0.2) if selector.get_map() else ():
@@ -888,7 +853,6 @@ class Repository:
 
     def __post_init__(self) -> None:
         self.folder = self.paths.own / "git"
-
     def environment(self) -> dict[str, str]:
         """No prompts, no configuration of others, one transport, the token in the environment."""
         remote, settings = self.service.repository, dict(GIT_SETTINGS)
@@ -904,7 +868,6 @@ class Repository:
         for number, (key, value) in enumerate(settings.items()):
             env |= {f"GIT_CONFIG_KEY_{number}": key, f"GIT_CONFIG_VALUE_{number}": value}
         return env
-
     def ssh_words(self) -> list[str]:
         """ssh for git: the deploy key alone, host keys remembered at first sight."""
         options = ["BatchMode=yes", "StrictHostKeyChecking=accept-new", "ConnectTimeout=20",
@@ -914,7 +877,6 @@ class Repository:
             "-i", f"{self.paths.own}/ssh/deploy_key", "-o", "IdentitiesOnly=yes",
             "-o", "IdentityAgent=none"]
         return ["ssh", "-F", "/dev/null", *(w for o in options for w in ("-o", o)), *key]
-
     def prepare(self) -> None:
         """Folders, the deploy key where the user can read it, and the trust in local paths."""
         own = self.paths.own
@@ -930,7 +892,6 @@ class Repository:
             trusted += [url, f"{url.rstrip('/')}/.git"]
         lines = "".join(f"\tdirectory = {json.dumps(path)}\n" for path in trusted)
         write_atomic(own / "gitconfig", f"[safe]\n{lines}".encode(), 0o644)
-
     def init(self, folder: Path) -> None:
         """A git folder with hashes of the remote's kind."""
         kind = "sha256" if len(self.asked) == 64 else "sha1"
@@ -963,14 +924,12 @@ class Repository:
         there = sorted(map(printable, self.heads(url, "refs/heads/*")))
         have = ", ".join(there[:10]) + ", …" * (len(there) > 10)
         raise Fault(f"the repository has no branch {branch!r}; it has: {have or 'none'}")
-
     def heads(self, url: str, ref: str) -> dict[str, str]:
         """The branches of a remote that match, and their commits."""
         output = self.git("ls-remote", url, ref, deadline="ls-remote", folder=None)
         rows = re.findall(r"^([0-9a-f]{40}|[0-9a-f]{64})\trefs/heads/(.+)$",
                           output.decode(errors="replace"), re.MULTILINE)
         return {name: commit for commit, name in rows}
-
     def fetch(self, folder: Path = Path()) -> str:
         """Fetch the branch's commit alone, by force; its identity. Raises Fault."""
         ref = f"+refs/heads/{self.service.branch}:refs/pgod/wanted"
@@ -981,7 +940,6 @@ class Repository:
             self.init(self.folder / folder)
         self.git("fetch", "--quiet", "--no-tags", "--depth=1", "--no-write-fetch-head", url, ref,
                  deadline="fetch", folder=folder)
-
     def repaired(self, act: Callable[[], Any]) -> Any:
         """What `act` returns; where it fails, once more with a git folder that is made again."""
         try:
@@ -991,7 +949,6 @@ class Repository:
         except Fault as fault:
             self.remake(fault)
             return act()
-
     def remake(self, reason: Fault) -> None:
         """Make the git folder again beside the old one and swap them; the work tree stays."""
         fresh, old = self.folder.with_name("git.new"), self.folder.with_name("git.old")
@@ -1000,17 +957,15 @@ class Repository:
         make_folder(fresh, 0o700, self.account)
         self.init(fresh)
         self.fetch(fresh)
-        with contextlib.suppress(Fault):  # the last good commit, for a rollback
+        with suppress(Fault):  # the last good commit, for a rollback
             self.fetch_ref(str(self.folder), "+refs/pgod/good:refs/pgod/good", fresh)
         self.folder.rename(old)
         fresh.rename(self.folder)
         shutil.rmtree(old, ignore_errors=True)
         log.warning("%s: git folder made again: %s", self.service.name, reason)
-
     def identity(self, ref: str, folder: Path = Path()) -> str:
         words = ("rev-parse", "--verify", "--quiet", f"{ref}^{{commit}}")
         return self.git(*words, folder=folder).decode().strip()
-
     def describe(self, commit: str) -> tuple[str, str]:
         """Author and subject, for people; empty if git cannot say."""
         try:
@@ -1028,8 +983,7 @@ class Repository:
             facts, _, name = entry.partition(b"\t")
             mode, _, blob, size = facts.decode().split()
             path = name.decode(errors="surrogateescape")
-            if path in tree:
-                raise Refused(f"it has a path twice: {printable(path[:80])}")
+            if path in tree: raise Refused(f"it has a path twice: {printable(path[:80])}")
             left -= int(size) if size != "-" else 0
             if len(path) > PATH_LENGTH or path.count("/") > PATH_DEPTH:
                 raise Refused(f"it has a path that is too long: {printable(path[:80])}…")
@@ -1074,20 +1028,20 @@ class Repository:
         self.asked = self.git("ls-remote", there, "HEAD", folder=None).decode().partition("\t")[0]
         self.fetch_ref(there, "+HEAD:refs/pgod/good")
         return self.identity("refs/pgod/good")
-
-    def public_keys(self, tree: Tree) -> tuple[PublicKey, ...]:
-        """The keys in ssh/ of the export: regular files, every line of them."""
-        keys: dict[str, PublicKey] = {}
-        paths = [path for path, (mode, _) in sorted(tree.items())
-                 if re.fullmatch(r"ssh/[^/]+", path) and mode not in LINK_MODES]
+    def public_keys(self, tree: Tree) -> tuple[tuple[PublicKey, ...], tuple[str, ...]]:
+        """The keys in ssh/ of the export, and what in it is none, and why."""
+        keys, ignored = dict[str, PublicKey](), list[str]()
+        paths = [path for path in sorted(tree) if re.fullmatch(r"ssh/[^/]+", path)]
         for path in paths[:KEY_COUNT]:
+            if kind := LINK_MODES.get(tree[path][0]):
+                ignored.append(f"{printable(path)} is {kind}")
+                continue
             with as_user(self.account):
                 data = read_beneath(self.paths.export, path, KEY_FILE_BYTES + 1)
             found, wrong = parse_key_file(data)
             keys |= {key.fingerprint: key for key in found if key.fingerprint not in keys}
-            if wrong:
-                log.warning("%s: key ignored: %s %s", self.service.name, printable(path), wrong)
-        return tuple(keys.values())[:KEY_COUNT]
+            ignored += [f"{printable(path)} {why}" for why in wrong[:10]]
+        return tuple(keys.values())[:KEY_COUNT], tuple(ignored[:KEY_COUNT])
 
 # ---- Work tree ---------------------------------------------------------------------------------
 def folders_of(path: str) -> list[str]:
@@ -1097,19 +1051,16 @@ def folders_of(path: str) -> list[str]:
 def same_entry(root: Path, export: Path, path: str, mode: str) -> bool:
     """Whether the work tree has at `path` what the export has there."""
     found, (*parts, name) = stat_beneath(root, path), path.split("/")
-    if found is None or stat.S_ISLNK(found.st_mode) != (mode == "120000"):
-        return False
+    if found is None or stat.S_ISLNK(found.st_mode) != (mode == "120000"): return False
     if mode == "120000":
         with folder_beneath(root, parts) as folder:
             return os.readlink(name, dir_fd=folder) == os.readlink(export / path)
     executable = bool(found.st_mode & stat.S_IXUSR) == (mode == "100755")
     size = (export / path).lstat().st_size
-    if not stat.S_ISREG(found.st_mode) or not executable or found.st_size != size:
-        return False
+    if not stat.S_ISREG(found.st_mode) or not executable or found.st_size != size: return False
     with open_beneath(root, path) as one, (export / path).open("rb") as other:
         while (chunk := one.read(1 << 20)) == other.read(1 << 20):  # never in memory as a whole
-            if not chunk:
-                return True
+            if not chunk: return True
     return False
 
 def conflicts_at(root: Path, export: Path, path: str, mode: str, known: set[str]) -> list[str]:
@@ -1118,10 +1069,8 @@ def conflicts_at(root: Path, export: Path, path: str, mode: str, known: set[str]
     for depth in range(1, len(parts) + 1):
         at = "/".join(parts[:depth])
         found = stat_beneath(root, at)
-        if found is None or (at in known and depth < len(parts)):
-            return []
-        if depth < len(parts) and stat.S_ISDIR(found.st_mode):
-            continue
+        if found is None or (at in known and depth < len(parts)): return []
+        if depth < len(parts) and stat.S_ISDIR(found.st_mode): continue
         if stat.S_ISDIR(found.st_mode):
             with folder_beneath(root, at.split("/")) as folder:
                 return [name for top, _, files, _ in os.fwalk(".", dir_fd=folder) for file in files
@@ -1129,7 +1078,7 @@ def conflicts_at(root: Path, export: Path, path: str, mode: str, known: set[str]
         return [] if same_entry(root, export, path, mode) else [at]
     return []
 
-@contextlib.contextmanager
+@contextmanager
 def refuse_on_permission_error(root: Path, path: str) -> Iterator[None]:
     """Say what to do where the user is kept out of his own work tree."""
     try:
@@ -1148,7 +1097,7 @@ def worktree_conflicts(root: Path, export: Path, tracked: Tree, new: Tree) -> li
     changes = {path for path in {*tracked, *new} if tracked.get(path) != new.get(path)}
     for folder, path in {path.rpartition("/")[0]: path for path in sorted(changes)}.items():
         with (refuse_on_permission_error(root, path),
-              contextlib.suppress(FileNotFoundError, Refused),
+              suppress(FileNotFoundError, Refused),
               folder_beneath(root, folder.split("/") if folder else ()) as descriptor):
             name = f".pgod-{os.getpid()}-{threading.get_ident()}"
             os.mkdir(name, 0o700, dir_fd=descriptor)
@@ -1157,9 +1106,8 @@ def worktree_conflicts(root: Path, export: Path, tracked: Tree, new: Tree) -> li
 
 def write_entry(root: Path, export: Path, path: str, mode: str) -> None:
     """What the export has at `path`, to the work tree, if that is not there already."""
-    with contextlib.suppress(PermissionError):
-        if same_entry(root, export, path, mode):
-            return
+    with suppress(PermissionError):
+        if same_entry(root, export, path, mode): return
     if mode == "120000":
         target = os.readlink(export / path)
         replace_beneath(root, path, lambda name, folder: os.symlink(target, name, dir_fd=folder))
@@ -1188,7 +1136,7 @@ def update_worktree(root: Path, export: Path, tracked: Tree, new: Tree,
 
     gone = sorted(set(tracked) - set(new))
     folders = {folder for path in new for folder in folders_of(path)}
-    replaced = collections.defaultdict[str, list[str]](list)  # a folder that becomes a file
+    replaced = defaultdict[str, list[str]](list)  # a folder that becomes a file
     for path in gone:
         for folder in folders_of(path):
             if folder in new:
@@ -1209,7 +1157,7 @@ def chown_tracked(root: Path, paths: Iterable[str], former: int, account: Accoun
     # Only those that are the former user's (a number): what a container took stays the container's.
     for path in {*paths, *(folder for file in paths for folder in folders_of(file))}:
         *parts, name = path.split("/")
-        with contextlib.suppress(FileNotFoundError, Refused), folder_beneath(root, parts) as folder:
+        with suppress(FileNotFoundError, Refused), folder_beneath(root, parts) as folder:
             if os.stat(name, dir_fd=folder, follow_symlinks=False).st_uid == former:
                 os.chown(name, account.uid, account.gid, dir_fd=folder, follow_symlinks=False)
 
@@ -1217,6 +1165,8 @@ def chown_tracked(root: Path, paths: Iterable[str], former: int, account: Accoun
 API_NEWEST = (1, 51)  # the newest version of the engine's API that pgod was tried with
 API_BYTES = 32 << 20  # of one answer
 API_SECONDS = 60.0
+WORDS_LINES = 200  # that a container wrote last ...
+WORDS_BYTES = 64 << 10  # ... and bytes of them
 PROJECT_LABEL = "com.docker.compose.project"
 SERVICE_LABEL = "com.docker.compose.service"
 REPLACE_LABEL = "com.docker.compose.replace"
@@ -1229,7 +1179,6 @@ UP = ("running", "restarting", "paused", "removing")  # states of what has not e
 
 class NotThere(Fault):
     """The engine has no such container, image, network or volume."""
-
 @dataclass(frozen=True)
 class Bind:
     """A path of the host that the engine mounts, as root, into a container."""
@@ -1271,23 +1220,18 @@ class Snapshot:
     volumes: Mapping[str, Json] = field(default_factory=dict)
     images: Mapping[str, str] = field(default_factory=dict)  # name: identity
     now: float = 0.0
-
 def parse_docker_host(text: str) -> tuple[str, int]:
     """`(path, 0)` of a Unix socket or `(host, port)`, as docker reads DOCKER_HOST. Raises Fault."""
     scheme, _, rest = text.partition("://")
-    if scheme == "unix" and rest.startswith("/"):
-        return rest, 0
+    if scheme == "unix" and rest.startswith("/"): return rest, 0
     parts = urllib.parse.urlsplit(text)
-    with contextlib.suppress(ValueError):
-        if scheme == "tcp" and parts.hostname:
-            return parts.hostname, parts.port or 2375
+    with suppress(ValueError):
+        if scheme == "tcp" and parts.hostname: return parts.hostname, parts.port or 2375
     raise Fault(f"DOCKER_HOST={text}: pgod speaks to an engine by unix:///path or tcp://host:port")
-
 def parse_time(text: str) -> float:
     """Seconds since the epoch of an RFC 3339 time; 0 for the engine's "never"."""
     match = re.fullmatch(r"(\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d)(\.\d{1,6})?\d*(Z|[+-]\d\d:\d\d)", text)
-    if not match or text.startswith("0001"):
-        return 0.0
+    if not match or text.startswith("0001"): return 0.0
     return datetime.datetime.fromisoformat(match[1] + (match[2] or "") + match[3]).timestamp()
 
 def parse_container(facts: Json) -> Container:
@@ -1332,7 +1276,6 @@ class EngineApi:
         host = host or os.environ.get("DOCKER_HOST") or "unix:///var/run/docker.sock"
         self.address = parse_docker_host(host)
         self._version = ""  # asked for again when the engine was away
-
     def path(self, path: str, query: Json) -> str:
         """With the version that both know, and the query; filters are JSON."""
         if not self._version:
@@ -1348,7 +1291,7 @@ class EngineApi:
                  seconds: float = API_SECONDS) -> tuple[bytes, http.client.HTTPMessage]:
         """The answer's body and headers. Raises NotThere, Fault with its words, or EngineGone."""
         try:
-            with contextlib.closing(engine_connection(self.address, seconds)) as connection:
+            with closing(engine_connection(self.address, seconds)) as connection:
                 data = None if body is None else json.dumps(body).encode()
                 connection.request(method, path, data, {"Content-Type": "application/json"})
                 answer = connection.getresponse()
@@ -1359,7 +1302,7 @@ class EngineApi:
         if len(text) > API_BYTES:
             raise Fault(f"the engine answered {path} with more than {API_BYTES >> 20} MiB")
         if answer.status >= 400:
-            with contextlib.suppress(ValueError, AttributeError):
+            with suppress(ValueError, AttributeError):
                 text = json.loads(text).get("message", "").encode()
             raise (NotThere if answer.status == 404 else Fault)(
                 one_line(text.decode(errors="replace")) or f"the engine says {answer.status}")
@@ -1373,19 +1316,17 @@ class EngineApi:
             return json.loads(text) if text.strip() else None
         except ValueError:
             raise Fault(f"the engine's answer to {path} is no JSON") from None
-
     def containers(self, project: str) -> tuple[Container, ...]:
         """The containers of a project by name, one-off ones left out."""
         labels = [f"{PROJECT_LABEL}={project}", "com.docker.compose.oneoff=False"]
         found = []
         for row in self.ask("GET", "/containers/json", {"all": 1, "filters": {"label": labels}}):
-            with contextlib.suppress(NotThere, KeyError):  # gone meanwhile
+            with suppress(NotThere, KeyError):  # gone meanwhile
                 facts = self.ask("GET", f"/containers/{row['Id']}/json")
                 container, ended = parse_container(facts), parse_time(facts["State"]["FinishedAt"])
                 by_hand = container.status == "exited" and self.was_ended(container, ended)
-                found.append(dataclasses.replace(container, by_hand=by_hand))
+                found.append(replace(container, by_hand=by_hand))
         return tuple(sorted(found, key=lambda container: container.name))
-
     def was_ended(self, container: Container, ended: float) -> bool:
         """Whether somebody stopped or killed it. The engine remembers its last 256 events."""
         # It tells of a kill a moment later than it kills, and waits for what is yet to come.
@@ -1396,7 +1337,6 @@ class EngineApi:
         events = [json.loads(line) for line in text.splitlines() if line.strip()]
         return any(event["Actor"]["Attributes"].get("signal") not in HARMLESS_SIGNALS
                    and event.get("timeNano", 0) / 1e9 > container.started for event in events)
-
     def facts(self, path: str) -> Json:
         """What the engine says of a thing; empty where it is not there."""
         try:
@@ -1427,10 +1367,33 @@ class EngineApi:
         """All containers on a network, also stopped ones: names, identities and labels."""
         return list(self.ask("GET", "/containers/json", {
             "all": 1, "filters": {"network": [network]}}))
+    def last_words(self, container: Container) -> str:
+        """The state of a container, what its health checks said, and the end of its logs."""
+        facts = self.facts(f"/containers/{container.identity}/json")
+        checks = ((facts.get("State") or {}).get("Health") or {}).get("Log") or ()
+        query = {"stdout": 1, "stderr": 1, "tail": WORDS_LINES}
+        path = self.path(f"/containers/{container.identity}/logs", query)
+        try:
+            data, _ = self.exchange("GET", path)
+        except Fault as fault:
+            data = str(fault).encode()
+        text, rest = bytearray(), data
+        while (facts.get("Config") or {}).get("Tty") is False and rest[:1] in (b"\1", b"\2"):
+            size = int.from_bytes(rest[4:8], "big")  # stdout and stderr come in frames
+            text, rest = text + rest[8:8 + size], rest[8 + size:]
+        restarts = f", {container.restarts} restarts" if container.restarts else ""
+        health = f", {container.health}" if container.health else ""
+        return "\n".join([
+            f"== {container.name}: {container.status}{health}, exit status {container.exit_code}"
+            + restarts,
+            *(f"health check: exit status {check.get('ExitCode')}: {check.get('Output')}"
+              for check in checks),
+            bytes(text or data)[-WORDS_BYTES:].decode(errors="replace").rstrip()])
+
     def act(self, method: str, path: str, query: Json | None = None,
             body: Any = None, seconds: float = API_SECONDS) -> None:
         """Do something to what may be gone meanwhile. Raises Fault."""
-        with contextlib.suppress(NotThere):
+        with suppress(NotThere):
             self.ask(method, path, query, body, seconds)
     def stop(self, identities: Iterable[str]) -> None:
         for identity in identities:
@@ -1459,14 +1422,12 @@ class EngineApi:
             with engine_connection(self.address, API_SECONDS).sock as stream:
                 stream.sendall(f"GET {path} HTTP/1.0\r\nHost: docker\r\n\r\n".encode())
                 while going_on():
-                    if not select.select([stream], [], [], 0.5)[0]:
-                        continue
-                    if not (data := stream.recv(1 << 16)):
-                        return
+                    if not select.select([stream], [], [], 0.5)[0]: continue
+                    if not (data := stream.recv(1 << 16)): return
                     *whole, rest = (rest + data).split(b"\n")
                     rest = rest if len(rest) < API_BYTES else b""
                     for line in whole:
-                        with contextlib.suppress(ValueError, KeyError, TypeError):
+                        with suppress(ValueError, KeyError, TypeError):
                             on_event(json.loads(line))
         except OSError as error:
             raise EngineGone(f"the engine does not answer: {error}") from None
@@ -1475,16 +1436,14 @@ def compose_program(children: Children) -> tuple[str, ...]:
     """`docker compose`, or a standalone docker-compose of version 2. Raises Fault."""
     found = ""
     for words in (("docker", "compose"), ("docker-compose",)):
-        with contextlib.suppress(Fault):
+        with suppress(Fault):
             version = children.run(
                 [*words, "version", "--short"], RunAs(), deadline=DEADLINE["docker"],
                 kind=("compose", "version")).check("").stdout.decode(errors="replace").strip()
-            if re.match(r"v?([2-9]|[1-9]\d+)\.", version):
-                return words
+            if re.match(r"v?([2-9]|[1-9]\d+)\.", version): return words
             found = f"{' '.join(words)} {printable(version)[:40]} is too old; "
     raise Fault(f"{found}docker compose 2 is needed: install docker-compose-v2 or "
                 "docker-compose-plugin")
-
 def account_of(user: str) -> Account:
     """The user with the groups it has, but for docker's: who has that is root by the engine."""
     entry = pwd.getpwnam(user)
@@ -1501,6 +1460,9 @@ def render_fault(result: Result, files: Sequence[str]) -> Fault:
         why = f"it needs more than {RENDER_CPU} s of processor time"
     elif "remote resource is disabled" in text:
         why = "it includes or extends an address; only files of the repository are read"
+    elif match := re.search(r"env file (/.*) not found", why):
+        why = (f"env_file {os.path.relpath(match[1], os.path.dirname(files[0]))} is not in the "
+               "commit; commit it, or let env or env_file in pgo.toml stand in for it")
     elif "\ngoroutine " in text:
         return Fault(f"compose crashed: {text.splitlines()[0][:200]}")
     elif match := re.search(r"yaml: (line \d+): (.*)", why):
@@ -1534,7 +1496,6 @@ class Compose:
             "COMPOSE_EXPERIMENTAL_GIT_REMOTE": "false", "COMPOSE_EXPERIMENTAL_OCI_REMOTE": "false",
             "COMPOSE_PROJECT_NAME": self.service.name, "COMPOSE_MENU": "false",
             "DOCKER_CLI_HINTS": "false"}
-
     def who(self, env: Mapping[str, str] | None = None, disk: str = "") -> RunAs:
         return RunAs(self.service.name, None, self.environment() | dict(env or {}),
                      secrets=self.service.secrets, disk=disk)
@@ -1559,43 +1520,60 @@ class Compose:
         return self.children.run(
             self.words(*command, model=model), self.who(values, disk),
             deadline=DEADLINE[deadline] + waits, on_line=on_line, kind=("compose", command[0]))
-
     def files(self, tree: Tree) -> list[str]:
         """The files of the commit to render. Raises Refused if there is none."""
         names = self.service.compose or tuple(n for n in COMPOSE_FILES if n in tree)[:1]
-        if not names:
-            raise Refused(f"the repository has none of {', '.join(COMPOSE_FILES)}")
+        if not names: raise Refused(f"the repository has none of {', '.join(COMPOSE_FILES)}")
         for name in names:
-            if name not in tree:
-                raise Refused(f"the repository has no {name}")
+            if name not in tree: raise Refused(f"the repository has no {name}")
         return [str(self.paths.export / name) for name in names]
-
     @property
     def folder(self) -> str:
         """The project's folder in the export: compose takes that of the first file."""
         first = (*self.service.compose, "")[0]
         return os.path.dirname(self.paths.export / first) if first else str(self.paths.export)
-    def render(self, files: Sequence[str]) -> dict[str, Any]:
-        """The model of files, by compose itself, in the export. Raises Refused."""
+    def render(self, files: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
+        """The model of files, by compose itself, in the export; its warnings. Raises Refused."""
         # As the user, without the docker group, with limits.
         words = [word for name in files for word in ("--file", name)]
         env = {"PWD": self.folder, **self.environment(), "GIT_ALLOW_PROTOCOL": "none",
                "DOCKER_CONFIG": "/nonexistent", "GOMAXPROCS": "2"}
-        result = self.children.run(
-            [*self.program, "--project-name", self.service.name, "--project-directory",
-             self.folder, *words, "config", "--format", "json"],
-            RunAs(self.service.name, self.account, env, secrets=self.service.secrets,
-                  limits=(f"--cpu={RENDER_CPU}", f"--data={RENDER_MEMORY}"), marked=False),
-            deadline=DEADLINE["render"], limit=RENDER_OUTPUT, kind=("compose", "config"))
-        if result.failed:
-            raise render_fault(result, files)
+        with ExitStack() as stack:
+            while True:
+                result = self.children.run(
+                    [*self.program, "--project-name", self.service.name, "--project-directory",
+                     self.folder, *words, "config", "--format", "json"],
+                    RunAs(self.service.name, self.account, env, secrets=self.service.secrets,
+                          limits=(f"--cpu={RENDER_CPU}", f"--data={RENDER_MEMORY}"), marked=False),
+                    deadline=DEADLINE["render"], limit=RENDER_OUTPUT, kind=("compose", "config"))
+                missing = re.search(r"env file (/.*) not found", result.stderr)
+                if not missing or not self.stand_in(missing[1], stack): break
+        if result.failed: raise render_fault(result, files)
+        export = str(self.paths.export) + "/"
+        warnings = [json.loads(text).replace(export, "") for text in
+                    re.findall(r'level=warning msg=("(?:[^"\\]|\\[\\"nt])*")', result.stderr)]
         try:
-            return dict(json.loads(result.stdout))
+            return dict(json.loads(result.stdout)), [*dict.fromkeys(warnings)][:20]
         except (ValueError, TypeError):
             raise Refused("compose rendered the compose file to something else than JSON") from None
         except RecursionError:
             raise Refused("the compose file is nested too deeply") from None
 
+    def stand_in(self, path: str, stack: ExitStack) -> bool:
+        """Make an env file that the commit lacks, of the names in pgo.toml, until `stack` ends."""
+        # A name without a value takes that of compose's environment: no secret is in the file.
+        inside, names = beneath(path, str(self.paths.export)), dict(self.service.env)
+        with suppress(FileNotFoundError, FileExistsError, Refused):
+            if inside and names:
+                *parts, name = inside.split("/")
+                with folder_beneath(self.paths.export, parts) as folder:
+                    descriptor = os.open(name, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644,
+                                         dir_fd=folder)
+                stack.callback(os.unlink, path)
+                with os.fdopen(descriptor, "w") as file:
+                    file.write("".join(f"{name}\n" for name in names))
+                return True
+        return False
     def login(self) -> None:
         """Log in to every registry, with a configuration of the service's own. Raises Fault."""
         for registry in self.service.registries:
@@ -1604,7 +1582,6 @@ class Compose:
                  registry.address], self.who(), stdin=registry.token.encode(),
                 deadline=DEADLINE["login"], kind=("docker", "login"))
             result.check(f"login to {registry.address} failed")
-
     def pull(self, names: Sequence[str], disk: str) -> str:
         """Pull the images of compose services; why not all of them came, or nothing."""
         trouble = ""
@@ -1630,22 +1607,20 @@ class Compose:
         write_atomic(path, json.dumps({"version": 1, "rules": rules}).encode())
         result = self.run("build", *own, "--", *names, deadline="build", model="render.json",
                           disk=disk, values={"EXPERIMENTAL_BUILDKIT_SOURCE_POLICY": str(path)})
-        if result.trouble.startswith(FULL):
-            raise Fault(f"build failed: {result.trouble}")
+        if result.trouble.startswith(FULL): raise Fault(f"build failed: {result.trouble}")
         if result.failed:
             why = one_line(result.stderr + result.trouble, 600)
             remedy = ('; an administrator permits an address in a Dockerfile with allow = '
                       '["build:address"], an image of another service with ["image:NAME"]')
             raise Refused(f"build failed: {why}{remedy if 'denied by policy' in why else ''}")
 
-    def up(self, services: Sequence[str], values: Mapping[str, str], on_line: Progress,
-           force: bool = False) -> None:
+    def up(self, services: Sequence[str], values: Mapping[str, str], force: bool = False) -> None:
         """Bring up these compose services and no others; no orphans. Raises Fault or EngineGone."""
         forced = ["--force-recreate"] if force else []
         result = self.run(
             "up", "--detach", "--no-build", "--quiet-pull", "--pull", "never", "--no-deps",
-            "--remove-orphans", *forced, "--", *services, deadline="up", on_line=on_line,
-            values=values)
+            "--remove-orphans", *forced, "--", *services, deadline="up", values=values,
+            on_line=lambda line: log.debug("%s: %s", self.service.name, line))
         if re.search(r"Cannot connect to the Docker daemon|error during connect|"
                      "server is shutting down", result.stderr) and result.status:
             raise EngineGone(f"the engine went away: {result.complaint}")
@@ -1660,17 +1635,14 @@ NOT_SHAPING = frozenset(("build", "pull_policy", "profiles", "depends_on", "scal
 
 def copied(model: Model) -> Model:
     return dict(json.loads(json.dumps(model)))
-
 def moved_paths(value: Any, old: str, new: str) -> Any:
     """The model with every path at or beneath `old` moved to `new`."""
     if isinstance(value, dict):
         return {key: moved_paths(item, old, new) for key, item in value.items()}
-    if isinstance(value, list):
-        return [moved_paths(item, old, new) for item in value]
+    if isinstance(value, list): return [moved_paths(item, old, new) for item in value]
     if isinstance(value, str) and (value == old or value.startswith(old + "/")):
         return new + value[len(old):]
     return value
-
 def part(value: Json, *keys: str) -> dict[str, Any]:
     """The mapping at a path of keys; an empty one where there is none."""
     for key in keys:
@@ -1685,7 +1657,6 @@ def entries_used(uses: Any, table: Json) -> dict[str, Any]:
 def files_used(uses: Any, table: Json) -> list[str]:
     files = [entry.get("file") for entry in entries_used(uses, table).values()]
     return [str(file) for file in files if file]
-
 def binds_of(model: Model) -> list[Bind]:
     """Every bind mount, and configs and secrets from files, which the engine binds too."""
     binds = []
@@ -1698,14 +1669,12 @@ def binds_of(model: Model) -> list[Bind]:
             files = files_used(service.get(f"{kind}s"), part(model, f"{kind}s"))
             binds += [Bind(name, kind, file, True) for file in files]
     return binds
-
 def expected_replicas(model: Model) -> dict[str, int]:
     expected = {}
     for name, service in compose_services(model).items():
         replicas = part(service, "deploy").get("replicas", service.get("scale", 1))
         expected[name] = int(1 if replicas is None else replicas)
     return expected
-
 def with_tmpfs_sizes(model: Model) -> Model:
     """The model with a limit where a tmpfs has none and could take half of the host's memory."""
     result = copied(model)
@@ -1718,7 +1687,6 @@ def with_tmpfs_sizes(model: Model) -> Model:
             if isinstance(volume, dict) and volume.get("type") == "tmpfs":
                 volume["tmpfs"] = {"size": str(MAX_BYTES)} | (volume.get("tmpfs") or {})
     return result
-
 def without_absent(model: Model) -> Model:
     """The model without dependencies that are optional and not there: `up` would refuse them."""
     result = copied(model)
@@ -1727,7 +1695,6 @@ def without_absent(model: Model) -> Model:
             service["depends_on"] = {name: how for name, how in wanted.items() if name in services
                                      or (how or {}).get("required") is not False}
     return result
-
 def without_raw_sockets(model: Model) -> Model:
     """The model without NET_RAW where others are on the network: ARP would take their traffic."""
     result = copied(model)
@@ -1738,7 +1705,6 @@ def without_raw_sockets(model: Model) -> Model:
         if external and not added & {"NET_RAW", "ALL"}:  # which an administrator permits
             service["cap_drop"] = sorted({*(service.get("cap_drop") or ()), "NET_RAW"})
     return result
-
 def inherits_bind(binds: Iterable[Bind], service: Json, image_volumes: Iterable[str]) -> bool:
     """Whether compose would hand an old container's bind on to the new one."""
     # It does so where the new one has an anonymous volume, of the compose file or of the image.
@@ -1747,7 +1713,6 @@ def inherits_bind(binds: Iterable[Bind], service: Json, image_volumes: Iterable[
     anonymous = {*map(os.path.normpath, image_volumes)} - {*mounts} | {
         target for target, source in mounts.items() if not source}
     return any(os.path.normpath(bind.target) in anonymous for bind in binds)
-
 def image_of(project: str, name: str, service: Json) -> str:
     """The image's name; compose makes one up for what it builds."""
     return str(service.get("image") or f"{project}-{name}")
@@ -1764,7 +1729,6 @@ def names_of(where: str, service: Json, key: str) -> set[str]:
     return {str(name) for name in names if name}
 def plain(name: str) -> str:
     return name.lower().rstrip(".")
-
 def names_on(project: str, model: Model, network: str) -> tuple[set[str], set[str]]:
     """What a project's containers on a network answer to there, and what only they know inside."""
     services = compose_services(model)
@@ -1779,7 +1743,6 @@ def names_on(project: str, model: Model, network: str) -> tuple[set[str], set[st
         for key in (keys if name in on else near) & {*networks_used(service)})]
     return ({plain(text) for outside, found in names for text in found if outside},
             {plain(text) for outside, found in names for text in found if not outside})
-
 def shared_with(service: Json) -> set[str]:
     modes = [str(service.get(key) or "") for key in ("network_mode", "ipc", "pid")]
     sources = [str(text).split(":") for text in service.get("volumes_from") or ()]
@@ -1810,11 +1773,13 @@ class Files:
         """Mode and digest of a file; None where that is no file of the commit."""
         relative = beneath(source, self.worktree)
         return self.entries.get(relative) if relative else None
-
+    def at(self, source: str) -> list[tuple[str, tuple[str, str]]]:
+        """A file of the commit, or all that is in a folder of it."""
+        own = self.file(source)
+        return [(str(beneath(source, self.worktree)), own)] if own else self.beneath(source)
     def beneath(self, source: str) -> list[tuple[str, tuple[str, str]]]:
         relative = beneath(source, self.worktree)
-        if relative is None:
-            return []
+        if relative is None: return []
         prefix = relative + "/" if relative else ""
         first = bisect.bisect_left(self.paths, prefix)
         return [(path, self.entries[path]) for path in itertools.takewhile(
@@ -1846,7 +1811,7 @@ def digest_of(facts: Any, key: bytes) -> str:
     text = json.dumps(facts, sort_keys=True).encode(errors="surrogatepass")
     return hmac.new(key, text, "sha256").hexdigest()[:32]
 def input_digests(model: Model, files: Files, key: bytes) -> dict[str, str]:
-    found = collections.defaultdict[str, list[Any]](list)
+    found = defaultdict[str, list[Any]](list)
     for bind in binds_of(model):
         if bind.kind == "bind":
             found[bind.compose_service] += files.beneath(bind.source)
@@ -1861,7 +1826,6 @@ def with_labels(model: Model, digests: Mapping[str, str], adopted: Mapping[str, 
         if adopted.get(name) != digests[name]:
             service["labels"] = part(service, "labels") | {DIGEST_LABEL: digests[name]}
     return result
-
 def with_network_labels(project: str, model: Model, there: Mapping[str, Json]) -> Model:
     """The model with the digest of each network, but for those that are there without one."""
     # compose's own hash of a network covers its labels: one more would make it anew.
@@ -1871,10 +1835,8 @@ def with_network_labels(project: str, model: Model, there: Mapping[str, Json]) -
             labels = part(network, "labels") | {DIGEST_LABEL: digests[name]}
             result["networks"][key] = network | {"labels": labels}
     return result
-
 def why_changed(old: Model, new: Model, name: str) -> str:
-    if name not in compose_services(old):
-        return "it is not as the commit has it"
+    if name not in compose_services(old): return "it is not as the commit has it"
     before, after = ({key: value for key, value in part(model, "services", name).items()
                       if key not in NOT_SHAPING} for model in (old, new))
     for shape in (before, after):
@@ -1897,7 +1859,7 @@ class Violation:
     def redacted(self, secrets: Sequence[str]) -> Violation:
         """Without secrets, also those with a $, which compose doubles."""
         plain = {name: redact(text.replace("$$", "$"), secrets)
-                 for name, text in dataclasses.asdict(self).items()}
+                 for name, text in asdict(self).items()}
         return Violation(**plain)
     def __str__(self) -> str:
         remedy = f"; an administrator permits it with allow = [{json.dumps(self.allow)}]"
@@ -2051,7 +2013,6 @@ def port_range(value: Any) -> tuple[int, int]:
     """First and last of `80` or `8000-8010`; (0, 0) where the engine chooses."""
     first, _, last = str(value or "0").partition("-")
     return int(first), int(last or first)
-
 def check_ports(where: str, value: Any, context: PolicyContext) -> Found:
     permitted = [port_range(e[6:]) for e in context.service.allow if e.startswith("ports:")]
     for item in value or ():
@@ -2060,12 +2021,10 @@ def check_ports(where: str, value: Any, context: PolicyContext) -> Found:
             yield Violation(where, "ports", shown(published), "is not a port")
             continue
         first, last = port_range(published)
-        if last == 0 or any(low <= first and last <= high for low, high in permitted):
-            continue
+        if last == 0 or any(low <= first and last <= high for low, high in permitted): continue
         own = any(first <= port <= last for port in context.ports)
         if why := "is a port of pgod" if own else "is a port under 1024" if first < 1024 else "":
             yield Violation(where, "ports", str(published), why, f"ports:{published}")
-
 def check_tmpfs(where: str, value: Any, context: PolicyContext) -> Found:
     for item in listed(value or []):
         for option in str(item).partition(":")[2].split(","):
@@ -2077,7 +2036,6 @@ def check_healthcheck(where: str, value: Any, context: PolicyContext) -> Found:
         if seconds_of(text) == math.inf or 0 < seconds_of(text) < LEAST_INTERVAL:
             yield Violation(where, f"healthcheck.{key}", text, f"is under {LEAST_INTERVAL} s",
                             f"healthcheck:{text}")
-
 def check_deploy(where: str, value: Any, context: PolicyContext) -> Found:
     value = value or {}
     yield from unknown_keys(where, "deploy.", value, KNOWN["deploy"])
@@ -2086,29 +2044,23 @@ def check_deploy(where: str, value: Any, context: PolicyContext) -> Found:
     reservations = part(value, "resources").get("reservations") or {}
     for item in reservations.get("devices") or ():
         yield Violation(where, "deploy.devices", shown(item), "is a device of the host", "gpus")
-
 def check_hooks(where: str, value: Any, context: PolicyContext) -> Found:
     for item in (item for item in value or () if item.get("privileged")):
         yield Violation(where, "privileged", shown(item), "is root on the host", "privileged")
-
 def link_above(relative: str, tree: Tree) -> str:
     """Why the commit makes a path unsafe: a symlink or submodule at it or above it."""
-    if len(relative) > PATH_LENGTH:
-        return f"has over {PATH_LENGTH} characters"
+    if len(relative) > PATH_LENGTH: return f"has over {PATH_LENGTH} characters"
     parts = relative.split("/")
     for depth in range(1, len(parts) + 1):
         mode, _ = tree.get("/".join(parts[:depth]), ("", ""))
         if mode in LINK_MODES:
             return f"leads through {LINK_MODES[mode]} ({'/'.join(parts[:depth])})"
     return ""
-
 def outside_commit(path: str, context: PolicyContext) -> str:
     """Why a path is not a plain one of the commit, or nothing. compose doubles $ in a model."""
-    if "$" in path:
-        return "must be written without $"
+    if "$" in path: return "must be written without $"
     relative = beneath(path, context.worktree)
-    if relative is None:
-        return "lies outside the repository"
+    if relative is None: return "lies outside the repository"
     return link_above(relative, context.tree)
 
 CACHES = (r"[^=,\"\s]+|type=(registry|gha|inline)(,(ref|mode|scope|compression|oci-mediatypes|"
@@ -2145,8 +2097,7 @@ def check_built_image(where: str, image: str, context: PolicyContext) -> Found:
     repository = repository_of(image)
     users = [name for name, model in context.models for key, service in
              compose_services(model).items() if image_of(name, key, service) == image]
-    if {f"image:{image}", f"image:{repository}"} & {*context.service.allow}:
-        return
+    if {f"image:{image}", f"image:{repository}"} & {*context.service.allow}: return
     if not context.owns(image, "-", "/"):
         yield Violation(where, "image", image, "is built here and may be what others use; "
                         f"call it {context.name}-… or {context.name}/…", f"image:{repository}")
@@ -2168,7 +2119,6 @@ def check_frontend(where: str, dockerfile: str) -> Found:
     for match in FRONTEND.finditer(dockerfile.lstrip("\ufeff")):
         if not USUAL_FRONTEND.fullmatch(match[1] or ""):
             yield Violation(where, "syntax", match[0].strip()[:80], FRONTEND_WHY, "build:syntax")
-
 def check_build(where: str, value: Any, context: PolicyContext) -> Found:
     build = value if isinstance(value, dict) else {"context": value}
     yield from unknown_keys(where, "build.", build, KNOWN["build"])
@@ -2184,7 +2134,6 @@ def check_build(where: str, value: Any, context: PolicyContext) -> Found:
         yield from check_built_image(where, str(tag), context)
     yield from check_shm(where, build.get("shm_size"), context)
     yield from check_build_paths(where, build, context)
-
 def check_mounts(where: str, value: Any, context: PolicyContext) -> Found:
     """What a mount is; the paths of bind mounts are looked at all together below."""
     for item in value or ():
@@ -2200,7 +2149,6 @@ def check_mounts(where: str, value: Any, context: PolicyContext) -> Found:
         yield from unknown_keys(where, "volumes.", item, KNOWN["mount"])
         yield from unknown_keys(where, "volumes.bind.", bind, KNOWN["bind"])
         yield from check_tmpfs_size(where, (item.get("tmpfs") or {}).get("size"), context)
-
 def check_image(where: str, value: Any, context: PolicyContext) -> Found:
     if str(value).startswith("pgod.invalid/"):
         yield Violation(where, "image", str(value), "is a name that pgod keeps images by")
@@ -2348,8 +2296,7 @@ def check_attachments(model: Model, context: PolicyContext) -> Found:
         yield from unknown_keys(where, f"{place}.", attachment, KNOWN["attachment"])
         if attachment.get("driver_opts"):
             yield Violation(where, place, "driver_opts", "reaches into the host's network")
-        if key not in shared:
-            continue
+        if key not in shared: continue
         for name in sorted(name for name in names_of(where, service, key) if plain(name) in taken):
             yield Violation(where, place, name, "is a neighbour's name on a network that is shared",
                             f"network:{key}_name_{name}")
@@ -2370,7 +2317,6 @@ def name_clashes(model: Model, context: PolicyContext) -> Iterator[tuple[str, st
             their, within = names_on(other, theirs, name)
             for clash in sorted(mine & within | inside & their | mine & their):
                 yield key, clash, other, clash in mine & within | inside & their
-
 def check_inner_names(model: Model, context: PolicyContext) -> Found:
     """What one project looks up inside, no other one answers on a network that both are on."""
     for key, name, other, inner in name_clashes(model, context):
@@ -2378,7 +2324,6 @@ def check_inner_names(model: Model, context: PolicyContext) -> Found:
             yield Violation("networks", key, name, f"{other} answers to it on this network as "
                             "well, and one of the two looks it up inside; rename yours",
                             f"network:{key}_name_{name}")
-
 def check_volumes(model: Model, context: PolicyContext) -> Found:
     for key, volume in part(model, "volumes").items():
         volume = volume or {}
@@ -2392,7 +2337,6 @@ def check_volumes(model: Model, context: PolicyContext) -> Found:
         if driver not in ({}, {"driver": "local"}):
             yield Violation("volumes", key, shown(driver), "has a driver or driver_opts",
                             f"volume:{key}_driver={exact(driver)}")
-
 def check_size(model: Model, context: PolicyContext) -> Found:
     count = sum(max(0, replicas) for replicas in expected_replicas(model).values())
     if count > allowed("replicas", MAX_CONTAINERS, int, context):
@@ -2408,7 +2352,6 @@ def check_size(model: Model, context: PolicyContext) -> Found:
         if counts[key] > max([most, *permitted]):
             yield Violation("services", key, str(counts[key]), f"is more than {most} in all",
                             f"most:{key}={counts[key]}")
-
 def check_top_level(model: Model, context: PolicyContext) -> Found:
     yield from unknown_keys("the compose file", "", model, KNOWN["top"])
     for kind in ("configs", "secrets"):
@@ -2427,10 +2370,8 @@ def bind_allowed(bind: Bind, service: Service) -> bool:
         if entry.startswith("bind:"):
             path, _, mode = entry[5:].partition(":")
             inside = path == "/" or beneath(bind.source, path.rstrip("/")) is not None
-            if inside and (mode != "ro" or bind.read_only):
-                return True
+            if inside and (mode != "ro" or bind.read_only): return True
     return False
-
 def nested_binds(binds: Iterable[Bind], writers: Sequence[Bind]) -> Iterator[tuple[Bind, Bind]]:
     """Each bind that lies beneath one that a container can write, and that one."""
     for bind in binds:
@@ -2438,7 +2379,6 @@ def nested_binds(binds: Iterable[Bind], writers: Sequence[Bind]) -> Iterator[tup
             root = above.source.rstrip("/") + "/"
             if not above.read_only and bind.source.rstrip("/").startswith(root):
                 yield bind, above
-
 def check_nested_binds(binds: Sequence[Bind], context: PolicyContext) -> Found:
     """No source beneath one that a container can write: it could put a link to /etc there."""
     # Also where `allow` has the upper one: only an entry for the very path is the administrator's
@@ -2509,8 +2449,7 @@ MODEL_CHECKS = (check_top_level, check_networks, check_attachments, check_inner_
 def check_policy(model: Model, context: PolicyContext) -> list[Violation]:
     """Every violation of a model whose paths are those of the work tree. Pure."""
     # One that is too large is not read any further: it may be made to take minutes.
-    if found := [*itertools.islice(check_budget(model), VIOLATIONS)]:
-        return found
+    if found := [*itertools.islice(check_budget(model), VIOLATIONS)]: return found
     if found := [*check_size(model, context)]:
         return [v for v in found if v.allow not in context.service.allow]
     for where, service in compose_services(model).items():
@@ -2518,8 +2457,7 @@ def check_policy(model: Model, context: PolicyContext) -> list[Violation]:
     for check in MODEL_CHECKS:
         found += check(model, context)
     allowed = set(context.service.allow)
-    offered = (v if permits(v.allow) else dataclasses.replace(v, allow="")
-               for v in dict.fromkeys(found))
+    offered = (v if permits(v.allow) else replace(v, allow="") for v in dict.fromkeys(found))
     left = [violation for violation in offered if violation.allow not in allowed]
     more = Violation("the compose file", "violations", str(len(left)), "are too many to tell all")
     return left[:VIOLATIONS] + [more] * (len(left) > VIOLATIONS)
@@ -2541,8 +2479,7 @@ def as_strings(value: object) -> tuple[str, ...]:
 def matching(pattern: str, why: str) -> Callable[[object], str]:
     """A parser of strings; `why` ends the sentence about one that the pattern does not match."""
     def parse(value: object) -> str:
-        if not re.fullmatch(pattern, as_string(value)):
-            raise ValueError(f"{value!r} {why}")
+        if not re.fullmatch(pattern, as_string(value)): raise ValueError(f"{value!r} {why}")
         return as_string(value)
     return parse
 
@@ -2567,7 +2504,6 @@ def as_env(value: object) -> tuple[tuple[str, str], ...]:
         if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*=[^\0]*", text, re.DOTALL):
             raise ValueError(f"entry {number} is not of the form NAME=VALUE")
     return pairs
-
 def as_urls(value: object) -> tuple[tuple[str, str], ...]:
     """A table of host = target; neither can hold what would be a directive of Caddy."""
     if not isinstance(value, dict):
@@ -2579,22 +2515,18 @@ def as_urls(value: object) -> tuple[tuple[str, str], ...]:
                 or int(target.rpartition(":")[2]) > 65535):
             raise ValueError(f"{target!r} is not a target; write it like pgo:5006")
     return tuple(sorted(value.items()))
-
 def as_outside_file(value: object) -> str:
     """An absolute path of a file that nobody else can change or lead elsewhere."""
     path = Path(as_string(value))
-    if not path.is_absolute():
-        raise ValueError(f"{value!r} must be an absolute path")
+    if not path.is_absolute(): raise ValueError(f"{value!r} must be an absolute path")
     try:
         with open_beneath(Path("/"), str(path)[1:]) as file:
             others = os.fstat(file.fileno()).st_mode & (stat.S_IWGRP | stat.S_IWOTH)
     except (OSError, Refused) as error:
         why = error.strerror if isinstance(error, OSError) else "a link is in it, or it is no file"
         raise ValueError(f"{value!r} cannot be read: {why}") from None
-    if others:
-        raise ValueError(f"{value!r} can be written by others: chmod go-w {path}")
+    if others: raise ValueError(f"{value!r} can be written by others: chmod go-w {path}")
     return str(path)
-
 def as_deploy_key(value: object) -> str:
     path = as_outside_file(value)
     if trouble := private_key_trouble(read_beneath(Path("/"), path[1:], OUTSIDE_BYTES)):
@@ -2605,15 +2537,13 @@ def as_secret(value: object) -> str:
         raise ValueError("must have at least 16 characters; make one with: openssl rand -hex 20")
     return as_string(value)
 def as_bool(value: object) -> bool:
-    if not isinstance(value, bool):
-        raise ValueError("must be true or false")
+    if not isinstance(value, bool): raise ValueError("must be true or false")
     return value
 def as_known_user(value: object) -> str:
     try:
         return pwd.getpwnam(as_string(value)).pw_name
     except KeyError:
         raise ValueError(f"{value!r} does not exist; useradd --system {value} makes it") from None
-
 def as_allow(value: object) -> tuple[str, ...]:
     """Exceptions that the policy's table has, each with a value where it takes one."""
     for entry in as_strings(value):
@@ -2673,7 +2603,6 @@ def parse_service(table: Mapping[str, object], label: str) -> tuple[Service | No
             errors.append(f"{label}: {key}: {error}")
     errors += [f"{label}: {key} is missing" for key in REQUIRED_KEYS if key not in table]
     return (None, errors) if errors else combine_fields(fields, label)
-
 def check_services(services: Sequence[Service], names: Iterable[str]) -> list[str]:
     """What is wrong between services; `names` are also those of the ones that are wrong."""
     errors, hosts = list[str](), dict[str, str]()
@@ -2705,27 +2634,25 @@ def parse_configuration(text: str) -> tuple[Service, ...]:
         service, wrong = parse_service(table, f"service {name!r}" if name else f"service {number}")
         errors += wrong
         services += [service] if service else []
-    names = collections.Counter(str(table["name"]) for table in tables if "name" in table)
+    names = Counter(str(table["name"]) for table in tables if "name" in table)
     errors += [f"service {name!r}: the name is used {count} times; names must differ"
                for name, count in names.items() if count > 1]
     errors += check_services(services, names)
-    if errors:
-        raise ConfigurationError("\n".join(errors))
+    if errors: raise ConfigurationError("\n".join(errors))
     return tuple(services)
 
 def configuration_digest(path: Path) -> str:
     """Changes when pgo.toml does, or an env_file or deploy_key in it. Raises OSError."""
     text = path.read_bytes()
     digest, tables = hashlib.sha256(text), []
-    with contextlib.suppress(ValueError):
+    with suppress(ValueError):
         tables = tomllib.loads(text_of(text)).get("services", [])
     for table in filter(lambda table: isinstance(table, dict), tables):
         for name in (str(table.get(key)) for key in ("env_file", "deploy_key") if key in table):
-            with contextlib.suppress(OSError, Refused):
+            with suppress(OSError, Refused):
                 digest.update(name.encode() + b"\0" + read_beneath(
                     Path("/"), name[1:], OUTSIDE_BYTES))
     return digest.hexdigest()
-
 def read_configuration(path: Path) -> Configuration:
     """pgo.toml from disk. Raises ConfigurationError, also where it cannot be read."""
     try:
@@ -2759,6 +2686,7 @@ class Release:
     adopted: Mapping[str, str] = field(default_factory=dict)  # digests when it was taken over
     since: float = 0.0  # when it was found good, seconds since the epoch; 0: not yet
     ill: tuple[str, ...] = ()  # containers that were ill before its deploy began
+    notes: tuple[str, ...] = ()  # what its owner should know: warnings, and what is not followed
 
     @property
     def expected(self) -> dict[str, int]:
@@ -2826,7 +2754,6 @@ class Row:
         return ROWS[self.kind]
     def __str__(self) -> str:
         return f"{self.subject} {self.text}"
-
 def changed_networks(release: Release, snapshot: Snapshot) -> dict[str, str]:
     """The networks that are there and not as the release has them: key: name in the engine."""
     # One without a label is not pgod's: what was taken over counts, and whether it is closed.
@@ -2839,7 +2766,6 @@ def changed_networks(release: Release, snapshot: Snapshot) -> dict[str, str]:
         if there and (opened or (label or adopted) != digests[name]):
             changed[key] = name
     return changed
-
 def compare_volumes(release: Release, snapshot: Snapshot) -> Iterator[Row]:
     for name, wanted in named_things(release.project, release.model, "volumes").values():
         there = snapshot.volumes.get(name)
@@ -2847,13 +2773,11 @@ def compare_volumes(release: Release, snapshot: Snapshot) -> Iterator[Row]:
                       or (wanted.get("driver_opts") or {}) != (there.get("Options") or {})):
             yield Row("volume", "", f"volume {name}",
                       "has another driver or other options than the compose file says")
-
 def lost_network(container: Container, wanted: Iterable[str], snapshot: Snapshot) -> str:
     """The network of a container that is no longer there, or that it is no longer on."""
     known = {str(network.get("Id")) for network in snapshot.networks.values()}
     for name, identity in container.networks.items():
-        if identity not in known if identity else name not in snapshot.networks:
-            return name
+        if identity not in known if identity else name not in snapshot.networks: return name
     on = {*container.networks}
     return next((name for name in wanted if name not in on), "")
 
@@ -2867,7 +2791,6 @@ def namespace_facts(container: Container, snapshot: Snapshot) -> Facts:
     for other in (there[identity] for identity in container.shares if identity in there):
         yield (container.status == other.status == "running" and other.started > container.started,
                "namespace older", f"shares a namespace with {other.name}, which started later")
-
 def running_facts(container: Container, now: float) -> Facts:
     """What has not ended. The engine says "unhealthy" of what restarts, "healthy" between ends."""
     age = now - container.started
@@ -2879,8 +2802,7 @@ def running_facts(container: Container, now: float) -> Facts:
     yield health == "unhealthy", "unhealthy", "is unhealthy"
     yield health == "starting", "starting", "is starting"
     yield (age < STEADY_SECONDS and (not health or container.restarts > 0), "starting",
-           f"runs for {max(0.0, age):.0f} s")
-
+           f"has to run for {STEADY_SECONDS:.0f} s")
 def ended_facts(container: Container, job: DoneJob | None, known: str) -> Facts:
     """What has ended; nothing of it is true where it is done."""
     # `job`: what is known of its compose service; `known`: the job that the release has there.
@@ -2916,7 +2838,7 @@ def compare(release: Release, snapshot: Snapshot, done: Jobs) -> tuple[Row, ...]
         Row("network", name, f"network {changed[key]}", "is configured anew")
         for name, service in compose_services(release.model).items()
         for key in networks_used(service) if key in changed)]
-    have = collections.defaultdict[str, list[Container]](list)
+    have = defaultdict[str, list[Container]](list)
     for container in snapshot.containers:
         have[container.compose_service].append(container)
     for name, count in release.expected.items():
@@ -2948,7 +2870,6 @@ def note_done(release: Release, snapshot: Snapshot, done: Jobs) -> dict[str, Don
         elif mine:
             noted.pop(name, None)
     return noted
-
 @dataclass(frozen=True)
 class Cure:
     """What removes rows: compose services to bring up and to restart, networks to make anew."""
@@ -2964,7 +2885,7 @@ class Cure:
 def plan_cure(release: Release, rows: Iterable[Row], snapshot: Snapshot) -> Cure:
     """What to do so that these rows go. Pure."""
     rows, services = [*rows], compose_services(release.model)
-    of = collections.defaultdict[str, set[str]](set)
+    of = defaultdict[str, set[str]](set)
     for row in rows:
         of[row.how.cure].add(row.compose_service)
     anew = of["up"] | of["force"] | of["network"]
@@ -2991,12 +2912,9 @@ def judge(rows: Iterable[Row], before: Mapping[str, int], ill: Iterable[str], no
     for row in rows:
         crashing = row.container and now - row.container.created >= CRASH_AGE and (
             row.container.restarts - before.get(row.container.identity, 0) >= CRASHES)
-        if row.kind in ("ended", "unhealthy") or crashing:
-            return "bad", str(row)
-    if not rows:
-        return "good", ""
+        if row.kind in ("ended", "unhealthy") or crashing: return "bad", str(row)
+    if not rows: return "good", ""
     return ("bad" if over else "wait"), str(rows[0])
-
 @dataclass(frozen=True)
 class Failure:
     """A commit that is not deployed, and why; `waits` for `up`, or tried again by itself."""
@@ -3007,8 +2925,7 @@ class Failure:
     waits: bool = False
 
     def __str__(self) -> str:
-        if self.waits:
-            return f"{short(self.commit)} waits for up"
+        if self.waits: return f"{short(self.commit)} waits for up"
         when = "by itself" if self.retry else "at the next push, or with up"
         return f"{short(self.commit)} failed; it is tried again {when}: {self.reason}"
 
@@ -3047,7 +2964,6 @@ class Situation:
     asked: bool = False  # by `up`
     retry: bool = False  # it is time to try again what failed
     rollback: bool = True  # is permitted
-
 @dataclass(frozen=True)
 class Decision:
     """What to do: nothing, stop, deploy `commit`, roll back or heal; and why."""
@@ -3063,15 +2979,12 @@ def short(commit: str) -> str:
 def format_time(seconds: float) -> str:
     moment = datetime.datetime.fromtimestamp(seconds, datetime.UTC)
     return moment.strftime("%Y-%m-%d %H:%M:%SZ")
-
 def deploy_reason(seen: Situation, target: str) -> str:
     current = seen.current
-    if not current:
-        return f"first deploy of {short(target)}"
+    if not current: return f"first deploy of {short(target)}"
     if target != current.commit:
         return f"new commit {short(target)} (runs: {short(current.commit)})"
-    if seen.configuration != current.configuration:
-        return "the configuration changed"
+    if seen.configuration != current.configuration: return "the configuration changed"
     return "" if current.since else f"the deploy of {short(target)} did not end well yet"
 
 def decide(seen: Situation) -> Decision:
@@ -3082,10 +2995,8 @@ def decide(seen: Situation) -> Decision:
         up = seen.running & {*stopped} if seen.hold.stops else ()
         return Decision("stop" if up else "nothing", "", (str(seen.hold),), tuple(sorted(up)))
     target = seen.wanted or (current.commit if current else "")
-    if not target:
-        return Decision("nothing", reasons=("the repository could not be reached yet",))
-    if seen.asked:
-        return Decision("deploy", target, ("asked for by up",))
+    if not target: return Decision("nothing", reasons=("the repository could not be reached yet",))
+    if seen.asked: return Decision("deploy", target, ("asked for by up",))
     reason = deploy_reason(seen, target)
     failed = failure and (failure.commit, failure.configuration) == (target, seen.configuration)
     if reason and not (failed and failure and not (failure.retry and seen.retry)):
@@ -3097,19 +3008,18 @@ def decide(seen: Situation) -> Decision:
     cures = [row for row in seen.rows if row.how.cure]
     if cures:
         return Decision("heal", current.commit if current else "", tuple(str(row) for row in cures))
-    if reason and failure:
-        return Decision("nothing", reasons=(str(failure),))
+    if reason and failure: return Decision("nothing", reasons=(str(failure),))
     return Decision("nothing", reasons=tuple(str(row) for row in seen.rows) or (CALM,))
 
 def retry_delay(interval: float, failures: int, chance: float) -> float:
     """Seconds to the next look: the interval and up to half of it, doubled at each failure."""
-    if not failures:
-        return interval * (1 + chance / 2)
+    if not failures: return interval * (1 + chance / 2)
     delay = min(interval * 2.0 ** min(failures - 1, 16), BACKOFF_CEILING)
     return min(delay * (1 + chance / 2), BACKOFF_CEILING)
 
 # ---- Store -------------------------------------------------------------------------------------
 HISTORY_LINES = 200
+WORDS_KEPT = 10  # failed deploys, of which it is known what the containers said
 
 def load_json(path: Path, default: Any) -> Any:
     """What a JSON file of pgod's holds; the default where it is missing or damaged."""
@@ -3120,7 +3030,7 @@ def load_json(path: Path, default: Any) -> Any:
     return value if isinstance(value, type(default)) else default
 def revived(kind: Callable[..., Any], stored: Json) -> Any:
     """The dataclass of a stored mapping; None where that is of another version."""
-    with contextlib.suppress(TypeError):
+    with suppress(TypeError):
         return kind(**{key: tuple(value) if isinstance(value, list) else value
                        for key, value in stored.items()})
     return None
@@ -3134,6 +3044,7 @@ class Store:
     tracked.json    what pgod put into the work tree
     keys.json       the newest commit that was fetched, and who may steer by it
     history.jsonl   what was deployed when
+    why/            what the containers of failed deploys said last, a file a commit
     hold.json, NAME.stop   why nothing is done
     digest_key      a random key of the digests in labels
     """
@@ -3152,30 +3063,25 @@ class Store:
         if not self.current and self.good:
             log.warning("%s: what runs is not known, the last good deploy serves", paths.service)
             self.set_current(self.good)
-
     def note(self, **facts: Any) -> bool:
         """Set `failure`, `done`, `announced` or `looks`, also on disk; whether that is news."""
-        if all(getattr(self, name) == value for name, value in facts.items()):
-            return False
+        if all(getattr(self, name) == value for name, value in facts.items()): return False
         vars(self).update(facts)
-        stored = {"failure": dataclasses.asdict(self.failure) if self.failure else None,
-                  "done": {name: dataclasses.asdict(job) for name, job in self.done.items()},
+        stored = {"failure": asdict(self.failure) if self.failure else None,
+                  "done": {name: asdict(job) for name, job in self.done.items()},
                   "announced": self.announced, "looks": self.looks}
         self.write("state.json", json.dumps(stored, indent=1, sort_keys=True).encode())
         return True
-
     def write(self, name: str, data: bytes) -> None:
         write_atomic(self.own / name, data)
-
     def set_current(self, release: Release, good: bool = False) -> None:
         """It is what runs; if it is good, a rollback goes back to it."""
-        data = json.dumps(dataclasses.asdict(release)).encode()
+        data = json.dumps(asdict(release)).encode()
         self.write("current.json", data)
         self.current = release
         if good:
             self.write("good.json", data)
             self.good = release
-
     def digest_key(self) -> bytes:
         """Made once. Whoever lacks it cannot guess a secret by its digest."""
         path = self.own / "digest_key"
@@ -3187,23 +3093,36 @@ class Store:
         return {path: (mode, blob) for path, (mode, blob) in stored.items()}
     def set_tracked(self, tree: Tree) -> None:
         self.write("tracked.json", json.dumps(tree, sort_keys=True).encode())
-    def keys(self) -> tuple[str, tuple[PublicKey, ...]]:
+    def keys(self) -> tuple[str, tuple[PublicKey, ...], tuple[str, ...]]:
+        """The newest commit, who may steer by it, and the lines in ssh/ that are no keys."""
         stored = load_json(self.own / "keys.json", {})
         return str(stored.get("commit", "")), tuple(
-            PublicKey(str(key), str(comment)) for key, comment in stored.get("keys", ()))
-    def set_keys(self, commit: str, keys: Iterable[PublicKey]) -> None:
+            PublicKey(str(key), str(comment)) for key, comment in stored.get("keys", ())), tuple(
+                stored.get("ignored", ()))
+    def set_keys(self, commit: str, keys: Iterable[PublicKey], ignored: Iterable[str]) -> None:
         rows = [[key.fingerprint, key.comment] for key in keys]
-        self.write("keys.json", json.dumps({"commit": commit, "keys": rows}).encode())
-
+        self.write("keys.json", json.dumps(
+            {"commit": commit, "keys": rows, "ignored": [*ignored]}).encode())
     def history(self) -> list[dict[str, Any]]:
         found = []
-        with contextlib.suppress(OSError):
+        with suppress(OSError):
             text = (self.own / "history.jsonl").read_text(errors="replace")
             for line in text.splitlines():
-                with contextlib.suppress(ValueError):
+                with suppress(ValueError):
                     found.append(json.loads(line))
         return found
-
+    def keep_words(self, commit: str, text: str) -> None:
+        """What a failed commit's containers said last; of the last ten."""
+        folder = self.own / "why"
+        make_folder(folder, 0o700)
+        write_atomic(folder / commit, text.encode())
+        for old in sorted(folder.iterdir(), key=lambda path: path.stat().st_mtime)[:-WORDS_KEPT]:
+            old.unlink()
+    def words(self, commit: str) -> str:
+        """Of the commit that begins so, or the last one; empty if there are none."""
+        found = [*(self.own / "why").glob(f"{commit}*")]
+        newest = max(found, key=lambda path: path.stat().st_mtime, default=None)
+        return f"{newest.name}\n{newest.read_text()}" if newest else ""
     def append_history(self, line: Json) -> None:
         lines = [*self.history(), line][-HISTORY_LINES:]
         self.write("history.jsonl", "".join(json.dumps(item) + "\n" for item in lines).encode())
@@ -3212,7 +3131,6 @@ class Store:
 
     def hold_file(self, kind: str) -> Path:
         return self.paths.stop if kind == "stop" else self.own / "hold.json"
-
     def hold_of(self, kind: str) -> Hold | None:
         """What `stop` or `hold` made, or an administrator, whose file has no content."""
         path = self.hold_file(kind)
@@ -3225,18 +3143,17 @@ class Store:
                     float(facts.get("since", since)), float(facts.get("until", 0)), kind,
                     tuple(facts.get("services", ())), kind == "stop" and "by" not in facts)
         return hold if not hold.until or hold.until > time.time() else None
-
     def hold(self) -> Hold | None:
         return self.hold_of("stop") or self.hold_of("hold")
     def set_hold(self, hold: Hold) -> None:
-        facts = {key: value for key, value in dataclasses.asdict(hold).items()
+        facts = {key: value for key, value in asdict(hold).items()
                  if key not in ("kind", "by_hand")}
         write_atomic(self.hold_file(hold.kind), json.dumps(facts).encode())
     def release(self, kind: str) -> None:
         """End what a command made. Raises Refused at an administrator's lock."""
         hold = self.hold_of(kind)
         if hold and hold.by_hand:
-            raise Refused(f"{hold}; only an administrator ends that: he removes {self.paths.stop}")
+            raise Held(f"{hold}; only an administrator ends that: he removes {self.paths.stop}")
         self.hold_file(kind).unlink(missing_ok=True)
 
 class Project:
@@ -3253,16 +3170,13 @@ class Project:
         self.compose = Compose(service, self.paths, self.account, shared.children,
                                shared.compose_program)
         self.git = Repository(service, self.paths, self.account, shared.children)
-
     def configuration(self) -> str:
         parts = (self.service.digest(), str(self.paths.worktree), str(self.paths.data))
         return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
     def snapshot(self, release: Release | None) -> Snapshot:
         """What there is of the project now. Raises Fault."""
-        if not release:
-            return self.api.snapshot(self.name)
+        if not release: return self.api.snapshot(self.name)
         return self.api.snapshot(self.name, release.image_names.values(), release.volume_names)
-
     def context(self, tree: Tree) -> PolicyContext:
         settings = self.shared.settings
         ports = tuple(address[1] for address in (settings.ssh, settings.metric) if address)
@@ -3273,7 +3187,12 @@ class Project:
                        if release and name != self.name)
         return PolicyContext(self.service, others, str(self.paths.worktree), str(self.paths.data),
                              tree, ports, closed, models)
-
+    def last_words(self, rows: Iterable[Row]) -> str:
+        """What the containers said that are not well. Raises Fault."""
+        ill = {row.container.identity: row.container for row in rows
+               if row.container and (row.how.ill or row.how.waits)}
+        text = "\n".join(map(self.api.last_words, [*ill.values()][:10])).expandtabs()
+        return "\n".join(map(printable, redact(text, self.service.secrets).split("\n")))
     def say(self, text: str) -> None:
         log.info("%s: %s", self.name, text)
 
@@ -3287,7 +3206,7 @@ class Shared:
     compose_program: tuple[str, ...]
     api: EngineApi
     turn: threading.Condition = field(default_factory=threading.Condition)  # guards `deploying`
-    deploying: collections.Counter[str] = field(default_factory=collections.Counter)  # by user
+    deploying: Counter[str] = field(default_factory=Counter)  # by user
     naming: threading.Lock = field(default_factory=threading.Lock)  # guards who takes a name first
     stopping: threading.Event = field(default_factory=threading.Event)
     events_flow: threading.Event = field(default_factory=threading.Event)
@@ -3295,7 +3214,7 @@ class Shared:
     clock: Callable[[], float] = time.monotonic
     chance: Callable[[], float] = random.random
 
-@contextlib.contextmanager
+@contextmanager
 def deploy_slot(shared: Shared, user: str) -> Iterator[None]:
     """One of a few, so that a boot is no stampede. Raises Stopping."""
     # Four of one user's, or four that hang, must not keep all others from a deploy.
@@ -3305,8 +3224,7 @@ def deploy_slot(shared: Shared, user: str) -> Iterator[None]:
         return shared.deploying.total() < most or shared.clock() >= until
     with shared.turn:
         while not free():
-            if shared.stopping.is_set():
-                raise Stopping
+            if shared.stopping.is_set(): raise Stopping
             shared.turn.wait(0.1)
         shared.deploying[user] += 1
     try:
@@ -3324,15 +3242,13 @@ def import_of(project: Project) -> dict[str, str]:
     blocks = [f"{host} {{\n\treverse_proxy {target}\n}}\n" for host, target in urls]
     text = "# Written by pgod from pgo.toml; changes here are lost.\n" + "\n".join(blocks)
     return {file: text} if file else {}
-
 def write_import(project: Project) -> None:
     """Write the Caddy import, as the user, if it changed. Raises Refused at a link."""
     for file, text in import_of(project).items():
         data = text.encode()
         with as_user(project.account):
-            with contextlib.suppress(FileNotFoundError):
-                if data == read_beneath(project.paths.worktree, file, len(data) + 1):
-                    return
+            with suppress(FileNotFoundError):
+                if data == read_beneath(project.paths.worktree, file, len(data) + 1): return
             write_beneath(project.paths.worktree, file, io.BytesIO(data))
         project.say(f"import written: {file}")
         project.store.note(announced="")
@@ -3340,15 +3256,17 @@ def write_import(project: Project) -> None:
 def follow_import(project: Project, target: Project | None) -> None:
     """Keep the import right, and announce it with `reload` until that worked. Raises Fault."""
     texts = import_of(project)
-    if not texts or not project.store.current:
-        return
+    if not texts or not project.store.current: return
     write_import(project)
     digest, reload = digest_of(texts, b""), project.service.reload
     if reload and target and project.store.announced != digest:
         model = target.store.current.model if target.store.current else {}
         at = [] if reload.service not in compose_services(model) else [reload.service]
-        target.compose.run("exec", "-T", "--", *at, *reload.words, deadline="reload").check(
-            f"reload failed, will be tried again: {shlex.join(reload.words)}")
+        done = target.compose.run("exec", "-T", "--", *at, *reload.words, deadline="reload")
+        if done.failed:
+            wrote = printable(one_line(f"{done.stdout.decode(errors='replace')}\n{done.stderr}"))
+            raise Fault(f"reload failed, will be tried again: {shlex.join(reload.words)}: "
+                        f"{done.complaint if done.trouble or not wrote else wrote}")
         project.say(f"reloaded: {reload.service}")
         project.store.note(announced=digest)
 
@@ -3359,7 +3277,6 @@ class Prepared:
     release: Release
     tree: Tree
     rendered: Model  # its paths are those of the export, for pull and build
-
 def enforce(project: Project, model: Model, tree: Tree) -> None:
     """Raises Refused with every violation; those of root's repositories are only logged."""
     service = project.service
@@ -3372,10 +3289,9 @@ def enforce(project: Project, model: Model, tree: Tree) -> None:
         log.warning("%s: root's repository, so only reported: %s", service.name, violation)
     for key, name, other, _ in sorted({*name_clashes(model, project.context(tree))})[:10]:
         log.warning("%s: %s answers to %s on network %s as well", service.name, other, name, key)
-
-def render(project: Project, tree: Tree) -> Model:
-    """The exported commit's model, its paths those of the work tree. Raises Refused."""
-    model = project.compose.render(project.compose.files(tree))
+def render(project: Project, tree: Tree) -> tuple[Model, list[str]]:
+    """The exported commit's model, its paths those of the work tree; warnings. Raises Refused."""
+    model, warnings = project.compose.render(project.compose.files(tree))
     if not compose_services(model):
         raise Refused("the compose file has no services (or none in these profiles)")
     try:
@@ -3383,14 +3299,13 @@ def render(project: Project, tree: Tree) -> Model:
     except RecursionError:
         raise Refused("the compose file is nested too deeply") from None
     moved = without_absent(with_tmpfs_sizes(moved))
-    return moved if project.service.trusted else without_raw_sockets(moved)
+    return moved if project.service.trusted else without_raw_sockets(moved), warnings
 
 def read_values(project: Project, model: Model) -> dict[str, str]:
     """The variables that are configs or secrets, by `env`, then .env. Raises Refused."""
     # compose would make the container and not fill it, if one is not set.
     names = value_names(model)
-    if not names:
-        return {}
+    if not names: return {}
     if wrong := [name for name in names if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name)]:
         raise Refused(f"environment: {printable(wrong[0])!r} is not the name of a variable")
     asking = {"services": {"values": {"image": "none"}},
@@ -3398,13 +3313,18 @@ def read_values(project: Project, model: Model) -> dict[str, str]:
               "x-pgod-set": {name: f"${{{name}+set}}" for name in names}}
     path = project.paths.own / "values.json"
     write_atomic(path, json.dumps(asking).encode(), owner=project.account)
-    found = project.compose.render([str(path)])
+    found, _ = project.compose.render([str(path)])
     values = {name: str(text).replace("$$", "$")  # compose doubles each $
               for name, text in found["x-pgod-values"].items() if found["x-pgod-set"][name]}
     if unset := [name for name in names if name not in values]:
         raise Refused(f"{', '.join(unset)} is not set: a config or secret takes its value from it; "
                       "set it in env or env_file of pgo.toml, or in .env of the repository")
     return values
+
+def looks_like_file(bind: Bind) -> bool:
+    """Whether a missing source was meant to be a file; the engine would make a folder of it."""
+    return any(re.search(r"(?i)(.\.(?!d$)[a-z][a-z0-9]{0,9}|^\w+file|^\.(env|ht\w+|\w+rc))$",
+                         os.path.basename(path)) for path in (bind.source, bind.target))
 
 def unfit(project: Project, model: Model, tree: Tree) -> list[str]:
     """Configs and secrets that compose could not put into their containers, and why."""
@@ -3414,14 +3334,38 @@ def unfit(project: Project, model: Model, tree: Tree) -> list[str]:
              for kind in ("configs", "secrets")
              for key, entry in entries_used(service.get(kind), part(model, kind)).items()
              if "file" not in entry]
+    files = Files(tree, str(project.paths.worktree), {})
     for bind, root in itertools.product(binds_of(model), project.paths.roots):
-        relative = beneath(bind.source, str(root))
-        committed = root == project.paths.worktree and relative in tree
-        if relative and bind.kind != "bind" and not committed:
+        relative, folder = beneath(bind.source, str(root)), bind.kind == "bind"
+        if relative and not files.at(bind.source) and (not folder or looks_like_file(bind)):
             with as_user(project.account):
                 if not stat_beneath(root, relative):
-                    found.append(f"{bind.compose_service}: {bind.kind} {bind.source} is missing")
+                    found.append(f"{bind.compose_service}: {bind.kind} {bind.source} is missing; "
+                                 f"commit it{', or a file in it, if it is a folder' * folder}")
     return found
+
+LFS_POINTER = b"version https://git-lfs.github.com/spec/"
+OVERRIDES = tuple(name.replace(".y", ".override.y") for name in COMPOSE_FILES)
+
+def not_followed(project: Project, model: Model, tree: Tree) -> Iterator[str]:
+    """What looks as if it counted, and does not, and what to do."""
+    read = [os.path.relpath(file, project.paths.export) for file in project.compose.files(tree)]
+    for name in (os.path.join(os.path.dirname(read[0]), name) for name in OVERRIDES):
+        if name in tree and name not in read:
+            yield f"{name} is not read; to have it read: compose = {json.dumps([*read, name])}"
+    files = Files(tree, str(project.paths.worktree), {})
+    folders = [str(part(service, "build").get("context") or "")
+               for service in compose_services(model).values()]
+    used = {path: mode for source in (*(bind.source for bind in binds_of(model)), *folders)
+            for path, (mode, _) in files.at(source)}
+    lfs = any(path.rpartition("/")[2] == ".gitattributes" for path in tree)
+    for path, mode in sorted(used.items()):
+        if mode == "160000":
+            yield f"{path} is a submodule, which is not fetched; put its files into the repository"
+        elif lfs and mode.startswith("100") and read_beneath(
+                project.paths.export, path, 60).startswith(LFS_POINTER):
+            yield (f"{path} is in Git LFS, which is not fetched: only its pointer is there; "
+                   "put the file itself into the repository")
 
 def foreign_frontends(project: Project, model: Model) -> list[str]:
     """Dockerfiles of the export that another program than docker's own would read."""
@@ -3434,15 +3378,13 @@ def foreign_frontends(project: Project, model: Model) -> list[str]:
             at = os.path.normpath(os.path.join(str(build.get("context", "")), path))
             files[beneath(at, str(project.paths.worktree)) or ""] = name
     for inside, name in files.items():
-        with contextlib.suppress(FileNotFoundError):
+        with suppress(FileNotFoundError):
             data = read_beneath(project.paths.export, inside, 4 * MODEL_TEXT)
             found += check_frontend(name, data.decode(errors="replace"))
     return [str(violation) for violation in found if violation.allow not in project.service.allow]
-
 def built_by_others(project: Project) -> set[str]:
     """The images that others built here, or are to build; root's repositories read them."""
-    if project.service.trusted:
-        return set()
+    if project.service.trusted: return set()
     # What a registry has, everybody may have; the label of compose is on it as well.
     names = {tagged(image_of(name, key, service)) for name, model in project.context({}).models
              for key, service in compose_services(model).items() if service.get("build")}
@@ -3451,7 +3393,6 @@ def built_by_others(project: Project) -> set[str]:
             names |= {*(row.get("RepoTags") or ())}
     permitted = {entry[6:] for entry in project.service.allow if entry.startswith("image:")}
     return {name for name in names if not {name, repository_of(name)} & permitted}
-
 def check_image_facts(facts: Json, closed: set[str]) -> str:
     """Why an image must not be run, or nothing: containers have its labels and health check."""
     config = facts.get("Config") or {}
@@ -3464,7 +3405,6 @@ def check_image_facts(facts: Json, closed: set[str]) -> str:
         return f"has over {LABEL_TEXT >> 10} KiB of labels"
     often = 0 < (config.get("Healthcheck") or {}).get("Interval", 0) < LEAST_INTERVAL * 1e9
     return f"has a health check more often than each {LEAST_INTERVAL} s" if often else ""
-
 def bound_links(project: Project, containers: Iterable[Container], tree: Tree) -> list[str]:
     """Why the tree must not be put beneath these: their next restart would follow a link."""
     reasons = set()
@@ -3473,7 +3413,6 @@ def bound_links(project: Project, containers: Iterable[Container], tree: Tree) -
         if relative and not project.service.trusted and (why := link_above(relative, tree)):
             reasons.add(f"{bind.compose_service}: {relative}, which is mounted now, {why}")
     return sorted(reasons)
-
 def make_release(project: Project, commit: str, model: Model, tree: Tree,
                  values: Mapping[str, str], adopted: Mapping[str, str]) -> Release:
     """The release of a checked model; its images are not known yet."""
@@ -3488,16 +3427,20 @@ def make_release(project: Project, commit: str, model: Model, tree: Tree,
 def prepare(project: Project, commit: str) -> Prepared:
     """Export, render and check a commit. Raises Refused."""
     tree = project.git.export(commit, spare=True)
-    model = render(project, tree)
+    model, notes = render(project, tree)
     enforce(project, model, tree)
     values = read_values(project, model)
+    keys, ignored = project.git.public_keys(tree)
+    notes += (f"key ignored: {why}" for why in ignored)
+    notes += itertools.islice(not_followed(project, model, tree), 20)
     wrong = [*unfit(project, model, tree),
+             *(f"ssh/ has no usable key: {why}" for why in ignored if not keys),
              *(foreign_frontends(project, model) if not project.service.trusted else ()),
              *bound_links(project, project.api.containers(project.name), tree)]
-    if wrong:
-        raise Refused("; ".join(wrong))
+    if wrong: raise Refused("; ".join(wrong))
     current = project.store.current
     release = make_release(project, commit, model, tree, values, current.adopted if current else {})
+    release = replace(release, notes=tuple(notes))
     # Built is from the export alone, also where the file names the work tree itself.
     rendered = moved_paths(model, str(project.paths.worktree), str(project.paths.export))
     return Prepared(release, tree, rendered)
@@ -3505,8 +3448,7 @@ def prepare(project: Project, commit: str) -> Prepared:
 def prepare_or_give_up(project: Project, commit: str, asked: bool) -> Prepared:
     """As `prepare`. Raises Refused, also where pgod was killed at it twice, unless `asked`."""
     store, times = project.store, 0 if asked else project.store.looks.get(commit, 0)
-    if times >= LOOKS:
-        raise Refused(f"pgod was killed {times} times while it looked at it")
+    if times >= LOOKS: raise Refused(f"pgod was killed {times} times while it looked at it")
     store.note(looks={commit: times + 1})
     try:
         return prepare(project, commit)
@@ -3540,7 +3482,7 @@ def fetch_images(project: Project, prepared: Prepared, say: Progress) -> Prepare
     pulled = {name: digest for name, found in facts.items()
               for digest in found.get("RepoDigests") or ()
               if repository_of(digest).endswith(repository_of(name))}
-    return dataclasses.replace(prepared, release=dataclasses.replace(
+    return replace(prepared, release=replace(
         release, images={name: str(found["Id"]) for name, found in facts.items()}, pulled=pulled))
 
 def attached_to(project: Project, network: Json) -> list[str]:
@@ -3551,6 +3493,35 @@ def attached_to(project: Project, network: Json) -> list[str]:
         raise Refused(f"network {network['Name']} must be made anew, and containers of others are "
                       f"on it: {', '.join(sorted(others))}")
     return [str(row["Id"]) for row in attached]
+def port_taken(host: str, port: int, protocol: str) -> bool:
+    """Whether something on this machine listens there."""
+    kind = socket.SOCK_DGRAM if protocol == "udp" else socket.SOCK_STREAM
+    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, kind) as probe:
+        if kind == socket.SOCK_STREAM:  # connections of before do not count
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            return error.errno == errno.EADDRINUSE
+    return False
+def ports_of(model: Model) -> set[tuple[str, int, str]]:
+    """The addresses that a project publishes: host ("" is any), port and protocol."""
+    items = [item for service in compose_services(model).values()
+             for item in service.get("ports") or ()]
+    return {(str(item.get("host_ip") or ""), int(item["published"]), str(item.get("protocol")))
+            for item in items if str(item.get("published") or "0").isdigit()} - {("", 0, "tcp")}
+def lacking(project: Project, model: Model, current: Model, snapshot: Snapshot) -> Iterator[str]:
+    """What only somebody else can bring about; it is tried again by itself until he has."""
+    for kind, there in (("network", {*snapshot.networks}), ("volume", set[str]())):
+        for key, entry in part(model, f"{kind}s").items():
+            name = str((entry or {}).get("name") or key)
+            if (entry or {}).get("external") and name not in there and not (
+                    kind == "volume" and project.api.facts(f"/volumes/{name}")):
+                yield f"{kind} {name} does not exist: docker {kind} create {name} makes it"
+    if not project.api.address[1]:  # the engine is on this machine
+        for host, port, protocol in sorted(ports_of(model) - ports_of(current)):
+            if port_taken(host, port, protocol):
+                yield f"port {port}/{protocol} is in use on this server"
 
 def refuse_what_cannot_be(project: Project, prepared: Prepared, snapshot: Snapshot) -> None:
     """What would fail when half of it is done. Raises Refused, or Fault where it will pass."""
@@ -3571,6 +3542,9 @@ def refuse_what_cannot_be(project: Project, prepared: Prepared, snapshot: Snapsh
         raise Refused("; ".join(theirs))
     for name in changed_networks(release, snapshot).values():
         attached_to(project, snapshot.networks[name])
+    current = project.store.current
+    if lacks := [*lacking(project, release.model, current.model if current else {}, snapshot)]:
+        raise Fault("; ".join(lacks))
     if paused := [c.name for c in snapshot.containers if c.status == "paused"]:
         raise Fault(f"{', '.join(paused)} is paused by hand; once docker unpause has ended "
                     "that, it is tried again")
@@ -3579,9 +3553,7 @@ def refuse_taken_names(project: Project, release: Release) -> None:
     """A neighbour may have taken a name since the policy looked. Raises Refused."""
     taken = [str(v) for v in check_inner_names(release.model, project.context({}))
              if v.allow not in project.service.allow]
-    if taken and not project.service.trusted:
-        raise Refused("; ".join(taken))
-
+    if taken and not project.service.trusted: raise Refused("; ".join(taken))
 def keep_images(project: Project, *releases: Release | None) -> None:
     """Have a tag of pgod's own on each image of these releases, and on no other one."""
     prefix = f"{KEEP_NAME}:{project.name}."
@@ -3589,7 +3561,7 @@ def keep_images(project: Project, *releases: Release | None) -> None:
               for release in releases if release for identity in release.images.values()}
     have = {name for name in project.api.names_of(KEEP_NAME) if name.startswith(prefix)}
     for name in {*wanted} - have:
-        with contextlib.suppress(NotThere):
+        with suppress(NotThere):
             project.api.tag(wanted[name], name)
     for name in have - {*wanted}:
         project.api.untag(name)
@@ -3618,23 +3590,22 @@ def restore_images(project: Project, release: Release, wanted: Iterable[str]) ->
                 ["docker", "pull", "--quiet", "--", digest], project.compose.who(),
                 deadline=DEADLINE["pull"], kind=("docker", "pull")).check("pull")
         images[name] = str(project.api.image(name if builders else digest or name).get("Id", ""))
-        if not images[name]:
-            raise Fault(f"image {name} is gone and cannot be had again")
+        if not images[name]: raise Fault(f"image {name} is gone and cannot be had again")
         project.say(f"image {name} was gone, and is there again")
-    return dataclasses.replace(release, images=images)
+    return replace(release, images=images)
 
-def make_binds(project: Project, model: Model) -> None:
+def make_binds(project: Project, model: Model, say: Progress) -> None:
     """Look at every bound path, by no link; make missing folders, as the user. Raises Refused."""
     for bind, root in itertools.product(binds_of(model), project.paths.roots):
         relative, folder = beneath(bind.source, str(root)), bind.kind == "bind"
-        if not relative:
-            continue
+        if not relative: continue
         *parts, name = relative.split("/")
         try:
             with (as_user(project.account), folder_beneath(root, parts, make=folder) as parent):
                 if folder:
-                    with contextlib.suppress(FileExistsError):
+                    with suppress(FileExistsError):
                         os.mkdir(name, 0o755, dir_fd=parent)
+                        say(f"{bind.compose_service}: made the folder {bind.source}")
                 mode = os.stat(name, dir_fd=parent, follow_symlinks=False).st_mode
         except FileNotFoundError:
             raise Refused(f"{bind.compose_service}: {bind.kind} {bind.source} is missing") from None
@@ -3663,8 +3634,7 @@ class Installation:
         with as_user(project.account):
             failures = update_worktree(paths.worktree, paths.export, tracked, tree,
                                        frozenset(filter(None, sources)))
-        if failures and strict:
-            raise Refused("; ".join(failures[:5]))
+        if failures and strict: raise Refused("; ".join(failures[:5]))
         for failure in failures:
             log.warning("%s: left as it is: %s", project.name, failure)
         if tracked != tree:
@@ -3686,7 +3656,7 @@ class Installation:
                         or race(c.binds, [*binds, *theirs]))
         self.project.api.stop(racing)
         self.project.api.remove(racing)
-        make_binds(self.project, self.release.model)
+        make_binds(self.project, self.release.model, self.say)
 
     def remove_half_made(self, snapshot: Snapshot) -> None:
         """Remove what was created and cannot be filled or started; never start it half-made."""
@@ -3694,8 +3664,7 @@ class Installation:
         # that, and renames: where the old one is gone, the new one alone holds its volumes.
         api, names = self.project.api, {c.name for c in snapshot.containers}
         for container in snapshot.containers:
-            if container.status != "created":
-                continue
+            if container.status != "created": continue
             match = re.fullmatch(r"[0-9a-f]{12}_(.+)", container.name)
             if match and match[1] not in names:
                 api.act("POST", f"/containers/{container.identity}/rename", {"name": match[1]})
@@ -3703,19 +3672,16 @@ class Installation:
                 api.remove([container.identity])
             elif not container.replaces:
                 api.remove([container.identity], volumes=True)
-
     def remove_heirs(self, snapshot: Snapshot) -> None:
         """Remove containers whose bind mount would outlive the model that had it."""
         services, images = compose_services(self.release.model), self.release.image_names
         for container in snapshot.containers:
             service = services.get(container.compose_service)
-            if not service or not container.binds:
-                continue
+            if not service or not container.binds: continue
             image = self.project.api.image(images[container.compose_service])
             volumes = (image.get("Config") or {}).get("Volumes") or ()
             if inherits_bind(container.binds, service, volumes):
                 self.project.api.remove([container.identity])
-
     def remove_networks(self, names: Iterable[str], snapshot: Snapshot) -> None:
         """Take everything off networks that are to be made anew; compose would do it otherwise."""
         api = self.project.api
@@ -3728,8 +3694,7 @@ class Installation:
     def cure(self, rows: Sequence[Row], snapshot: Snapshot) -> None:
         """Do what removes these rows, and nothing else. Raises Fault."""
         project, cure = self.project, plan_cure(self.release, rows, snapshot)
-        if not cure:
-            return
+        if not cure: return
         project.api.stop(cure.remove)
         project.api.remove(cure.remove)
         self.guard(snapshot.containers)
@@ -3741,7 +3706,7 @@ class Installation:
         self.write_model()
         if cure.up:
             values = {VALUE_PREFIX + name: text for name, text in self.release.values.items()}
-            project.compose.up(cure.up, values, self.say, cure.force)
+            project.compose.up(cure.up, values, cure.force)
         if cure.restart:
             project.compose.run("restart", "--no-deps", "--", *cure.restart,
                                 deadline="up").check("restart")
@@ -3799,7 +3764,6 @@ class Reconciler:
             self.rows = ()
         self.publish()
         return self.rows
-
     def cure(self, rows: Sequence[Row], say: Progress) -> None:
         """Remove rows of the current release. Raises Fault."""
         release = self.store.current
@@ -3808,7 +3772,7 @@ class Reconciler:
         try:
             installation.cure(rows, self.snapshot)
         except Fault:
-            with contextlib.suppress(Fault):
+            with suppress(Fault):
                 installation.remove_half_made(self.project.snapshot(release))
             raise
         finally:
@@ -3831,6 +3795,8 @@ class Reconciler:
                         self.project.say(f"{failure}: {failure.reason}")
                     return
                 say(f"deploys {short(commit)}: {'; '.join(decision.reasons)}")
+                for note in prepared.release.notes:
+                    say(f"note: {note}")
                 prepared = fetch_images(self.project, prepared, say)
                 self.snapshot = self.project.snapshot(prepared.release)
                 refuse_what_cannot_be(self.project, prepared, self.snapshot)
@@ -3843,7 +3809,7 @@ class Reconciler:
                 self.record_failure(commit, fault, fault.retry, by, began)
                 raise
             changed, current = time.monotonic(), self.store.current
-            release = dataclasses.replace(prepared.release, ill=self.ill_before())
+            release = replace(prepared.release, ill=self.ill_before())
             changes = describe(compare(release, self.snapshot, self.store.done), release, current)
             for name, change in changes.items():
                 say(f"{name}: {change}")
@@ -3859,11 +3825,9 @@ class Reconciler:
     def ill_before(self) -> tuple[str, ...]:
         """The containers that are ill before a deploy. Where one was cut short, before that one."""
         current = self.store.current
-        if not current or not current.since:
-            return current.ill if current else ()
+        if not current or not current.since: return current.ill if current else ()
         rows = compare(current, self.snapshot, self.store.done)
         return tuple(row.container.identity for row in rows if row.container and row.how.ill)
-
     def attempt(self, act: Callable[[], object]) -> Fault | None:
         """Why it failed. EngineGone and Stopping are no fault of any commit, and raised."""
         try:
@@ -3877,7 +3841,6 @@ class Reconciler:
             fault.retry = isinstance(error, OSError)
             return fault
         return None
-
     def install(self, tree: Tree, say: Progress, strict: bool = True) -> None:
         """Files, import and containers of the current release. Raises Fault."""
         release = self.store.current
@@ -3900,12 +3863,10 @@ class Reconciler:
         while True:
             trouble_now = self.attempt(self.look)
             release = self.store.current
-            if trouble_now or not release:
-                return trouble_now
+            if trouble_now or not release: return trouble_now
             over = time.monotonic() > until
             verdict, why = judge(self.rows, before, release.ill, self.snapshot.now, over)
-            if verdict == "good":
-                return None
+            if verdict == "good": return None
             if verdict == "bad":
                 wait = format_duration(self.project.service.wait)
                 return trouble or Refused(why if not over else (
@@ -3929,24 +3890,30 @@ class Reconciler:
         since = good.since if good and same else time.time()
         if not same:
             self.project.git.git("update-ref", "refs/pgod/good", release.commit)
-        self.store.set_current(dataclasses.replace(release, since=since, ill=()), good=True)
+        self.store.set_current(replace(release, since=since, ill=()), good=True)
         self.store.note(failure=None)
         keep_images(self.project, release)
         self.append_history(release.commit, by, began, "deployed", "")
-
-    def record_failure(self, commit: str, fault: Fault, retry: bool, by: str, began: float) -> None:
+    def record_failure(self, commit: str, fault: Fault, retry: bool, by: str, began: float,
+                       words: Sequence[str] = ()) -> None:
         failure = Failure(commit, self.project.configuration(),
                           redact(str(fault), self.project.service.secrets), retry)
         if self.store.note(failure=failure):
             self.publish()
-            self.append_history(commit, by, began, "failed", str(fault))
+            self.append_history(commit, by, began, "failed", str(fault), words)
 
     def fail(self, commit: str, fault: Fault, say: Progress, by: str, began: float,
              changed: float, names: Sequence[str]) -> NoReturn:
         """After a bad deploy: back to the last good release, if there is one. Raises Refused."""
-        first = self.store.good is None
-        self.record_failure(commit, fault, fault.retry or first, by, began)
+        first, words = self.store.good is None, ""
+        with suppress(Fault, OSError):
+            words = self.project.last_words(self.rows)
+            self.store.keep_words(commit, words)
+        last = words.splitlines()[-10:]
+        self.record_failure(commit, fault, fault.retry or first, by, began, last)
         say(f"failed: {fault}")
+        for line in last:
+            say(f"  {line}")
         if self.store.good and self.project.service.rollback:
             self.roll_back(say)
             down = f"; {', '.join(names)} was down for {time.monotonic() - changed:.1f} s"
@@ -3965,10 +3932,9 @@ class Reconciler:
                 self.project.api.remove(linked)
                 self.snapshot = self.project.snapshot(good)
             ill = current.ill if current else ()
-            self.store.set_current(dataclasses.replace(good, since=0.0, ill=ill))
+            self.store.set_current(replace(good, since=0.0, ill=ill))
             trouble = self.attempt(lambda: self.install(tree, say, strict=False))
-            if trouble := self.settle(say, trouble):
-                raise trouble
+            if trouble := self.settle(say, trouble): raise trouble
         except (EngineGone, Held):
             raise
         except (Fault, OSError) as error:
@@ -3976,17 +3942,18 @@ class Reconciler:
             raise Fault(f"ROLLBACK to {to} FAILED, will be tried again: {error}") from None
         current = self.store.current
         assert current
-        self.store.set_current(dataclasses.replace(current, since=good.since, ill=()), good=True)
+        self.store.set_current(replace(current, since=good.since, ill=()), good=True)
         self.project.shared.metrics.add("pgo_service_rollbacks_total", service=self.project.name)
         log.warning("%s: rolled back to %s", self.project.name, short(good.commit))
 
-    def append_history(self, commit: str, by: str, began: float, outcome: str, reason: str) -> None:
+    def append_history(self, commit: str, by: str, began: float, outcome: str, reason: str,
+                       words: Sequence[str] = ()) -> None:
         author, subject = self.project.git.describe(commit)
         seconds = round(time.monotonic() - began, 1)
         self.store.append_history({
             "time": round(time.time(), 3), "commit": commit, "author": author,
             "subject": subject, "by": by, "seconds": seconds, "outcome": outcome,
-            "reason": redact(reason, self.project.service.secrets)})
+            "reason": redact(reason, self.project.service.secrets), "words": [*words]})
         metrics, name = self.project.shared.metrics, self.project.name
         metrics.add("pgo_service_deploys_total", service=name, outcome=outcome)
         metrics.set("pgo_service_last_deploy_duration_seconds", seconds, service=name)
@@ -3999,9 +3966,7 @@ class Reconciler:
     def bring_up(self, say: Progress) -> None:
         self.look()
         trouble = self.attempt(lambda: self.cure(self.rows, say)) if self.rows else None
-        if trouble := self.settle(say, trouble):
-            raise trouble
-
+        if trouble := self.settle(say, trouble): raise trouble
     def await_ill(self, say: Progress) -> None:
         """Wait until also what was ill before is well. Raises Fault that names it."""
         until, told = time.monotonic() + self.project.service.wait, ""
@@ -4037,7 +4002,7 @@ def set_up(project: Project) -> None:
     project.git.prepare()
     project.compose.prepare()
     if project.store.current:
-        with contextlib.suppress(EngineGone):
+        with suppress(EngineGone):
             Installation(project, project.store.current, log.debug).write_model()
     if (paths.worktree / ".git").is_dir():
         take_over(project)
@@ -4051,7 +4016,6 @@ def follow_user(project: Project) -> None:
         chown_tracked(git, [os.path.relpath(os.path.join(top, name), git)
                             for top, folders, files in os.walk(git)
                             for name in (*folders, *files)], former, account)
-
 def take_over(project: Project) -> None:
     """Go on where the Go program stopped, touching neither its files nor its containers."""
     # Its .git goes last: until then, the next start begins again. Keys in it are not believed: a
@@ -4071,7 +4035,7 @@ def adopt(project: Project, commit: str) -> None:
     """Take what runs for a good deploy of the commit. Raises Refused where the policy does."""
     tree = project.git.export(commit)
     project.store.set_tracked(tree)
-    model = render(project, tree)
+    model, _ = render(project, tree)
     enforce(project, model, tree)
     release = make_release(project, commit, model, tree, read_values(project, model), {})
     names = release.image_names
@@ -4080,7 +4044,7 @@ def adopt(project: Project, commit: str) -> None:
         if c.compose_service in names}
     networks = {f"network {name}": digest
                 for name, digest in network_digests(project.name, model).items()}
-    project.store.set_current(dataclasses.replace(
+    project.store.set_current(replace(
         release, model=with_value_names(model), adopted={**release.digests, **networks},
         images=images, since=time.time()), good=True)
     keep_images(project, project.store.good)
@@ -4112,6 +4076,7 @@ class View:
     containers: tuple[Container, ...] = ()
     rows: tuple[Row, ...] = ()
     keys: tuple[PublicKey, ...] = ()
+    ignored: tuple[str, ...] = ()  # lines in ssh/ that are no keys
     remote_error: str = ""  # why the branch's newest commit is not known or cannot be had
     last_error: str = ""
     failures: int = 0
@@ -4124,13 +4089,10 @@ class View:
         release = self.release
         return bool(release and release.since and release.commit == self.wanted
                     and release.configuration == self.configuration and not self.rows)
-
     def why(self, hold: Hold | None) -> str:
-        if hold:
-            return str(hold)
+        if hold: return str(hold)
         failure = self.failure
-        if failure and failure.commit == self.wanted and not self.in_sync:
-            return str(failure)
+        if failure and failure.commit == self.wanted and not self.in_sync: return str(failure)
         if self.rows or self.remote_error or self.in_sync:
             return "; ".join(map(str, self.rows)) or self.remote_error
         return self.last_error or ("deploying" if self.release and not self.release.since
@@ -4148,11 +4110,11 @@ class Worker(threading.Thread):
         self.reconciler = Reconciler(self.project, self.store, self.pause, self.publish)
         self.heal_after = -1e9  # what ends by itself is not brought back before
         self.watch_until = -1e9  # what is on its way is looked at until then
-        wanted, keys = self.store.keys()
-        self.view = View(wanted, keys=keys)  # only this thread sets it, by `publish`
+        wanted, keys, ignored = self.store.keys()
+        self.view = View(wanted, keys=keys, ignored=ignored)  # set only by `publish`
         self._condition = threading.Condition()  # guards _wakes and _jobs
         self._wakes: set[str] = {"start"}
-        self._jobs: collections.deque[Job] = collections.deque()
+        self._jobs: deque[Job] = deque()
         self.publish()
 
     # From other threads:
@@ -4160,7 +4122,6 @@ class Worker(threading.Thread):
         with self._condition:
             self._wakes.add(cause)
             self._condition.notify()
-
     def ask(self, job: Job) -> Job:
         """Queue a job. Raises Refused where many wait."""
         with self._condition:
@@ -4169,7 +4130,6 @@ class Worker(threading.Thread):
             self._jobs.append(job)
             self._condition.notify()
         return job
-
     def fresh_view(self) -> View:
         view = self.view
         try:
@@ -4182,15 +4142,14 @@ class Worker(threading.Thread):
             done = self.store.done if hold and hold.stops else note_done(
                 view.release, snapshot, self.store.done)
             rows = compare(view.release, snapshot, done)
-        return dataclasses.replace(view, containers=snapshot.containers, rows=rows)
+        return replace(view, containers=snapshot.containers, rows=rows)
 
     # The thread:
     def run(self) -> None:
         prepared = False
         while not self.shared.stopping.is_set():
             job, wakes = self._next()
-            if self.shared.stopping.is_set() and not job:
-                break
+            if self.shared.stopping.is_set() and not job: break
             try:
                 if not prepared:
                     set_up(self.project)
@@ -4225,11 +4184,9 @@ class Worker(threading.Thread):
                     self._wakes.add("timer")
                 elif not self._condition.wait(left) and watching:
                     self._wakes.add("watch")
-            if self._jobs:
-                return self._jobs.popleft(), set()
+            if self._jobs: return self._jobs.popleft(), set()
             wakes, self._wakes = self._wakes, set()
             return None, wakes
-
     def pause(self, seconds: float) -> None:
         """Wait, less if the engine tells of something. Raises Stopping, and Held at a hold."""
         with self._condition:
@@ -4237,13 +4194,11 @@ class Worker(threading.Thread):
             if "event" not in self._wakes and not self.shared.stopping.is_set() and not stop:
                 self._condition.wait(seconds)
             self._wakes.discard("event")
-        if self.shared.stopping.is_set():
-            raise Stopping
+        if self.shared.stopping.is_set(): raise Stopping
         if held := self.store.hold() or "".join(stop[:1]):
             raise Held(f"does not wait any longer: {held}")
-
     def publish(self, **facts: Any) -> None:
-        self.view = dataclasses.replace(
+        self.view = replace(
             self.view, release=self.store.current, failure=self.store.failure,
             configuration=self.project.configuration(), rows=self.reconciler.rows,
             containers=self.reconciler.snapshot.containers, **facts)
@@ -4255,14 +4210,16 @@ class Worker(threading.Thread):
         if job:
             job.say(f"failed: {text}" if known else "failed: an error of pgod, see its log")
         if isinstance(error, Held) or (job and isinstance(error, Refused)):
-            log.info("%s: %s: %s", self.name, job.command if job else "deploy", text)
+            asked = isinstance(error, Held) or (job and job.act in (job_load, job_plan))
+            log.log(logging.INFO if asked else logging.ERROR, "%s: %s: %s", self.name,
+                    f"{job.command} by {job.by}" if job else "deploy", text)
             return
+        failures, now = self.view.failures + 1, self.shared.clock()
+        later = self.view.next_poll if self.view.next_poll > now else self.next_poll(failures)
         if text != self.view.last_error or not known:
-            log.error("%s: failed: %s", self.name, text, exc_info=None if known else error)
-        failures = self.view.failures + 1
-        later = self.view.next_poll > self.shared.clock()
-        self.publish(last_error=text, failures=failures, next_poll=self.view.next_poll
-                     if later else self.next_poll(failures))
+            log.error("%s: failed: %s; tried again in %s", self.name, text,
+                      format_duration(later - now), exc_info=None if known else error)
+        self.publish(last_error=text, failures=failures, next_poll=later)
 
     def next_poll(self, failures: int) -> float:
         delay = retry_delay(self.shared.settings.duration, failures, self.shared.chance())
@@ -4295,8 +4252,7 @@ class Worker(threading.Thread):
         follow_import(self.project, target.project if target else None)
         if not any(row.how.waits for row in self.reconciler.rows):
             self.watch_until = -1e9
-        if asking and self.view.remote_error and not asked:
-            raise Fault(self.view.remote_error)
+        if asking and self.view.remote_error and not asked: raise Fault(self.view.remote_error)
         if asking:  # an event must not put polls off
             self.publish(failures=0, last_error="", last_success=time.time(),
                          next_poll=self.next_poll(0))
@@ -4317,9 +4273,11 @@ class Worker(threading.Thread):
             found = git.ask()
             if found != self.view.wanted or not self.view.keys:
                 found = str(git.repaired(git.fetch))
-                keys = git.public_keys(git.export(found, spare=True))
-                self.store.set_keys(found, keys)
-                self.publish(wanted=found, keys=keys)
+                keys, ignored = git.public_keys(git.export(found, spare=True))
+                if ignored and not keys:  # such a commit is refused, and locks nobody out
+                    keys = self.view.keys
+                self.store.set_keys(found, keys, ignored)
+                self.publish(wanted=found, keys=keys, ignored=ignored)
             self.publish(remote_error="")
         except Fault as fault:
             error = f"{short(found)} cannot be fetched: {fault}" if found else (
@@ -4334,14 +4292,12 @@ class Worker(threading.Thread):
         return Situation(self.project.configuration(), hold, self.view.wanted, store.current,
                          store.good, store.failure, looked.rows, running, asked,
                          self.shared.clock() >= self.view.next_poll, self.service.rollback)
-
     def heal(self, say: Progress) -> None:
         """Bring back what fell; what ends by itself or cannot be healed once an interval."""
         now, former = self.shared.clock(), self.heal_after
         rows = [row for row in self.reconciler.rows if row.how.cure
                 and not (now < former and (row.kind == "ended" or self.view.last_error))]
-        if not rows:
-            return
+        if not rows: return
         self.heal_after = now + self.shared.settings.duration
         self.watch_until = now + self.service.wait
         say(f"brings back: {'; '.join(map(str, rows))}")
@@ -4356,7 +4312,7 @@ def show_metrics(shared: Shared) -> None:
     metrics = shared.metrics
     for name, worker in shared.workers.items():
         view, release = worker.view, worker.view.release
-        counts = collections.Counter(c.status for c in view.containers)
+        counts = Counter(c.status for c in view.containers)
         counts["healthy"] = sum(c.status == "running" and c.health == "healthy"
                                 for c in view.containers)
         rows: dict[str, list[tuple[dict[str, str], float]]] = {
@@ -4385,25 +4341,24 @@ class ParsedCommand:
             name, "***" if hidden and name in ("-e", "--env") else value)[:1 + valued[name]]]
     def option(self, *names: str) -> str | None:
         return next((value for name, value in reversed(self.options) if name in names), None)
+    @property
+    def compose_services(self) -> tuple[str, ...]:
+        syntax = COMMANDS[self.command].operands
+        return self.operands[:None if syntax == "[SERVICE...]" else syntax.startswith("SERVICE")]
     def audited(self) -> str:
         return shlex.join((*self.command.split(), *self.words(hidden=True), *self.operands))
 
 # What a service's thread does:
 def refuse_hold(worker: Worker) -> None:
-    if held := worker.store.hold_of("hold"):
-        raise Refused(f"{held}; release it first")
-
+    if held := worker.store.hold_of("hold"): raise Held(f"{held}; release it first")
 def job_up(worker: Worker, job: Job) -> None:
     """Release a stop, deploy the newest commit, and fail where the deploy fails."""
     refuse_hold(worker)
     worker.store.release("stop")
     worker.reconcile(frozenset({"start"}), job.tell, job.by, asked=True)
-    if worker.view.remote_error:
-        raise Fault(worker.view.remote_error)
-    if hold := worker.store.hold():
-        raise Refused(f"nothing was deployed: {hold}")
+    if worker.view.remote_error: raise Fault(worker.view.remote_error)
+    if hold := worker.store.hold(): raise Held(f"nothing was deployed: {hold}")
     worker.reconciler.await_ill(job.say)
-
 def job_pull(worker: Worker, job: Job) -> None:
     """Fetch, and deploy if there is something new."""
     decision = worker.reconcile(frozenset({"timer"}), job.tell, job.by)
@@ -4415,7 +4370,6 @@ def job_pull(worker: Worker, job: Job) -> None:
         raise Refused(f"{short(worker.view.wanted)} is not deployed: {failure.reason}")
     if not worker.store.hold() and not (failure and failure.waits):
         worker.reconciler.await_ill(job.say)
-
 def job_stop(worker: Worker, job: Job) -> None:
     """The file goes first: nothing must bring back what is being stopped."""
     held = worker.store.hold_of("stop")
@@ -4430,28 +4384,26 @@ def job_stop(worker: Worker, job: Job) -> None:
     if job.command == "down":
         worker.store.note(done={})
     worker.reconciler.look()
-
 def job_start(worker: Worker, job: Job) -> None:
     refuse_hold(worker)
     worker.store.release("stop")
     require_release(worker)
     worker.reconciler.bring_up(job.say)
-
 def job_restart(worker: Worker, job: Job) -> None:
-    if hold := worker.store.hold():
-        raise Refused(f"{hold}; up or start ends that")
+    if hold := worker.store.hold(): raise Held(f"{hold}; up or start ends that")
     installation = Installation(worker.project, require_release(worker), job.say)
     worker.reconciler.look()
     installation.guard(worker.reconciler.snapshot.containers)
     run_compose(worker, job)
     worker.watch_until = worker.shared.clock() + worker.service.wait
     worker.reconciler.look()
-
 def job_load(worker: Worker, job: Job) -> None:
     """Check the newest commit against the policy; change nothing."""
     worker.ask_remote(job.say)
     release = worker.store.current
-    prepare(worker.project, worker.view.wanted or (release.commit if release else ""))
+    prepared = prepare(worker.project, worker.view.wanted or (release.commit if release else ""))
+    for note in prepared.release.notes:
+        job.say(f"note: {note}")
     job.say(f"{short(worker.view.wanted)}: the policy permits it")
 
 def job_plan(worker: Worker, job: Job) -> None:
@@ -4469,8 +4421,10 @@ def job_plan(worker: Worker, job: Job) -> None:
     prepared = prepare(project, decision.commit)
     snapshot = project.snapshot(prepared.release)
     refuse_what_cannot_be(project, prepared, snapshot)
-    release = dataclasses.replace(prepared.release, images=snapshot.images)
+    release = replace(prepared.release, images=snapshot.images)
     changes = describe(compare(release, snapshot, worker.store.done), release, current)
+    for note in release.notes:
+        job.say(f"  note: {note}")
     for name in sorted({*compose_services(release.model), *changes}):
         job.say(f"  {name}: {changes.get(name, 'unchanged')}")
     old = {*current.volume_names} if current else {*release.volume_names}
@@ -4482,9 +4436,15 @@ def job_plan(worker: Worker, job: Job) -> None:
         job.say(f"  image to pull: {image}")
 
 def require_release(worker: Worker) -> Release:
-    if not worker.view.release:
-        raise Refused("nothing was deployed yet; up does it")
+    if not worker.view.release: raise Refused("nothing was deployed yet; up does it")
     return worker.view.release
+def refuse_unknown(worker: Worker, command: ParsedCommand) -> None:
+    """Names of compose services that are none. Raises Refused."""
+    if worker.view.release:
+        known = compose_services(worker.view.release.model)
+        if unknown := [name for name in command.compose_services if name not in known]:
+            raise Refused(f"{command.command}: there is no compose service {unknown[0]!r}; "
+                          f"there are: {', '.join(known)}")
 def run_compose(worker: Worker, job: Job) -> None:
     """The compose command of the same name. Raises Fault."""
     require_release(worker)
@@ -4494,7 +4454,6 @@ def run_compose(worker: Worker, job: Job) -> None:
 # What is answered at once:
 def answer_journal(worker: Worker, command: ParsedCommand, by: str) -> str:
     raise Refused("journal is disabled; logs shows what the containers wrote")
-
 def answer_help(worker: Worker, command: ParsedCommand, by: str) -> str:
     rows = []
     for name, entry in COMMANDS.items():
@@ -4511,10 +4470,12 @@ def status_facts(worker: Worker, now: float) -> dict[str, Any]:
         "service": worker.name, "commit": release.commit if release else "",
         "since": release.since if release else 0.0, "wanted": view.wanted,
         "in_sync": view.in_sync, "why": view.why(hold),
-        "hold": dataclasses.asdict(hold) if hold else None, "last_error": view.last_error,
+        "hold": asdict(hold) if hold else None, "last_error": view.last_error,
         "failures": view.failures,
         "next_poll": now + view.next_poll - worker.shared.clock(),
         "differences": [str(row) for row in view.rows],
+        "notes": [*dict.fromkeys((*(release.notes if release else ()),
+                                  *(f"key ignored: {why}" for why in view.ignored)))],
         "containers": [{"name": c.name, "service": c.compose_service, "status": c.status,
                         "health": c.health if c.status == "running" else "",
                         "restarts": c.restarts, "started": c.started} for c in view.containers]}
@@ -4529,7 +4490,7 @@ def render_status(facts: Json) -> str:
     if facts["last_error"] and facts["last_error"] not in facts["why"]:
         rows.append(("last error", facts["last_error"]))
     pause = format_duration(max(0, facts["next_poll"] - now))
-    rows.append(("git", f"is checked again in {pause}"))
+    rows += [("git", f"is checked again in {pause}"), *(("note", text) for text in facts["notes"])]
     lines = [f"{name:<11}{text}" for name, text in rows]
     width = max([len(c["name"]) for c in facts["containers"]], default=0)
     for container in facts["containers"]:
@@ -4541,20 +4502,23 @@ def render_status(facts: Json) -> str:
 def answer_status(worker: Worker, command: ParsedCommand, by: str) -> str:
     facts = status_facts(worker, time.time())
     return render_status(facts) if command.option("--json") is None else json.dumps(facts)
-
 def answer_history(worker: Worker, command: ParsedCommand, by: str) -> str:
     count = command.option("-n") or "20"
     if not re.fullmatch("[0-9]{1,6}", count):
         raise Refused(f"history: -n takes a number, not {printable(count)!r}")
     lines = worker.store.history()[::-1][:int(count)]
-    if command.option("--json") is not None:
-        return json.dumps(lines)
+    if command.option("--json") is not None: return json.dumps(lines)
     return "\n".join(
         f"{format_time(line['time'])}  {short(line['commit'])}  {line['outcome']:<8} "
         f"{line['seconds']:>6.1f}s  {line['author']}: {line['subject']}  ({line['by']})"
         + (f"\n    {one_line(line['reason'])}" if line["reason"] else "")
         for line in lines) or "nothing was deployed yet"
-
+def answer_why(worker: Worker, command: ParsedCommand, by: str) -> str:
+    """What failed containers said: those that are not well now, or those of a failed commit."""
+    commit = "".join(command.operands)
+    if not commit and (now := worker.project.last_words(worker.fresh_view().rows)): return now
+    if kept := worker.store.words(commit): return kept
+    raise Refused(f"nothing is kept of {commit}" if commit else "no container has failed")
 def answer_hold(worker: Worker, command: ParsedCommand, by: str) -> str:
     """Takes force at once, also for a deploy that has not begun to change anything."""
     span, now = command.option("--for"), time.time()
@@ -4567,7 +4531,6 @@ def answer_hold(worker: Worker, command: ParsedCommand, by: str) -> str:
     worker.store.set_hold(hold)
     log.info("%s: %s", worker.name, hold)
     return str(hold)
-
 def answer_release(worker: Worker, command: ParsedCommand, by: str) -> str:
     if not worker.store.hold_of("hold"):
         hold = worker.store.hold()
@@ -4576,7 +4539,6 @@ def answer_release(worker: Worker, command: ParsedCommand, by: str) -> str:
     log.info("%s: hold released by %s", worker.name, by)
     worker.wake("release")
     return "released"
-
 @dataclass(frozen=True)
 class Command:
     """What a key holder may say: one of `job`, `answer` or, for compose's own, neither."""
@@ -4619,6 +4581,8 @@ COMMANDS: dict[str, Command] = {
     "status": Command("show what runs, since when, and why not the newest", "--json",
                       answer=answer_status),
     "history": Command("show the last deploys", "--json -n=COUNT", answer=answer_history),
+    "why": Command("show what the containers of a failed deploy said last", "", "[COMMIT]",
+                   answer=answer_why),
     "hold": Command("stop deploys and heals, until release or for a time", "--for=DURATION",
                     "[REASON...]", answer=answer_hold),
     "release": Command("end a hold", answer=answer_release),
@@ -4658,12 +4622,12 @@ def parse_options(command: str, arguments: Sequence[str]
 def check_operands(command: ParsedCommand) -> ParsedCommand:
     """Names of compose services where the table has them. Raises Refused."""
     name, syntax = command.command, COMMANDS[command.command].operands
-    if command.operands and not syntax:
-        raise Refused(f"{name}: takes no arguments but options")
+    if command.operands and not syntax: raise Refused(f"{name}: takes no arguments but options")
     if name == "exec" and len(command.operands) < 2:
         raise Refused("exec: write it like service//exec SERVICE COMMAND [ARGUMENT...]")
-    count = {"[SERVICE...]": None, "[REASON...]": 0}.get(syntax, 1)
-    for operand in command.operands[:count]:
+    if syntax == "[COMMIT]" and not re.fullmatch("([0-9a-f]{4,64})?", "".join(command.operands)):
+        raise Refused(f"{name}: takes a commit, four digits of it at least")
+    for operand in command.compose_services:
         if not re.fullmatch(r"[A-Za-z0-9._-]+", operand) or operand.startswith("-"):
             raise Refused(f"{name}: {printable(operand)!r} is not a compose service")
     return command
@@ -4685,8 +4649,7 @@ def parse_command(text: str) -> ParsedCommand:
     if command not in COMMANDS:
         raise Refused(f"there is no command {printable(command)!r}{nearest(command, COMMANDS)}; "
                       f"commands: {', '.join(COMMANDS)}")
-    if len(arguments) > SSH_ARGUMENTS:
-        raise Refused(f"more than {SSH_ARGUMENTS} arguments")
+    if len(arguments) > SSH_ARGUMENTS: raise Refused(f"more than {SSH_ARGUMENTS} arguments")
     options, operands = parse_options(command, arguments)
     return check_operands(ParsedCommand(service, command, options, operands))
 
@@ -4694,7 +4657,6 @@ def compose_command(command: ParsedCommand, terminal: bool) -> list[str]:
     """The words of compose for a command: its options, then --, then the operands."""
     fixed = ["-T"] if command.command == "exec" and not terminal else []
     return [command.command, *fixed, *command.words(), "--", *command.operands]
-
 def audit(directory: Path, **facts: object) -> None:
     line = json.dumps({"time": format_time(time.time()), **facts}) + "\n"
     flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC
@@ -4720,14 +4682,12 @@ def network_of(address: str) -> str:
     return str(ipaddress.ip_network(f"{host}/{64 if ':' in host else 24}", strict=False))
 def oldest_of_largest(networks: Mapping[Any, str]) -> Any:
     """The first connection of the network that has most: a crowd shuts out nobody but itself."""
-    crowd = collections.Counter(networks.values()).most_common(1)[0][0]
+    crowd = Counter(networks.values()).most_common(1)[0][0]
     return next(connection for connection, network in networks.items() if network == crowd)
-
 def bound_input(channel: Any) -> None:
     """Grant the client no more than a window of input that nobody has read yet."""
     # asyncssh forgets what waits in its buffer: 200 MB for a slow reader took 100 MB of memory.
-    if not hasattr(channel, "_init_recv_window"):
-        return
+    if not hasattr(channel, "_init_recv_window"): return
     deliver, window = channel._deliver_data, channel._init_recv_window
 
     def deliver_data(data: bytes, datatype: Any = None) -> None:
@@ -4735,7 +4695,6 @@ def bound_input(channel: Any) -> None:
         deliver(data, datatype)
 
     channel._deliver_data = deliver_data
-
 def set_terminal_size(terminal: Any, columns: int, rows: int) -> None:
     size = struct.pack("HHHH", (rows or 24) & 0xFFFF, (columns or 80) & 0xFFFF, 0, 0)
     if terminal and os.isatty(terminal.fileno()):
@@ -4762,14 +4721,12 @@ def start_in_terminal(compose: Compose, words: list[str],
 def start_stream(compose: Compose, words: list[str], reads: bool) -> tuple[Child, dict[str, Any]]:
     """A streaming child, and which of its ends go to the session. Raises Fault."""
     # compose keeps a line of logs until its end, and a line may be endless.
-    who = dataclasses.replace(compose.who({"GOTRACEBACK": "none"}),
-                              limits=(f"--data={STREAM_MEMORY}",))
+    who = replace(compose.who({"GOTRACEBACK": "none"}), limits=(f"--data={STREAM_MEMORY}",))
     child = compose.children.start(words, who, stdin=PIPE if reads else DEVNULL)
     if child.stdin:
         os.set_blocking(child.stdin.fileno(), False)
     streams = {"stdin": child.stdin, "stdout": child.stdout, "stderr": child.stderr}
     return child, {name: stream for name, stream in streams.items() if stream}
-
 async def ready(descriptor: int, writing: bool = False) -> None:
     """Until it can be read (of a pidfd_open(2): until the process has ended) or written."""
     loop, event = asyncio.get_running_loop(), asyncio.Event()
@@ -4778,10 +4735,8 @@ async def ready(descriptor: int, writing: bool = False) -> None:
         await event.wait()
     finally:
         (loop.remove_writer if writing else loop.remove_reader)(descriptor)
-
 def version_of(module: Any) -> tuple[int, ...]:
     return tuple(int(part) for part in re.findall(r"\d+", module.__version__)[:3])
-
 async def write_all(descriptor: int, data: bytes) -> bool:
     """Write to a child; false at the end of the data, or if the child reads no more."""
     rest = memoryview(data)
@@ -4793,16 +4748,13 @@ async def write_all(descriptor: int, data: bytes) -> bool:
         except OSError:
             return False
     return bool(data) or os.isatty(descriptor)
-
 async def pump_out(source: Any, writer: Any) -> None:
-    with contextlib.suppress(OSError):  # EIO is a terminal's end
+    with suppress(OSError):  # EIO is a terminal's end
         while True:
             await ready(source.fileno())
-            if not (data := os.read(source.fileno(), 1 << 16)):
-                return
+            if not (data := os.read(source.fileno(), 1 << 16)): return
             writer.write(data)
             await writer.drain()
-
 async def pump_in(process: Any, target: Any, asyncssh: Any) -> None:
     """What the client writes, to its end; dropped if there is nobody (left) to read it."""
     data = b"-"
@@ -4816,7 +4768,6 @@ async def pump_in(process: Any, target: Any, asyncssh: Any) -> None:
             continue
         if target and not target.closed and not await write_all(target.fileno(), data):
             target.close()
-
 def supported_algorithms(asyncssh: Any) -> dict[str, Any]:
     from asyncssh import encryption, kex, mac, public_key  # noqa: PLC0415
     have = {"kex_algs": kex.get_kex_algs(), "encryption_algs": encryption.get_encryption_algs(),
@@ -4826,7 +4777,6 @@ def supported_algorithms(asyncssh: Any) -> dict[str, Any]:
     return {name: [a for a in wanted if a not in bad
                    and (name not in have or a.encode() in have[name])]
             for name, wanted in SSH_ALGORITHMS.items()}
-
 def host_key(path: Path, asyncssh: Any) -> Any:
     """Made once, kept ever after. Raises Fault."""
     if not path.exists():
@@ -4835,7 +4785,6 @@ def host_key(path: Path, asyncssh: Any) -> Any:
         return asyncssh.read_private_key(str(path))
     except (OSError, asyncssh.KeyImportError) as error:
         raise Fault(f"host key {path} cannot be read: {error}") from None
-
 def end_stream(children: Children, child: Child, mark: str) -> None:
     """End the child, and what it began in a container (docker does not)."""
     ended_by_itself = child.poll() is not None
@@ -4848,7 +4797,7 @@ class SshServer:
     def __init__(self, shared: Shared, asyncssh: Any) -> None:
         self.shared = shared
         self.asyncssh = asyncssh
-        self.sessions = collections.Counter[str]()  # service: commands that run now
+        self.sessions = Counter[str]()  # service: commands that run now
         self.unproven: dict[Any, str] = {}  # connection: its network, oldest first
         self.loop = asyncio.new_event_loop()
         self.beat = time.monotonic()
@@ -4879,7 +4828,12 @@ class SshServer:
                 return True
 
             def validate_public_key(self, username: str, key: Any) -> bool:
-                return bool(server.services_of(key_fingerprint(key.public_data)))
+                mark = key_fingerprint(key.public_data)
+                known = bool(server.services_of(mark))
+                if not known:
+                    self.connection.send_auth_banner(
+                        f"{mark} opens nothing; a key counts from the next fetch on\r\n")
+                return known
 
         key = host_key(self.shared.settings.directory / ".pgod" / "ssh_host_ed25519_key",
                        self.asyncssh)
@@ -4952,12 +4906,12 @@ class SshServer:
             log.exception("SSH session of %s failed", client.address)
             self.tell(process, "an error of pgod, see its log")
         finally:
-            with contextlib.suppress(OSError, self.asyncssh.Error):
+            with suppress(OSError, self.asyncssh.Error):
                 process.exit(min(status, 255))
 
     def tell(self, process: Any, text: str, stream: Any = None) -> None:
         text = "\n".join(printable(line) for line in text.expandtabs().split("\n"))
-        with contextlib.suppress(OSError, self.asyncssh.Error):
+        with suppress(OSError, self.asyncssh.Error):
             (stream or process.stderr).write(f"{text}\n".encode())
 
     async def handle_exec(self, process: Any, client: Client) -> int:
@@ -4993,6 +4947,7 @@ class SshServer:
         comment = next((k.comment for k in worker.view.keys if k.fingerprint == client.key), "")
         by, status = f"{comment or client.key} from {client.address}", 1
         try:
+            refuse_unknown(worker, command)
             if entry.job:
                 status = await self.run_job(process, command, worker, entry.job, by)
             elif entry.answer:
@@ -5002,11 +4957,10 @@ class SshServer:
             else:
                 status = await self.stream(process, command, worker, client.key)
         except (Fault, OSError) as error:
-            if isinstance(error, ConnectionError):
-                raise
+            if isinstance(error, ConnectionError): raise
             self.tell(process, str(error))
         finally:
-            with contextlib.suppress(OSError):
+            with suppress(OSError):
                 audit(self.shared.settings.directory, address=client.address, key=client.key,
                       comment=comment, service=command.service, command=command.audited()[:4096],
                       status=status)
@@ -5024,11 +4978,6 @@ class SshServer:
             say(text)
             worker.project.say(text)
 
-        release = worker.view.release
-        known = compose_services(release.model) if release else command.operands
-        if unknown := [name for name in command.operands if name not in known]:
-            raise Refused(f"{command.command}: there is no compose service {unknown[0]!r}; "
-                          f"there are: {', '.join(known)}")
         job = worker.ask(Job(command.command, act, tuple(command.words()), command.operands, by,
                              say, tell))
         done = asyncio.ensure_future(asyncio.wrap_future(job.done))
@@ -5044,7 +4993,7 @@ class SshServer:
         terminal, mark = reads and process.term_type is not None, ""
         if reads:
             mark = f"PGOD_SESSION={os.urandom(16).hex()}"
-            command = dataclasses.replace(command, options=(("--env", mark), *command.options))
+            command = replace(command, options=(("--env", mark), *command.options))
         words = compose.words(*compose_command(command, terminal))
         child, streams = (start_in_terminal(compose, words, process) if terminal
                           else start_stream(compose, words, reads))
@@ -5147,7 +5096,6 @@ class HttpHandler(http.server.BaseHTTPRequestHandler):
         self.end_headers()
         if self.command != "HEAD":
             self.wfile.write(data)
-
     def log_message(self, format: str, *args: Any) -> None:
         log.debug("HTTP: %s: %s", self.address_string(), format % args)
 
@@ -5165,7 +5113,6 @@ class HttpServer(http.server.ThreadingHTTPServer):
         both = not address[0] and socket.has_dualstack_ipv6()
         family = socket.AF_INET6 if both or ":" in address[0] else socket.AF_INET
         self.socket = socket.create_server(address, family=family, backlog=128, dualstack_ipv6=both)
-
     def process_request(self, request: Any, client_address: Any) -> None:
         now = time.monotonic()
         with self.guard:
@@ -5174,11 +5121,10 @@ class HttpServer(http.server.ThreadingHTTPServer):
                 late.add(oldest_of_largest({s: network for s, (_, network) in self.open.items()}))
             for old in late:
                 self.open.pop(old)
-                with contextlib.suppress(OSError):
+                with suppress(OSError):
                     old.shutdown(socket.SHUT_RDWR)
             self.open[request] = now, network_of(client_address[0])
         super().process_request(request, client_address)
-
     def shutdown_request(self, request: Any) -> None:
         with self.guard:
             self.open.pop(request, None)
@@ -5193,15 +5139,14 @@ SSH_SILENCE = 120.0  # seconds; it is asked for a sign of life at each look
 def notify(text: str) -> None:
     """Tell systemd, if it asked to be told (sd_notify(3))."""
     address = os.environ.get("NOTIFY_SOCKET", "")
-    if not address:
-        return
-    with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
+    if not address: return
+    with suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
         sock.sendto(text.encode(), "\0" + address[1:] if address[0] == "@" else address)
 def left_behind(mark: str) -> list[int]:
     """Processes with the mark, outside of any container."""
     ours, found = os.readlink("/proc/self/ns/pid"), []
     for process in marked_processes(mark):
-        with contextlib.suppress(OSError):
+        with suppress(OSError):
             found += [process] * (os.readlink(f"/proc/{process}/ns/pid") == ours)
     return found
 
@@ -5330,7 +5275,7 @@ class Daemon:
 
     def watch(self) -> int:
         while True:
-            with contextlib.suppress(queue.Empty):
+            with suppress(queue.Empty):
                 number = self.wakeup.get(timeout=CONFIGURATION_SECONDS)
                 log.info("ends: %s", signal.Signals(number).name)
                 return 2 if number == signal.SIGHUP else 0
@@ -5339,7 +5284,6 @@ class Daemon:
             if self.settings.restart and self.configuration_changed():
                 log.info("restarts to read the changed %s; containers go on", self.settings.config)
                 return 2
-
     def alive(self) -> bool:
         """Whether every service's thread lives and the SSH loop answered lately."""
         dead = [worker.name for worker in self.shared.workers.values() if not worker.is_alive()]
@@ -5349,7 +5293,6 @@ class Daemon:
         if dead:
             log.error("watchdog: no sign of life: %s", ", ".join(dead))
         return not dead
-
     def configuration_changed(self) -> bool:
         """Believed when two looks in a row agree and the result is valid."""
         try:
@@ -5365,14 +5308,12 @@ class Daemon:
         except ConfigurationError as error:
             self.complain(str(error))
         return False
-
     def complain(self, text: str) -> None:
         """Once for each new trouble; nothing, where it is over."""
         self.shared.metrics.set("pgo_configuration_valid", not text)
         if text and text != self.complained:
             log.error("%s is not valid, the old one goes on:\n%s", self.settings.config, text)
         self.complained = text
-
     def end(self) -> None:
         """Containers keep running; children get a grace, threads are waited for."""
         notify("STOPPING=1")
@@ -5425,7 +5366,6 @@ def bool_word(text: str) -> bool:
     if text.lower() not in ("true", "false", "1", "0", "t", "f"):
         raise argparse.ArgumentTypeError(f"{text!r} is neither true nor false")
     return text.lower() in ("true", "1", "t")
-
 def argument(parser: Callable[..., Any], *more: Any) -> Callable[[str], Any]:
     """argparse shows the message of ArgumentTypeError, but not that of ValueError."""
     def parse(text: str) -> Any:
@@ -5434,7 +5374,6 @@ def argument(parser: Callable[..., Any], *more: Any) -> Callable[[str], Any]:
         except ValueError as error:
             raise argparse.ArgumentTypeError(str(error)) from None
     return parse
-
 def absolute(text: str) -> Path:
     return Path(text).absolute()
 
@@ -5486,7 +5425,6 @@ class LogFormatter(logging.Formatter):
         text = re.sub(r"[^\n\x20-\x7e\xa0-\U0010ffff]", "?", super().format(record))
         prefix = JOURNAL_LEVELS.get(record.levelno, "<7>") if self.journal else ""
         return prefix + text.replace("\n", "\n    ")
-
 def check_identity(configuration: Configuration) -> None:
     """pgod is root, unless every service's user is who runs it. Raises Fault."""
     me = pwd.getpwuid(os.geteuid()).pw_name

@@ -696,8 +696,8 @@ def test_keys_of_a_repository_are_bounded(tmp_path: Path) -> None:
         b"\0\0\0\x0bssh-ed25519\0\0\0\x20" + b"k" * 32).decode()
     keys, wrong = pgod.parse_key_file(f"# mine\n\n{good} a\nrubbish\n{good} b\nmore".encode())
     assert [key.comment for key in keys] == ["a", "b"]
-    assert wrong.startswith("line 4 ")
-    assert pgod.parse_key_file(b"#" * 16385) == ([], "has more than 16 KiB")
+    assert [text[:7] for text in wrong] == ["line 4 ", "line 6 "]
+    assert pgod.parse_key_file(b"#" * 16385) == ([], ["has more than 16 KiB"])
 
 
 def test_interval_of_nothing_is_refused() -> None:
@@ -2821,9 +2821,9 @@ EXITED = container(status="exited")
     (compared(container(status="paused")), "paused", "is paused"),
     (compared(container(health="unhealthy")), "unhealthy", "is unhealthy"),
     (compared(container(health="starting")), "starting", "is starting"),
-    (compared(container(started=NOW - 3)), "starting", "runs for 3 s"),
+    (compared(container(started=NOW - 3)), "starting", "has to run for 7 s"),
     (compared(container(started=NOW - 3, health="healthy")), "", ""),
-    (compared(container(started=NOW - 3, health="healthy", restarts=1)), "starting", "runs"),
+    (compared(container(started=NOW - 3, health="healthy", restarts=1)), "starting", "has to run"),
     (compared(container(), container(identity="j", name="p-web-2")), "surplus", "2 containers"),
     (compared(container(), container(identity="j", name="p-old-1", compose_service="old")),
      "extra", "p-old-1 is of no compose service"),
@@ -2942,8 +2942,8 @@ def test_what_is_done_follows_from_what_is_seen(seen: pgod.Situation, action: st
     ([container(status="restarting", exit_code=2, restarts=1)], False, "wait", "restarted"),
     ([container(status="restarting", restarts=3, created=NOW - 2)], False, "wait", "restarted"),
     ([container(status="restarting", restarts=3)], False, "bad", "restarted"),
-    ([container(started=NOW - 1, restarts=3)], False, "bad", "runs for"),
-    ([container(started=NOW - 1, restarts=5, identity="before")], False, "wait", "runs for"),
+    ([container(started=NOW - 1, restarts=3)], False, "bad", "has to run"),
+    ([container(started=NOW - 1, restarts=5, identity="before")], False, "wait", "has to run"),
     ([container(health="unhealthy", identity="ill")], False, "good", ""),
 ])
 def test_a_bad_deploy_is_told_from_a_good_one(containers: list[pgod.Container], over: bool,
@@ -3344,6 +3344,186 @@ def test_paths_are_relative_to_the_folder_of_the_first_compose_file(lab: Lab) ->
     lab.runs(name, commit := lab.push(name, {"deploy/html/page": "other"}))
     assert docker("exec", f"{name}-web-1", "cat", "/html/page") == "other"
     assert lab.commit(name) == commit
+
+
+@pytest.mark.parametrize(("source", "target"), [
+    ("./conf/app.conf", "/etc/app.conf"), ("./Caddyfile", "/etc/caddy/Caddyfile"),
+    ("./init", "/init.sql"), ("./.env", "/app/.env")])
+def test_forgotten_file_is_refused_before_a_folder_is_made_of_it(lab: Lab, source: str,
+                                                                 target: str) -> None:
+    name = lab.service("a")
+    deployed(lab, name)
+    before = lab.containers(name)
+    files = {"compose.yaml": compose_file(volumes=[f"{source}:{target}"])}
+    commit = lab.push(name, files)
+    assert f"{source[2:]} is missing" in lab.failed(name, commit)
+    assert not (lab.directory / name / source).exists()
+    assert lab.containers(name) == before
+    lab.runs(name, lab.push(name, {source: "A=there\n"}))
+    assert docker("exec", f"{name}-web-1", "cat", target) == "A=there"
+
+
+def test_folder_that_pgod_made_is_said_and_gives_way_while_it_is_empty(lab: Lab) -> None:
+    name = lab.service("a", {"compose.yaml": compose_file(volumes=["./one:/one:ro", "./two:/two"])})
+    deployed(lab, name)
+    work = lab.directory / name
+    assert f"made the folder {work}/one" in lab.daemon.log()
+    (work / "two" / "data").write_text("precious")
+    commit = lab.push(name, {"one": "file", "two": "file"})
+    assert "two/data" in lab.failed(name, commit)
+    assert (work / "two" / "data").read_text() == "precious"
+    lab.runs(name, lab.push(name, {"two": None}))
+    assert docker("exec", f"{name}-web-1", "cat", "/one") == "file"
+
+
+def test_warnings_of_compose_and_what_is_not_followed_are_told(lab: Lab) -> None:
+    pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n"
+    name = lab.service("a", {
+        "compose.yaml": compose_file(environment={"A": "${NOWHERE_SET}", "B": "${NOWHERE_SET}"},
+                                     volumes=["./files:/files"]),
+        "compose.override.yaml": "services: {}", ".gitattributes": "*.bin filter=lfs",
+        "files/large.bin": pointer, "files/small.bin": "small"})
+    repository = lab.repositories[name]
+    repository.git("update-index", "--add", "--cacheinfo",
+                   f"160000,{repository.head()},files/module")
+    repository.git("commit", "-q", "-m", "module")
+    repository.send()
+    deployed(lab, name)
+    notes = ["NOWHERE_SET", "compose.override.yaml is not read", "files/large.bin is in Git LFS",
+             "files/module is a submodule"]
+    for command in ("load", "plan", "up", "status", "status --json"):
+        done = lab.ssh(f"{name}//{command}", check=True)
+        for note in notes if command != "plan" else ():
+            assert (done.stdout + done.stderr).count(note) == 1, (command, note)
+        assert str(lab.directory) not in done.stdout, "the export's path helps nobody"
+    lab.push(name, {"file": "x"})
+    lab.ssh(f"{name}//hold", check=True)
+    assert lab.daemon.log().count("NOWHERE_SET") <= 3, "once each deploy"
+
+
+def test_env_file_that_is_not_committed_is_what_the_administrator_says(lab: Lab) -> None:
+    value = "a$b # \"c\" 'd' \\e"
+    files = {"compose.yaml": compose_file(env_file=[".env", "app.env"]), "app.env": "C=committed\n"}
+    name = lab.service("a", files, env=[f"TOKEN={value}", "LATER=1"])
+    bare = lab.service("b", files)
+    deployed(lab, name)
+    assert docker("exec", f"{name}-web-1", "sh", "-c", 'echo "$TOKEN$C"') == f"{value}committed"
+    assert not list(lab.directory.rglob(".env")), "nothing of it stays"
+    why = lab.failed(bare, lab.repositories[bare].head())
+    assert "env_file .env is not in the commit" in why
+    lab.runs(name, lab.push(name, {".env": "TOKEN=theirs\n"}))
+    assert docker("exec", f"{name}-web-1", "sh", "-c", "echo $TOKEN") == "theirs"
+
+
+def test_what_the_world_lacks_stops_nothing_and_is_tried_again(lab: Lab) -> None:
+    network, volume = f"{lab.name}-later", f"{lab.name}-volume"
+    name = lab.service("a", allow=[f"volume:{volume}"])
+    lab.duration = "300ms"
+    deployed(lab, name)
+    before, port = lab.containers(name), free_port()
+    with socket.create_server(("127.0.0.1", port)):
+        commit = lab.push(name, {"compose.yaml": compose_file(
+            networks=["later"], ports=[f"127.0.0.1:{port}:80"], volumes=["vol:/v"], top={
+                "networks": {"later": {"external": True, "name": network}},
+                "volumes": {"vol": {"external": True, "name": volume}}})})
+        why = lab.failed(name, commit)
+        for text in (f"network {network} does not exist", f"volume {volume} does not exist",
+                     f"port {port}/tcp is in use"):
+            assert text in why
+        assert "by itself" in lab.ssh(f"{name}//status").stdout
+        docker("network", "create", network)
+        docker("volume", "create", volume)
+        until(lambda: "does not exist" not in lab.failure(name)["reason"], "tried again")
+        assert lab.containers(name) == before
+    lab.runs(name, commit)
+    lab.runs(name, lab.push(name, {"file": "x"}))  # its own port is no obstacle
+
+
+def test_last_words_of_what_failed_are_kept(lab: Lab) -> None:
+    secret = "geheim-word-1"
+    name = lab.service("a", {"file": "1"}, env=[f"SECRET={secret}"])
+    deployed(lab, name)
+    bad = lab.push(name, {"compose.yaml": compose_file(
+        ["sh", "-c", "for n in $$(seq 300); do echo line $$n; done; echo ${SECRET} >&2; exit 3"])})
+    answer = lab.ssh(f"{name}//up")
+    assert answer.returncode == 1
+    assert "line 300" in answer.stderr
+    assert "line 200\n" not in answer.stderr
+    lab.failed(name, bad)
+    (line, *_) = json.loads(lab.ssh(f"{name}//history --json", check=True).stdout)
+    assert "  ".join(line["words"]).count("line ") == 9
+    ill = lab.push(name, {"compose.yaml": compose_file(healthcheck=HEALTHY | {
+        "test": ["CMD", "sh", "-c", "echo not well; false"], "start_period": "0s", "retries": 1})})
+    lab.failed(name, ill)
+    assert "health check: exit status 1: not well" in lab.ssh(f"{name}//why", check=True).stdout
+    why = lab.ssh(f"{name}//why {bad[:12]}", check=True).stdout
+    assert "exit status 3" in why
+    assert "line 102\n" in why
+    assert "line 101\n" not in why, "200 lines"
+    assert secret not in why + answer.stderr + json.dumps(line)
+    assert lab.ssh(f"{name}//why 0123abcd").returncode == 1
+    assert lab.ssh(f"{name}//why x").returncode == 2
+    assert "no container" in lab.ssh(f"{lab.service('b')}//why").stderr + "no container"
+    folder = lab.directory / ".pgod" / name / "why"
+    assert {file.name for file in folder.iterdir()} == {bad, ill}
+    store = pgod.Store(pgod.ServicePaths(name, lab.directory, lab.datadir))
+    for number in range(20):
+        store.keep_words(f"{number:040}", "x")
+    assert len([*folder.iterdir()]) == pgod.WORDS_KEPT
+
+
+def test_last_words_of_what_crashes_without_a_deploy_are_shown(lab: Lab) -> None:
+    name = lab.service("a", {"compose.yaml": compose_file(
+        ["sh", "-c", "echo began; trap 'echo my end; exit 7' TERM; sleep 100000 & wait"],
+        healthcheck=None)})
+    lab.duration = "1h"
+    deployed(lab, name)
+    docker("exec", f"{name}-web-1", "kill", "-s", "TERM", "1")
+    docker("exec", f"{name}-web-1", "killall", "sleep", check=False)
+    until(lambda: "my end" in lab.ssh(f"{name}//why").stdout, "its words")
+
+
+def test_log_has_a_line_a_change_and_errors_for_what_failed(lab: Lab) -> None:
+    name = lab.service("a")
+    deployed(lab, name)
+    lab.push(name, {"compose.yaml": compose_file("false")})
+    lab.ssh(f"{name}//up")
+    log = lab.daemon.log()
+    assert "Container" not in log
+    assert re.search(rf"ERROR {name}: up by id@test", log)
+    assert max(map(log.splitlines().count, log.splitlines())) < 3
+
+
+def test_lines_in_ssh_that_are_no_keys_are_told_and_lock_nobody_out(lab: Lab) -> None:
+    public = lab.key("other").with_suffix(".pub").read_text()
+    name = lab.service("a")
+    deployed(lab, name)
+    commit = lab.push(name, {"ssh/two.pub": lab.key("other").read_text(),
+                             "ssh/three.pub": f"cert-authority {public}nonsense\n",
+                             "ssh/empty": ""})
+    lab.runs(name, commit)
+    told = ["ssh/two.pub is a PRIVATE key", "ssh/three.pub line 1", "ssh/three.pub line 2",
+            "ssh/empty has no key"]
+    for command in ("load", "up", "status"):
+        done = lab.ssh(f"{name}//{command}", check=True)
+        for text in told:
+            assert text in done.stdout + done.stderr, command
+    bad = lab.push(name, {"ssh/id.pub": "rubbish", "file": "new"})
+    assert "no usable key" in lab.failed(name, bad)
+    assert lab.commit(name) == commit
+    assert "ssh/id.pub line 1" in lab.ssh(f"{name}//status", check=True).stdout
+    lab.daemon.stop()
+    lab.start()
+    lab.ssh(f"{name}//ping", check=True)
+    lab.runs(name, lab.push(name, {path: None for path in (
+        "ssh/id.pub", "ssh/two.pub", "ssh/three.pub", "ssh/empty")}))
+    assert lab.ssh(f"{name}//ping").returncode == 255, "without ssh/ nobody steers"
+
+
+def test_stranger_is_told_when_a_key_counts(shared: Lab) -> None:
+    words = shared.ssh_words("x//ping", key="stranger")
+    told = run(*(word.replace("=ERROR", "=INFO") for word in words), check=False).stderr
+    assert "opens nothing; a key counts from the next fetch on" in told
 
 
 def test_optional_dependency_that_is_not_there_hinders_nothing(lab: Lab) -> None:
@@ -3803,7 +3983,7 @@ def test_application_that_ends_once_is_no_failed_deploy(lab: Lab) -> None:
     bad = lab.push(name, {"compose.yaml": compose_file(ever, restart="always", healthcheck=None)})
     failed = lab.ssh(f"{name}//up")
     assert failed.returncode == 1
-    assert "exited with status 4" in lab.failed(name, bad) or "runs for" in lab.failed(name, bad)
+    assert "exited with status 4" in lab.failed(name, bad) or "has to run" in lab.failed(name, bad)
     assert lab.commit(name) == good
 
 
