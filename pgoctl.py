@@ -70,12 +70,13 @@ COMMANDS = {
     "journal": "is disabled; pgod says so",
     "help": "list the commands and their options",
 }
+EXEC_VALUES = ("-e", "--env", "-u", "--user", "-w", "--workdir", "--index")  # a word follows them
 READS_STDIN = frozenset({"exec"})  # another would eat the list of a shell's `while read` loop
 
 OPTIONS = (  # short, long, its value, help
     ("i", "identity", "FILE", "private key, without passphrase"),
-    ("p", "port", "PORT", f"port of pgod (default {PORT})"),
-    ("t", "tty", "", "exec in a terminal; needs OpenSSH's ssh"),
+    ("p", "port", "PORT", f"port of pgod (default: as ~/.ssh/config says, else {PORT})"),
+    ("t", "tty", "", "exec in a terminal, also where pgoctl has none; needs OpenSSH's ssh"),
     ("v", "version", "", "print the version"),
     ("h", "help", "", "print this"),
 )
@@ -514,7 +515,9 @@ def load_asyncssh() -> ModuleType:
     try:
         import asyncssh
     except (ImportError, AttributeError) as error:  # the latter: two packages do not fit
-        raise ControlError(NO_TRANSPORT.format(f"there is no ssh to use, and {error}")) from None
+        asked = os.environ.get("PGOCTL_TRANSPORT") == "asyncssh"
+        why = "PGOCTL_TRANSPORT=asyncssh" if asked else "there is no ssh on PATH"
+        raise ControlError(NO_TRANSPORT.format(f"{why}, but {error}")) from None
     return asyncssh
 
 async def load_keys(asyncssh: ModuleType, request: Request) -> list[Any]:
@@ -669,6 +672,40 @@ def find_key(path: str | None, environ: Mapping[str, str]) -> tuple[str, str]:
         raise ControlError("PGOCTL_ID is empty: does this CI job get its secret?")
     return ("PGOCTL_ID", parse_key(text, "PGOCTL_ID")) if text else ("", "")
 
+def find_ssh() -> bool:
+    """Whether OpenSSH's client is installed."""
+    return any(os.access(os.path.join(folder, "ssh"), os.X_OK) for folder in os.get_exec_path())
+
+def wants_terminal(arguments: Sequence[str]) -> bool:
+    """Whether exec gets a terminal, as from docker: where it would talk to one at both ends."""
+    words = iter(arguments)
+    for word in words:
+        if not word.startswith("-") or word == "--":
+            break
+        if re.fullmatch("-[it]*[dT][ditT]*|--detach|--no-TTY", word):
+            return False
+        if word in EXEC_VALUES:
+            next(words, "")
+    return os.isatty(0) and os.isatty(1)
+
+def configured_port(host: str) -> str:
+    """Port of the host in ~/.ssh/config, by ssh itself; pgod's where there is none."""
+    config = os.path.expanduser("~/.ssh/config")
+    try:
+        with open(config, encoding="utf-8", errors="replace") as file:
+            asks = re.search(r"(?im)^\s*(port|include)\b", file.read(CHUNK))
+    except OSError:
+        return str(PORT)
+    if not asks or not find_ssh():
+        return str(PORT)
+    with contextlib.ExitStack() as stack:
+        text = f"Include {quote_path(config)}\nHost *\nPort {PORT}\n"
+        path = private_file(text, stack)
+        done = subprocess.run(["ssh", "-G", "-F", path, "--", host], capture_output=True,
+                              stdin=subprocess.DEVNULL, text=True, errors="replace", check=False)
+    found = re.search(r"(?m)^port (\d+)$", done.stdout)
+    return found[1] if found else str(PORT)
+
 def build_request(options: Mapping[str, str], words: Sequence[str],
                   environ: Mapping[str, str]) -> Request:
     """What the command line and the environment ask for."""
@@ -677,14 +714,16 @@ def build_request(options: Mapping[str, str], words: Sequence[str],
     host, service, command = parse_target(words[0])
     if not command and words[1:]:
         raise UsageError(f"nothing can follow a host alone: is {host}:SERVICE//{words[1]} meant?")
-    port = options.get("port", str(PORT))
+    port = options.get("port") or configured_port(host)
     if not re.fullmatch("[0-9]{1,5}", port) or not 0 < int(port) < 65536:
         raise UsageError(f"port {port!r}: a number from 1 to 65535 is needed")
     key_name, key = find_key(options.get("identity"), environ)
     pin = environ.get("PGOCTL_HOSTKEY")
     return Request(
         host, int(port), render_command(service, command or "list", words[1:]),
-        stdin=command in READS_STDIN, terminal="tty" in options, key_name=key_name, key=key,
+        stdin=command in READS_STDIN, terminal="tty" in options or (
+            command == "exec" and wants_terminal(words[1:]) and find_ssh()
+            and environ.get("PGOCTL_TRANSPORT") != "asyncssh"), key_name=key_name, key=key,
         pin="" if pin is None else parse_host_key(pin), folder=os.path.expanduser("~/.ssh"))
 
 def choose_transport(wanted: str) -> Callable[[Request], int]:
@@ -692,10 +731,9 @@ def choose_transport(wanted: str) -> Callable[[Request], int]:
     transports = {"ssh": run_ssh, "asyncssh": run_asyncssh}
     if wanted not in ("", *transports):
         raise UsageError(f"PGOCTL_TRANSPORT={wanted}: it is ssh or asyncssh")
-    found = any(os.access(os.path.join(folder, "ssh"), os.X_OK) for folder in os.get_exec_path())
-    if wanted == "ssh" and not found:
+    if wanted == "ssh" and not find_ssh():
         raise ControlError(NO_TRANSPORT.format("there is no ssh on PATH"))
-    return transports[wanted or ("ssh" if found else "asyncssh")]
+    return transports[wanted or ("ssh" if find_ssh() else "asyncssh")]
 
 # ==== Main ========================================================================================
 

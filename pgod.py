@@ -203,10 +203,11 @@ class Service:
         return self.user == "root"
     @property
     def secrets(self) -> tuple[str, ...]:
-        """What must never be shown. Short values of env would redact half of every line."""
+        """What must never be shown. Short values of env and paths would redact half of a line."""
         tokens = (r.token for r in self.registries)
         values = (*self.repository.secrets, *tokens, self.webhook,
-                  *(value for _, value in self.env if len(value) >= 6))
+                  *(value for _, value in self.env if len(value) >= 6 and value != self.name
+                    and not re.fullmatch(r"\.{0,2}/[\w./-]*", value)))
         return tuple({form for value in values for form in (value, json.dumps(value)[1:-1])})
     def digest(self) -> str:
         parts = (self.user, self.repository.url, self.branch, self.compose, self.env,
@@ -262,8 +263,7 @@ def format_duration(seconds: float) -> str:
     left, parts = int(seconds), list[str]()
     for unit, size in (("d", 86400), ("h", 3600), ("m", 60), ("s", 1)):
         count, left = divmod(left, size)
-        if count or (unit == "s" and not parts):
-            parts.append(f"{count}{unit}")
+        if count or (unit == "s" and not parts): parts.append(f"{count}{unit}")
     return "".join(parts[:2])
 def parse_address(text: str) -> tuple[str, int] | None:
     """Host and port of `:2222`, `127.0.0.1:2222` or `[::1]:2222`; None of an empty text."""
@@ -283,7 +283,6 @@ def remote_with_token(parts: urllib.parse.SplitResult) -> Remote:
     secrets = {basic, raw[-1], urllib.parse.unquote(raw[-1]),
                urllib.parse.quote(urllib.parse.unquote(raw[-1]), safe="")}
     return Remote(url, f"Authorization: Basic {basic}", tuple(sorted(secrets)))
-
 def parse_remote(text: str) -> Remote:
     """A repository's address, with its credentials taken out of it."""
     if text.startswith("/") or re.fullmatch(r"[\w.-]+@[\w.-]+:[^\s]+", text): return Remote(text)
@@ -295,13 +294,11 @@ def parse_remote(text: str) -> Remote:
     if parts.scheme == "https": return remote_with_token(parts)
     if parts.password: raise ValueError("has a password, which only https can take; use deploy_key")
     return Remote(text)
-
 def parse_registry(text: str, user: str) -> Registry:
     """`user:token@registry`, `:token@registry` or `token@registry`; the user defaults to `user`."""
     login, at, address = text.rpartition("@")
     name, colon, token = login.partition(":")
-    if not colon:
-        name, token = "", login
+    if not colon: name, token = "", login
     if not at or not token or not re.fullmatch(r"[\w.-]+(:\d+)?(/[\w./-]+)?", address):
         raise ValueError("is not a login of the form user:token@registry")
     return Registry(address, name or user, token)
@@ -341,7 +338,6 @@ def parse_env_lines(text: str) -> tuple[tuple[str, str], ...]:
         escaped = re.sub(r"\\(.)", lambda m: ESCAPES.get(m[1], m[1]), found["quoted"] or "")
         pairs.append((name, found["plain"] or escaped or bare))
     return tuple(pairs)
-
 def private_key_trouble(data: bytes) -> str:
     """Why ssh could not use it without a person, or nothing."""
     if b"PRIVATE KEY-----" not in data:
@@ -381,7 +377,6 @@ def parse_public_key(line: str) -> PublicKey:
     if kind == "ssh-rsa" and rsa_bits(blob) < 2048:
         raise ValueError("is an RSA key of under 2048 bits")
     return PublicKey(key_fingerprint(blob), re.sub(r"[^\x20-\x7e]", "?", comment)[:100])
-
 def parse_key_file(data: bytes) -> tuple[list[PublicKey], list[str]]:
     """The keys in a file of at most 16 KiB, one a line, and what is wrong with the other lines."""
     if len(data) > KEY_FILE_BYTES: return [], ["has more than 16 KiB"]
@@ -397,7 +392,6 @@ def parse_key_file(data: bytes) -> tuple[list[PublicKey], list[str]]:
     except ValueError as error:
         wrong.append(str(error))
     return keys, wrong if keys or wrong else ["has no key"]
-
 def redact(text: str, secrets: Iterable[str]) -> str:
     """The text with every secret in it as ***; longer ones first, for one may hold another."""
     for secret in sorted(filter(None, secrets), key=len, reverse=True):
@@ -408,12 +402,15 @@ def nearest(word: str, known: Iterable[str]) -> str:
     close = difflib.get_close_matches(word, list(known), 1, 0.6)
     return f' (did you mean "{close[0]}"?)' if close else ""
 
-COMPOSE_PROGRESS = re.compile(r"\s*(Container|Network|Volume|Image) \S+ +[A-Z][a-z]+\s*")
+# What compose and git put before what went wrong: progress, warnings, usage.
+NOISE = re.compile(r"\s*((Container|Network|Volume|Image) \S+ +[A-Z][a-z]+\s*$|#\d+ |warning:|"
+                   r"usage:|time=\S+ level=[^ef]|(see|run) '.* --help'|remote: )", re.IGNORECASE)
 
 def one_line(text: str, limit: int = 300) -> str:
-    lines = [line.strip() for line in text.splitlines()
-             if line.strip() and not COMPOSE_PROGRESS.fullmatch(line)]
-    return " / ".join(lines[-4:])[-limit:]
+    """What matters of a program's words: its last lines, and of them the beginning."""
+    lines = [line.strip() for line in text.splitlines() if line.strip() and not NOISE.match(line)]
+    found = " / ".join(lines[-4:])
+    return found if len(found) <= limit else found[:limit - 1] + "…"
 
 # ---- Files -------------------------------------------------------------------------------------
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -479,8 +476,7 @@ def folder_beneath(root: Path, parts: Sequence[str], make: bool = False) -> Iter
     try:
         for number, part in enumerate(parts, 1):
             if make:
-                with suppress(FileExistsError):
-                    os.mkdir(part, 0o755, dir_fd=descriptor)
+                with suppress(FileExistsError): os.mkdir(part, 0o755, dir_fd=descriptor)
             try:
                 deeper = os.open(part, FOLDER_FLAGS, dir_fd=descriptor)
             except (FileNotFoundError, PermissionError):
@@ -507,7 +503,6 @@ def stat_beneath(root: Path, path: str) -> os.stat_result | None:
             return os.stat(name, dir_fd=folder, follow_symlinks=False)
     except FileNotFoundError:
         return None
-
 def open_beneath(root: Path, path: str) -> BinaryIO:
     """A regular file beneath root, to read; a link, a device or a pipe is Refused."""
     *parts, name = path.split("/")
@@ -523,7 +518,6 @@ def open_beneath(root: Path, path: str) -> BinaryIO:
         file.close()
         raise Refused(f"{root}/{path} is not a regular file")
     return file
-
 def read_beneath(root: Path, path: str, limit: int) -> bytes:
     """The content of a regular file beneath root, `limit` bytes of it: it may be endless."""
     with open_beneath(root, path) as file:
@@ -541,8 +535,7 @@ def replace_beneath(root: Path, path: str, make: Callable[[str, int], None]) -> 
         except IsADirectoryError:
             raise Refused(f"{root}/{path} is a folder, not a file; move or remove it") from None
         finally:
-            with suppress(FileNotFoundError):
-                os.unlink(temporary, dir_fd=folder)
+            with suppress(FileNotFoundError): os.unlink(temporary, dir_fd=folder)
 def write_beneath(root: Path, path: str, data: BinaryIO, mode: int = 0o644) -> None:
     """A regular file beneath root, by a temporary name; a folder in its place is Refused."""
     def make(temporary: str, folder: int) -> None:
@@ -662,8 +655,7 @@ def processes(file: str, matches: Callable[[bytes], bool]) -> list[int]:
     for entry in filter(str.isdigit, os.listdir("/proc")):
         # A process can make its environment as large as it likes: PR_SET_MM_MAP of prctl(2).
         with suppress(OSError), Path("/proc", entry, file).open("rb") as content:
-            if matches(content.read(ENVIRONMENT_BYTES)):
-                found.append(int(entry))
+            if matches(content.read(ENVIRONMENT_BYTES)): found.append(int(entry))
     return found
 def session_processes(session: int) -> list[int]:
     """The processes of a session that have not ended."""
@@ -675,8 +667,7 @@ def marked_processes(mark: str) -> list[int]:
     return processes("environ", lambda content: mark.encode() in content.split(b"\0"))
 def kill_all(processes: Iterable[int], number: int) -> None:
     for process in processes:
-        with suppress(ProcessLookupError, PermissionError):
-            os.kill(process, number)
+        with suppress(ProcessLookupError, PermissionError): os.kill(process, number)
 
 Child = subprocess.Popen[bytes]
 PIPE, DEVNULL = subprocess.PIPE, subprocess.DEVNULL
@@ -719,8 +710,7 @@ class Children:
         if not shutil.which(words[0], path=environment["PATH"]):
             raise Fault(f"{words[0]} is not installed")
         log.debug("%s: runs: %s", who.service or "pgod", redact(shlex.join(words), who.secrets))
-        if who.limits:
-            words = ["prlimit", *who.limits, "--core=0", "--", *words]
+        if who.limits: words = ["prlimit", *who.limits, "--core=0", "--", *words]
         if who.account and not os.geteuid():  # by setpriv: Python would have to fork itself
             account, groups = who.account, ",".join(map(str, who.account.groups))
             words = ["setpriv", *([] if who.marked else ["--pdeathsig=KILL"]),
@@ -771,8 +761,7 @@ class Children:
                  on_line: Progress | None, who: RunAs) -> tuple[dict[str, bytearray], str]:
         """Both outputs until their end, the child's or the deadline; and what was wrong."""
         if child.stdin:
-            with suppress(BrokenPipeError):
-                child.stdin.write(stdin)
+            with suppress(BrokenPipeError): child.stdin.write(stdin)
             child.stdin.close()
         output = {"stdout": bytearray(), "stderr": bytearray()}
         line, until, ended = bytearray(), time.monotonic() + deadline, 0.0
@@ -786,12 +775,10 @@ class Children:
                 if now > until: return output, f"took longer than {deadline:.0f} s"
                 if self.stopped_at and now > self.stopped_at + self.GRACE: raise Stopping
                 if who.disk and (full := lacks_room(who.disk)): return output, full
-                if not selector.get_map():
-                    time.sleep(0.002)
+                if not selector.get_map(): time.sleep(0.002)
                 for key, _ in selector.select(0.2) if selector.get_map() else ():
                     data = os.read(key.fd, 1 << 16)
-                    if not data:
-                        selector.unregister(key.fileobj)
+                    if not data: selector.unregister(key.fileobj)
                     output[key.data] += data
                     if key.data == "stderr" and on_line:
                         line = feed_lines(line + data, on_line, who.secrets)
@@ -829,8 +816,7 @@ def taken_over(descriptor: int, gid: int, prefix: str = "") -> dict[str, str]:
                 inner = os.open(name, FOLDER_FLAGS, dir_fd=descriptor)
                 found |= taken_over(inner, gid, f"{prefix}{name}/")
                 continue
-            if root:
-                os.chown(name, 0, gid, dir_fd=descriptor, follow_symlinks=False)
+            if root: os.chown(name, 0, gid, dir_fd=descriptor, follow_symlinks=False)
             found[prefix + name] = "120000" if stat.S_ISLNK(mode) else ""
             if stat.S_ISREG(mode) and facts.st_nlink == 1:
                 mode = 0o755 if mode & stat.S_IXUSR else 0o644
@@ -897,7 +883,6 @@ class Repository:
         kind = "sha256" if len(self.asked) == 64 else "sha1"
         self.git("init", "--quiet", "--bare", "--template=", f"--object-format={kind}",
                  str(folder), folder=None)
-
     def git(self, *words: str, deadline: str = "git", folder: Path | None = Path(),
             env: Mapping[str, str] | None = None) -> bytes:
         """Run git on the git folder (or on none); its standard output. Raises Fault."""
@@ -914,7 +899,6 @@ class Repository:
                      "ends in .git") if re.search(r"returned error: 30\d", result.stderr) else ""
             raise Fault(f"git {words[0]}: {result.complaint}{moved}")
         return result.stdout
-
     def ask(self) -> str:
         """The commit that the branch has at the remote: one process, nothing fetched."""
         branch, url = self.service.branch, self.service.repository.url
@@ -936,8 +920,7 @@ class Repository:
         self.fetch_ref(self.service.repository.url, ref, folder)
         return self.identity("refs/pgod/wanted", folder)
     def fetch_ref(self, url: str, ref: str, folder: Path = Path()) -> None:
-        if not (self.folder / folder / "HEAD").exists():
-            self.init(self.folder / folder)
+        if not (self.folder / folder / "HEAD").exists(): self.init(self.folder / folder)
         self.git("fetch", "--quiet", "--no-tags", "--depth=1", "--no-write-fetch-head", url, ref,
                  deadline="fetch", folder=folder)
     def repaired(self, act: Callable[[], Any]) -> Any:
@@ -1047,7 +1030,6 @@ class Repository:
 def folders_of(path: str) -> list[str]:
     parts = path.split("/")
     return ["/".join(parts[:depth]) for depth in range(1, len(parts))]
-
 def same_entry(root: Path, export: Path, path: str, mode: str) -> bool:
     """Whether the work tree has at `path` what the export has there."""
     found, (*parts, name) = stat_beneath(root, path), path.split("/")
@@ -1062,7 +1044,6 @@ def same_entry(root: Path, export: Path, path: str, mode: str) -> bool:
         while (chunk := one.read(1 << 20)) == other.read(1 << 20):  # never in memory as a whole
             if not chunk: return True
     return False
-
 def conflicts_at(root: Path, export: Path, path: str, mode: str, known: set[str]) -> list[str]:
     """Untracked files that a new one at `path` would overwrite, unless they are the same."""
     parts = path.split("/")
@@ -1077,7 +1058,6 @@ def conflicts_at(root: Path, export: Path, path: str, mode: str, known: set[str]
                         if (name := os.path.normpath(f"{at}/{top}/{file}")) not in known]
         return [] if same_entry(root, export, path, mode) else [at]
     return []
-
 @contextmanager
 def refuse_on_permission_error(root: Path, path: str) -> Iterator[None]:
     """Say what to do where the user is kept out of his own work tree."""
@@ -1086,7 +1066,6 @@ def refuse_on_permission_error(root: Path, path: str) -> Iterator[None]:
     except PermissionError:
         raise Refused(f"{root}/{path} cannot be changed: it or its folder belongs to another user, "
                       "as when a container took it; chown it") from None
-
 def worktree_conflicts(root: Path, export: Path, tracked: Tree, new: Tree) -> list[str]:
     """All that the commit would overwrite. Raises Refused where the user is kept out."""
     known, conflicts = set(tracked), []
@@ -1103,7 +1082,6 @@ def worktree_conflicts(root: Path, export: Path, tracked: Tree, new: Tree) -> li
             os.mkdir(name, 0o700, dir_fd=descriptor)
             os.rmdir(name, dir_fd=descriptor)
     return conflicts
-
 def write_entry(root: Path, export: Path, path: str, mode: str) -> None:
     """What the export has at `path`, to the work tree, if that is not there already."""
     with suppress(PermissionError):
@@ -1128,8 +1106,7 @@ def update_worktree(root: Path, export: Path, tracked: Tree, new: Tree,
             with refuse_on_permission_error(root, path):
                 act()
         except Refused as refused:
-            if path not in new or tracked.get(path) != new[path]:
-                failures.append(str(refused))
+            if path not in new or tracked.get(path) != new[path]: failures.append(str(refused))
 
     def remove(path: str) -> None:
         attempt(path, lambda: remove_beneath(root, path, keep))
@@ -1139,15 +1116,13 @@ def update_worktree(root: Path, export: Path, tracked: Tree, new: Tree,
     replaced = defaultdict[str, list[str]](list)  # a folder that becomes a file
     for path in gone:
         for folder in folders_of(path):
-            if folder in new:
-                replaced[folder].append(path)
+            if folder in new: replaced[folder].append(path)
     for path in filter(folders.__contains__, gone):  # files that become folders
         remove(path)
     for path, (mode, _) in sorted(new.items()):
         for other in replaced[path]:
             remove(other)
-        if mode != "160000":
-            attempt(path, functools.partial(write_entry, root, export, path, mode))
+        if mode != "160000": attempt(path, functools.partial(write_entry, root, export, path, mode))
     for path in gone:
         remove(path)
     return failures
@@ -1208,6 +1183,7 @@ class Container:
     networks: Mapping[str, str] = field(default_factory=dict)  # name: identity
     shares: tuple[str, ...] = ()  # containers whose network, ipc or pid namespace it has
     volumes_from: tuple[str, ...] = ()
+    volumes: tuple[tuple[str, bool, str], ...] = ()  # name, whether writable, target
     binds: tuple[Bind, ...] = ()
 
 @dataclass(frozen=True)
@@ -1251,6 +1227,8 @@ def parse_container(facts: Json) -> Container:
         networks={name: (network or {}).get("NetworkID", "") for name, network in networks.items()},
         shares=tuple(mode[10:] for mode in modes if str(mode).startswith("container:")),
         volumes_from=tuple(text.partition(":")[0] for text in host.get("VolumesFrom") or ()),
+        volumes=tuple((str(mount.get("Name")), bool(mount["RW"]), mount["Destination"])
+                      for mount in facts.get("Mounts") or () if mount["Type"] == "volume"),
         binds=tuple(Bind(compose_service, "bind", mount["Source"], not mount["RW"],
                          mount["Destination"])
                     for mount in facts.get("Mounts") or () if mount["Type"] == "bind"))
@@ -1327,6 +1305,13 @@ class EngineApi:
                 by_hand = container.status == "exited" and self.was_ended(container, ended)
                 found.append(replace(container, by_hand=by_hand))
         return tuple(sorted(found, key=lambda container: container.name))
+    def with_devices(self, container: Container) -> Container:
+        """The container with the paths of the host that its volumes are bound to."""
+        found = ((device_of(self.facts(f"/volumes/{name}")), writable, target)
+                 for name, writable, target in container.volumes)
+        return replace(container, binds=container.binds + tuple(
+            Bind(container.compose_service, "bind", device, not writable, target)
+            for device, writable, target in found if device))
     def was_ended(self, container: Container, ended: float) -> bool:
         """Whether somebody stopped or killed it. The engine remembers its last 256 events."""
         # It tells of a kill a moment later than it kills, and waits for what is yet to come.
@@ -1393,8 +1378,7 @@ class EngineApi:
     def act(self, method: str, path: str, query: Json | None = None,
             body: Any = None, seconds: float = API_SECONDS) -> None:
         """Do something to what may be gone meanwhile. Raises Fault."""
-        with suppress(NotThere):
-            self.ask(method, path, query, body, seconds)
+        with suppress(NotThere): self.ask(method, path, query, body, seconds)
     def stop(self, identities: Iterable[str]) -> None:
         for identity in identities:
             self.act("POST", f"/containers/{identity}/stop", seconds=API_SECONDS + 120)
@@ -1427,8 +1411,7 @@ class EngineApi:
                     *whole, rest = (rest + data).split(b"\n")
                     rest = rest if len(rest) < API_BYTES else b""
                     for line in whole:
-                        with suppress(ValueError, KeyError, TypeError):
-                            on_event(json.loads(line))
+                        with suppress(ValueError, KeyError, TypeError): on_event(json.loads(line))
         except OSError as error:
             raise EngineGone(f"the engine does not answer: {error}") from None
 
@@ -1450,7 +1433,6 @@ def account_of(user: str) -> Account:
     groups = set(os.getgrouplist(user, entry.pw_gid))
     docker = {group.gr_gid for group in grp.getgrall() if group.gr_name == "docker"}
     return Account(user, entry.pw_uid, entry.pw_gid, tuple(sorted(groups - docker)))
-
 def render_fault(result: Result, files: Sequence[str]) -> Fault:
     """Why a rendering failed; a limit's own words help nobody. A crash is no fault of the file."""
     text, why, at = result.stderr, result.complaint, ", ".join(map(os.path.basename, files))
@@ -1468,7 +1450,6 @@ def render_fault(result: Result, files: Sequence[str]) -> Fault:
     elif match := re.search(r"yaml: (line \d+): (.*)", why):
         return Refused(f"{at}, {match[1]}: {match[2]}")
     return Refused(f"{at}: {why.replace(os.path.dirname(files[0]) + '/', '')}")
-
 def source_rules(images: Iterable[str], addresses: bool) -> list[Json]:
     """What a build may not read, as BuildKit's source policies say it: these images, addresses."""
     # An address is fetched by the engine, which reaches what listens on the host's loopback.
@@ -1596,7 +1577,6 @@ class Compose:
             self.run("pull", "--quiet", "--ignore-pull-failures", *words, deadline="pull",
                      model="render.json", disk=disk)
         return trouble or (result.complaint if result.failed else "")
-
     def build(self, names: Iterable[str], closed: Iterable[str], disk: str) -> None:
         """Build from the export, without the images in `closed`. Raises Refused, or Fault."""
         # All builds of the engine share what `RUN --mount=type=cache` keeps, but for this.
@@ -1613,7 +1593,6 @@ class Compose:
             remedy = ('; an administrator permits an address in a Dockerfile with allow = '
                       '["build:address"], an image of another service with ["image:NAME"]')
             raise Refused(f"build failed: {why}{remedy if 'denied by policy' in why else ''}")
-
     def up(self, services: Sequence[str], values: Mapping[str, str], force: bool = False) -> None:
         """Bring up these compose services and no others; no orphans. Raises Fault or EngineGone."""
         forced = ["--force-recreate"] if force else []
@@ -1657,14 +1636,22 @@ def entries_used(uses: Any, table: Json) -> dict[str, Any]:
 def files_used(uses: Any, table: Json) -> list[str]:
     files = [entry.get("file") for entry in entries_used(uses, table).values()]
     return [str(file) for file in files if file]
+def device_of(volume: Json | None) -> str:
+    """The path of the host that a volume of driver local is bound to; empty where it is none."""
+    volume = volume or {}
+    options = volume.get("driver_opts") or volume.get("Options") or {}
+    bound = options.get("type") in ("none", "bind") and "bind" in str(options.get("o")).split(",")
+    return str(options.get("device") or "") if bound else ""
 def binds_of(model: Model) -> list[Bind]:
-    """Every bind mount, and configs and secrets from files, which the engine binds too."""
-    binds = []
+    """Every bind mount, also by a volume, and configs and secrets from files."""
+    binds, volumes = [], part(model, "volumes")
     for name, service in compose_services(model).items():
-        binds += [Bind(name, "bind", str(volume.get("source", "")),
-                       volume.get("read_only") is True, str(volume.get("target", "")))
-                  for volume in service.get("volumes") or ()
-                  if isinstance(volume, dict) and volume.get("type") == "bind"]
+        for mount in (item for item in service.get("volumes") or () if isinstance(item, dict)):
+            source = str(mount.get("source", ""))
+            device = device_of(volumes.get(source)) if mount.get("type") == "volume" else ""
+            if mount.get("type") == "bind" or device:
+                binds.append(Bind(name, "bind", device or source, mount.get("read_only") is True,
+                                  str(mount.get("target", ""))))
         for kind in ("config", "secret"):
             files = files_used(service.get(f"{kind}s"), part(model, f"{kind}s"))
             binds += [Bind(name, kind, file, True) for file in files]
@@ -1675,34 +1662,34 @@ def expected_replicas(model: Model) -> dict[str, int]:
         replicas = part(service, "deploy").get("replicas", service.get("scale", 1))
         expected[name] = int(1 if replicas is None else replicas)
     return expected
-def with_tmpfs_sizes(model: Model) -> Model:
-    """The model with a limit where a tmpfs has none and could take half of the host's memory."""
+def normalised(model: Model) -> Model:
+    """The model with a limit for each tmpfs, plain paths, no dependencies that are not there."""
+    # A tmpfs may take half of the host's memory; `up` refuses what is optional and not there.
     result = copied(model)
-    for service in compose_services(result).values():
+    for service in (services := compose_services(result)).values():
         mounts = service.get("tmpfs") or []
         for place, mount in enumerate(mounts):
             if not re.search("[:,]size=", mount):
                 mounts[place] = f"{mount}{',' if ':' in mount else ':'}size={MAX_BYTES}"
-        for volume in service.get("volumes") or ():
-            if isinstance(volume, dict) and volume.get("type") == "tmpfs":
+        for volume in (v for v in service.get("volumes") or () if isinstance(v, dict)):
+            if volume.get("type") == "tmpfs":
                 volume["tmpfs"] = {"size": str(MAX_BYTES)} | (volume.get("tmpfs") or {})
-    return result
-def without_absent(model: Model) -> Model:
-    """The model without dependencies that are optional and not there: `up` would refuse them."""
-    result = copied(model)
-    for service in (services := compose_services(result)).values():
+            elif volume.get("type") == "bind":
+                volume["source"] = re.sub("/+", "/", str(volume.get("source", "")))
         if wanted := part(service, "depends_on"):
             service["depends_on"] = {name: how for name, how in wanted.items() if name in services
                                      or (how or {}).get("required") is not False}
     return result
+def capabilities(service: Json) -> set[str]:
+    """Those that it adds, by their plain names."""
+    return {str(name).upper().removeprefix("CAP_") for name in service.get("cap_add") or ()}
 def without_raw_sockets(model: Model) -> Model:
     """The model without NET_RAW where others are on the network: ARP would take their traffic."""
     result = copied(model)
     for service in compose_services(result).values():
-        added = {str(name).upper().removeprefix("CAP_") for name in service.get("cap_add") or ()}
         external = any(part(model, "networks", key).get("external")
                        for key in networks_used(service))
-        if external and not added & {"NET_RAW", "ALL"}:  # which an administrator permits
+        if external and not capabilities(service) & {"NET_RAW", "ALL"}:  # they need `allow`
             service["cap_drop"] = sorted({*(service.get("cap_drop") or ()), "NET_RAW"})
     return result
 def inherits_bind(binds: Iterable[Bind], service: Json, image_volumes: Iterable[str]) -> bool:
@@ -1758,8 +1745,7 @@ def with_value_names(model: Model) -> Model:
     """The model with these variables under names that mean nothing to docker."""
     result = copied(model)
     for entry in (*part(result, "configs").values(), *part(result, "secrets").values()):
-        if entry.get("environment"):
-            entry["environment"] = VALUE_PREFIX + str(entry["environment"])
+        if entry.get("environment"): entry["environment"] = VALUE_PREFIX + str(entry["environment"])
     return result
 
 class Files:
@@ -1813,8 +1799,7 @@ def digest_of(facts: Any, key: bytes) -> str:
 def input_digests(model: Model, files: Files, key: bytes) -> dict[str, str]:
     found = defaultdict[str, list[Any]](list)
     for bind in binds_of(model):
-        if bind.kind == "bind":
-            found[bind.compose_service] += files.beneath(bind.source)
+        if bind.kind == "bind": found[bind.compose_service] += files.beneath(bind.source)
     return {name: digest_of(entries, key) for name, entries in found.items()}
 def network_digests(project: str, model: Model) -> dict[str, str]:
     return {name: digest_of(network, b"")
@@ -1880,10 +1865,14 @@ class PolicyContext:
     ports: tuple[int, ...] = ()  # pgod's own
     closed: tuple[str, ...] = ()  # folders of pgod's, that no exception is offered for
     models: tuple[tuple[str, Model], ...] = ()  # what the others run, or ran last
+    unset: Mapping[str, str] = field(default_factory=dict)  # path: variable of it that is not set
 
     @property
     def name(self) -> str:
         return self.service.name
+    def holds(self, path: str) -> bool:
+        """Whether a path lies in the repository or in the service's folder of data."""
+        return any(beneath(path, root) is not None for root in (self.worktree, self.data))
     def owns(self, text: str, *separators: str) -> bool:
         """Whether a name begins with ours and not with the longer one of a neighbour."""
         longer = [other.name for other in self.others if other.name.startswith(self.name)]
@@ -1988,7 +1977,7 @@ KNOWN = {place: frozenset(keys.split()) for place, keys in {
     "mount": "type source target read_only consistency bind volume tmpfs",
     "bind": "selinux propagation create_host_path recursive",
     "top": "name services networks volumes configs secrets version",
-    "file": "name file content environment labels",
+    "file": "name file content environment labels external",
     "network": "name driver driver_opts external internal attachable enable_ipv4 enable_ipv6 "
         "ipam labels",
     "attachment": "aliases driver_opts gw_priority interface_name ipv4_address ipv6_address "
@@ -2015,20 +2004,29 @@ def port_range(value: Any) -> tuple[int, int]:
     return int(first), int(last or first)
 def check_ports(where: str, value: Any, context: PolicyContext) -> Found:
     permitted = [port_range(e[6:]) for e in context.service.allow if e.startswith("ports:")]
+    refused = list[tuple[int, int, str]]()  # neighbouring ones are one range
     for item in value or ():
         published = item.get("published") if isinstance(item, dict) else item
         if not re.fullmatch(r"(\d{1,5}(-\d{1,5})?)?", str(published or "")):
             yield Violation(where, "ports", shown(published), "is not a port")
             continue
         first, last = port_range(published)
-        if last == 0 or any(low <= first and last <= high for low, high in permitted): continue
-        own = any(first <= port <= last for port in context.ports)
-        if why := "is a port of pgod" if own else "is a port under 1024" if first < 1024 else "":
-            yield Violation(where, "ports", str(published), why, f"ports:{published}")
+        if last and not any(low <= first and last <= high for low, high in permitted):
+            own = any(first <= port <= last for port in context.ports)
+            why = "is a port of pgod" if own else "is a port under 1024" if first < 1024 else ""
+            refused += [(first, last, why)] * bool(why)
+    for place, (first, last, why) in enumerate(ports := sorted({*refused})):
+        if place + 1 < len(ports) and ports[place + 1][::2] == (last + 1, why):
+            ports[place + 1] = (first, ports[place + 1][1], why)
+            continue
+        text = f"{first}-{last}" if last > first else f"{first}"
+        yield Violation(where, "ports", text, why, f"ports:{text}")
 def check_tmpfs(where: str, value: Any, context: PolicyContext) -> Found:
     for item in listed(value or []):
         for option in str(item).partition(":")[2].split(","):
-            if option.startswith("size="):
+            if option.startswith("size=") and option.endswith("%"):
+                yield Violation(where, "tmpfs", option, "is a share; write it like size=512m")
+            elif option.startswith("size="):
                 yield from check_tmpfs_size(where, option[5:], context)
 def check_healthcheck(where: str, value: Any, context: PolicyContext) -> Found:
     for key in ("interval", "start_interval"):
@@ -2060,8 +2058,7 @@ def outside_commit(path: str, context: PolicyContext) -> str:
     """Why a path is not a plain one of the commit, or nothing. compose doubles $ in a model."""
     if "$" in path: return "must be written without $"
     relative = beneath(path, context.worktree)
-    if relative is None: return "lies outside the repository"
-    return link_above(relative, context.tree)
+    return "lies outside the repository" if relative is None else link_above(relative, context.tree)
 
 CACHES = (r"[^=,\"\s]+|type=(registry|gha|inline)(,(ref|mode|scope|compression|oci-mediatypes|"
           r"image-manifest|ignore-error)=[^=,\"\s]+)*")
@@ -2069,6 +2066,10 @@ CACHES = (r"[^=,\"\s]+|type=(registry|gha|inline)(,(ref|mode|scope|compression|o
 def check_build_paths(where: str, build: Json, context: PolicyContext) -> Found:
     """Everything that the build reads lies in the commit, by no link."""
     folder = str(build.get("context", ""))
+    if re.match(r"[a-z+]+://|git@|github\.com/", folder):
+        yield Violation(where, "build.context", folder, "is an address; pgod builds from the "
+                        "repository alone: put the sources into it")
+        return
     paths = [("context", folder)]
     if not build.get("dockerfile_inline"):
         dockerfile = str(build.get("dockerfile", "Dockerfile"))
@@ -2080,8 +2081,7 @@ def check_build_paths(where: str, build: Json, context: PolicyContext) -> Found:
             paths.append(("additional_contexts", str(source)))
     for key, path in paths:
         why = outside_commit(path, context)
-        if why:
-            yield Violation(where, f"build.{key}", path, why)
+        if why: yield Violation(where, f"build.{key}", path, why)
     for key in ("cache_from", "cache_to"):
         for item in build.get(key) or ():
             if not re.fullmatch(CACHES, str(item)):
@@ -2142,7 +2142,7 @@ def check_mounts(where: str, value: Any, context: PolicyContext) -> Found:
             yield Violation(where, "volumes", shown(item), f"{kind} mounts are not known")
             continue
         bind = part(item, "bind")
-        if bind.get("selinux"):
+        if bind.get("selinux") and kind == "bind" and not context.holds(str(item.get("source"))):
             yield Violation(where, "volumes", shown(item), "relabels files of the host")
         if bind.get("propagation") not in (None, "", "private", "rprivate"):
             yield Violation(where, "volumes", shown(item), "propagates mounts to the host")
@@ -2155,7 +2155,7 @@ def check_image(where: str, value: Any, context: PolicyContext) -> Found:
 
 # Of those that every container has, what Kubernetes' baseline lets one ask for by name.
 USUAL_CAPABILITIES = ("(?i)(cap_)?(audit_write|chown|dac_override|fowner|fsetid|kill|mknod|"
-                      "net_bind_service|setfcap|setgid|setpcap|setuid|sys_chroot)")
+                      "net_bind_service|net_raw|setfcap|setgid|setpcap|setuid|sys_chroot)")
 PLAIN_KEYS = (
     "attach cap_drop command configs cpu_count cpu_percent cpu_period cpu_quota cpu_shares cpus "
     "cpuset depends_on develop dns dns_opt dns_search domainname entrypoint environment expose "
@@ -2184,20 +2184,20 @@ SERVICE_RULES: dict[str, Rule] = {rule.key: rule for rule in (
          str(item.get("source") if isinstance(item, dict) else item).split(":")[0]),
     Rule("external_links", "is another's container", "", ".+", "db"),
     Rule("gpus", "is a device of the host"),
-    Rule("group_add", "may be a group of the host", "", ".+", "44"),
+    Rule("group_add", "may be a group of the host", r"\d+", ".+", "video"),
     Rule("healthcheck", allow=GRACE, example="500ms", check=check_healthcheck),
     Rule("image", allow=".+", example="shared/app", check=check_image),
     Rule("ipc", "is another's memory", "private|shareable|none|service:.*", ".+", "host"),
     Rule("isolation", HOST, "default", ".+", "process"),
     LABELS,
-    Rule("logging", "lets the engine connect elsewhere", "json-file|local|none", ".+", "syslog",
-         log_settings),
+    Rule("logging", "is not kept by the engine; use json-file or local", "json-file|local|none",
+         ".+", "syslog", log_settings),
     Rule("models", "runs a program of the host"),
     Rule("network_mode", "is a network that is not its own", "none|bridge|default|service:.*",
          ".+", "host"),
     Rule("oom_kill_disable", "may hang the host"),
     Rule("oom_score_adj", "puts others to death first", r"\d+", r"-\d+", "-500"),
-    Rule("pid", "sees the host's processes", "", ".+", "host"),
+    Rule("pid", "sees the host's processes", "service:.*", ".+", "host"),
     Rule("ports", allow=r"\d+(-\d+)?", example="80", check=check_ports),
     Rule("post_start", allow=None, check=check_hooks),
     Rule("pre_start", allow=None, check=check_hooks),
@@ -2211,7 +2211,8 @@ SERVICE_RULES: dict[str, Rule] = {rule.key: rule for rule in (
     Rule("shm_size", allow=None, check=check_shm),
     Rule("stop_grace_period", allow=GRACE, example="10m", check=check_grace),
     Rule("storage_opt", HOST),
-    Rule("sysctls", "is a setting of the host's kernel", r"net\..*", ".+", "kernel.shmmax", named),
+    Rule("sysctls", "is a setting of the host's kernel",
+         r"net\..*|kernel\.(shm\w+|msg\w+|sem)|fs\.mqueue\..*", ".+", "vm.swappiness", named),
     Rule("tmpfs", allow=None, check=check_tmpfs),
     Rule("ulimits", "starves the host", "nofile|nproc|core|memlock|stack|fsize|cpu|data|as",
          "[a-z]+", "rtprio", named),
@@ -2224,6 +2225,7 @@ SERVICE_RULES: dict[str, Rule] = {rule.key: rule for rule in (
 # What `allow` takes: exceptions of these rules, and kinds that are no key of a compose service.
 ALLOW: dict[str, Rule] = {rule.key: rule for rule in (
     *(rule for rule in SERVICE_RULES.values() if rule.allow is not None),
+    Rule("beside", allow=".+", example="old"),
     Rule("bind", allow=r"/[^:]*(:ro)?", example="/srv/media:ro"),
     Rule("key", allow="[a-z_]+", example="new_key"),
     Rule("most", allow=r"(volumes|configs|secrets|ports|networks)=\d+", example="ports=100"),
@@ -2237,6 +2239,8 @@ def permits(entry: str) -> bool:
     kind, _, text = entry.partition(":")
     return kind in ALLOW and re.fullmatch(ALLOW[kind].allow or "", text) is not None
 
+HARMLESS_OPTIONS = frozenset(("com.docker.network.driver.mtu",
+                              "com.docker.network.bridge.enable_icc"))
 ENGINE_NETWORKS = ("host", "bridge", "none", "default", "ingress")
 
 def check_compose_service(where: str, service: Json, context: PolicyContext) -> Found:
@@ -2272,16 +2276,17 @@ def check_networks(model: Model, context: PolicyContext) -> Found:
                 yield refuse(name, "is the engine's own", name)
             continue
         if not context.owns(name, "_"):
-            yield refuse(name, f"must be called {context.name}_…", name)
+            yield refuse(name, f"must be called {context.name}_…; leave name: out", name)
         driver, options, ipam = (network.get(k) for k in ("driver", "driver_opts", "ipam"))
         if driver not in (None, "", "bridge", "default"):
             yield refuse(driver, "is not driver bridge", f"{key}_driver={exact(driver)}")
-        if options:
+        if {*(options or ())} - HARMLESS_OPTIONS:
             yield refuse(options, "reaches into the host's network",
                          f"{key}_driver_opts={exact(options)}")
         if ipam and ({"config", "options"} & {k for k, item in ipam.items() if item}
                      or ipam.get("driver") not in (None, "", "default")):
-            yield refuse(ipam, "takes addresses that may be another's", f"{key}_ipam={exact(ipam)}")
+            yield refuse(ipam, "takes addresses that may be another's; leave ipam out",
+                         f"{key}_ipam={exact(ipam)}")
 
 def check_attachments(model: Model, context: PolicyContext) -> Found:
     """On an external network nobody may answer to a neighbour's name or take an address."""
@@ -2297,6 +2302,9 @@ def check_attachments(model: Model, context: PolicyContext) -> Found:
         if attachment.get("driver_opts"):
             yield Violation(where, place, "driver_opts", "reaches into the host's network")
         if key not in shared: continue
+        if "NET_RAW" in capabilities(service):
+            yield Violation(where, "cap_add", "NET_RAW",
+                            f"could take the neighbours' traffic on {key}", "cap_add:NET_RAW")
         for name in sorted(name for name in names_of(where, service, key) if plain(name) in taken):
             yield Violation(where, place, name, "is a neighbour's name on a network that is shared",
                             f"network:{key}_name_{name}")
@@ -2331,10 +2339,14 @@ def check_volumes(model: Model, context: PolicyContext) -> Found:
         yield from unknown_keys("volumes", f"{key}.", volume, KNOWN["volume"])
         yield from LABELS.violations(f"volumes.{key}", volume.get("labels"), context)
         if volume.get("external") or not context.owns(name, "_"):
-            yield Violation("volumes", key, name, f"must be the project's own, {context.name}_…",
+            yield Violation("volumes", key, name, "must be the project's own; leave "
+                            f"external: and name: out, then it is called {context.name}_{key}",
                             f"volume:{name}")
-        driver = {key: volume[key] for key in ("driver", "driver_opts") if volume.get(key)}
-        if driver not in ({}, {"driver": "local"}):
+        options = {key: text for key, text in (volume.get("driver_opts") or {}).items() if text}
+        bound = {*options} == {"type", "o", "device"} and {*options["o"].split(",")} <= {
+            "bind", "rw", "ro"} and context.holds(device_of(volume))
+        if (volume.get("driver") or "local") != "local" or (options and not bound):
+            driver = {key: volume[key] for key in ("driver", "driver_opts") if volume.get(key)}
             yield Violation("volumes", key, shown(driver), "has a driver or driver_opts",
                             f"volume:{key}_driver={exact(driver)}")
 def check_size(model: Model, context: PolicyContext) -> Found:
@@ -2357,6 +2369,9 @@ def check_top_level(model: Model, context: PolicyContext) -> Found:
     for kind in ("configs", "secrets"):
         for name, entry in (model.get(kind) or {}).items():
             yield from unknown_keys(kind, f"{name}.", entry, KNOWN["file"])
+            if (entry or {}).get("external"):
+                yield Violation(kind, name, "external", "is only in a swarm; use file: or "
+                                "environment: instead")
 
 # Read-only, these tell a container nothing but the time: very many compose files have them.
 CLOCK_BINDS = (("/etc/localtime", True), ("/etc/timezone", True))
@@ -2364,6 +2379,39 @@ CLOCK_BINDS = (("/etc/localtime", True), ("/etc/timezone", True))
 SYSTEM_FOLDERS = ("/bin", "/boot", "/dev", "/etc", "/lib", "/proc", "/root", "/run", "/sbin",
                   "/sys", "/usr", "/var/lib")
 
+def unset_paths(text: str, warnings: Iterable[str]) -> dict[str, str]:
+    """The paths in a compose file that lack a variable which compose warns of, and that one."""
+    found = {}
+    for name in re.findall(r'The \\?"(\w+)\\?" variable is not set', "\n".join(warnings)):
+        marked = re.sub(rf"\$(\{{{name}\}}|{name}\b)", "\0", text)
+        for word in re.findall(r"""[^\s"',\[\]{}]*\0[^\s"',\[\]{}]*""", marked):
+            found[os.path.normpath(word.replace("\0", "").partition(":")[0])] = name
+    return found
+def outside(source: str, context: PolicyContext) -> tuple[str, bool]:
+    """What is wrong with a path outside of the repository; whether an exception is offered."""
+    if context.holds(source): return "", False
+    if name := context.unset.get(source):
+        return f"is what is left of it, for {name} is not set", False
+    if beneath(source, "/nonexistent") is not None:
+        return f"is in the home of nobody; write ./… or {context.data}/…", False
+    if (source, True) in CLOCK_BINDS: return "must be mounted read-only: write :ro behind it", True
+    for folder, what in zip(context.closed, ("leads out of the repository", "is another service's"),
+                            strict=False):
+        if beneath(source, folder) is not None: return what, False
+    whole = any(beneath(folder, source.rstrip("/")) is not None
+                for folder in (*context.closed, *SYSTEM_FOLDERS))
+    return f"lies neither in the repository nor in {context.data}", not whole
+def bind_trouble(bind: Bind, context: PolicyContext) -> tuple[str, bool]:
+    """Why a path may not be bound, or nothing; whether an exception is offered."""
+    source, relative = bind.source, beneath(bind.source, context.worktree)
+    if os.path.normpath(source) != (source.rstrip("/") or "/") or "$" in source:
+        return "must be written without . and .. and $", False
+    if relative is None: return outside(source, context)
+    if link := link_above(relative, context.tree): return link, False
+    if relative.split("/")[0] in ("ssh", ".git"):
+        return "holds what decides who may steer the service", False
+    writes = relative == "" and not bind.read_only
+    return "do not mount ./ itself writable, but read-only" if writes else "", False
 def bind_allowed(bind: Bind, service: Service) -> bool:
     """Whether `allow` has the path or one above it, and as much as is asked for."""
     for entry in service.allow:
@@ -2377,8 +2425,7 @@ def nested_binds(binds: Iterable[Bind], writers: Sequence[Bind]) -> Iterator[tup
     for bind in binds:
         for above in writers:
             root = above.source.rstrip("/") + "/"
-            if not above.read_only and bind.source.rstrip("/").startswith(root):
-                yield bind, above
+            if not above.read_only and bind.source.rstrip("/").startswith(root): yield bind, above
 def check_nested_binds(binds: Sequence[Bind], context: PolicyContext) -> Found:
     """No source beneath one that a container can write: it could put a link to /etc there."""
     # Also where `allow` has the upper one: only an entry for the very path is the administrator's
@@ -2388,34 +2435,17 @@ def check_nested_binds(binds: Sequence[Bind], context: PolicyContext) -> Found:
             yield Violation(bind.compose_service, bind.kind, bind.source,
                             f"lies beneath {above.source}, which a container can write; bind "
                             "it from elsewhere, or that one read-only")
-
 def check_binds(model: Model, context: PolicyContext) -> Found:
     """Where bind mounts, configs and secrets may come from."""
-    binds = binds_of(model)
+    binds, devices = binds_of(model), {*map(device_of, part(model, "volumes").values())}
     for bind in binds:
-        entry = f"bind:{bind.source}{':ro' if bind.read_only else ''}"
-        if bind_allowed(bind, context.service) or (bind.source, bind.read_only) in CLOCK_BINDS:
-            continue
-        why, relative = "", beneath(bind.source, context.worktree)
-        if os.path.normpath(bind.source) != (bind.source.rstrip("/") or "/") or "$" in bind.source:
-            why, entry = "must be written without . and .. and $", ""
-        elif relative is None:
-            if beneath(bind.source, context.data) is None:
-                why = f"lies neither in the repository nor in {context.data}"
-            if any(beneath(folder, bind.source.rstrip("/")) is not None
-                   for folder in (*context.closed, *SYSTEM_FOLDERS)) or any(
-                       beneath(bind.source, folder) is not None for folder in context.closed):
-                entry = ""
-        elif link_above(relative, context.tree):
-            why, entry = link_above(relative, context.tree), ""
-        elif relative == "" and not bind.read_only:
-            why, entry = "do not mount ./ itself writable, but read-only", ""
-        elif relative.split("/")[0] in ("ssh", ".git"):
-            why, entry = "holds what decides who may steer the service", ""
-        if why:
+        judged = bind.source in devices and not context.holds(bind.source)  # with the volumes
+        clock = (bind.source, bind.read_only) in CLOCK_BINDS
+        why, offered = bind_trouble(bind, context)
+        if why and not (judged or clock or bind_allowed(bind, context.service)):
+            entry = f"bind:{bind.source}{':ro' if bind.read_only else ''}" if offered else ""
             yield Violation(bind.compose_service, bind.kind, bind.source, why, entry)
     yield from check_nested_binds(binds, context)
-
 def check_build_secrets(model: Model, context: PolicyContext) -> Found:
     """A build reads them with the docker group, and before containers are looked at again."""
     for where, service in compose_services(model).items():
@@ -2434,8 +2464,7 @@ def check_budget(model: Model) -> Found:
     while left:
         value, key, depth = left.pop()
         large = isinstance(value, str) and len(value) > MODEL_TEXT
-        if isinstance(value, dict | list):
-            large = depth > MODEL_DEPTH or len(value) > MODEL_ENTRIES
+        if isinstance(value, dict | list): large = depth > MODEL_DEPTH or len(value) > MODEL_ENTRIES
         if large or (isinstance(value, dict) and any(len(name) > MODEL_KEY for name in value)):
             yield Violation(key, "size", str(len(value)), TOO_LARGE)
         elif isinstance(value, dict):
@@ -2645,8 +2674,7 @@ def configuration_digest(path: Path) -> str:
     """Changes when pgo.toml does, or an env_file or deploy_key in it. Raises OSError."""
     text = path.read_bytes()
     digest, tables = hashlib.sha256(text), []
-    with suppress(ValueError):
-        tables = tomllib.loads(text_of(text)).get("services", [])
+    with suppress(ValueError): tables = tomllib.loads(text_of(text)).get("services", [])
     for table in filter(lambda table: isinstance(table, dict), tables):
         for name in (str(table.get(key)) for key in ("env_file", "deploy_key") if key in table):
             with suppress(OSError, Refused):
@@ -2763,8 +2791,7 @@ def changed_networks(release: Release, snapshot: Snapshot) -> dict[str, str]:
         label = part(there, "Labels").get(DIGEST_LABEL)
         adopted = release.adopted.get(f"network {name}", digests[name])
         opened = not label and bool(wanted.get("internal")) != bool(there.get("Internal"))
-        if there and (opened or (label or adopted) != digests[name]):
-            changed[key] = name
+        if there and (opened or (label or adopted) != digests[name]): changed[key] = name
     return changed
 def compare_volumes(release: Release, snapshot: Snapshot) -> Iterator[Row]:
     for name, wanted in named_things(release.project, release.model, "volumes").values():
@@ -2812,7 +2839,6 @@ def ended_facts(container: Container, job: DoneJob | None, known: str) -> Facts:
     yield (container.policy in FOREVER or not job or job.started < container.started, "stopped",
            "was stopped")
     yield job and job.job != known, "job", "is done, but files that it uses changed"
-
 def container_facts(release: Release, container: Container, snapshot: Snapshot,
                     done: Jobs) -> Facts:
     """All that can be wrong with a container of the release; the first that is true counts."""
@@ -2850,8 +2876,7 @@ def compare(release: Release, snapshot: Snapshot, done: Jobs) -> tuple[Row, ...]
             facts = container_facts(release, container, snapshot, done)
             if first := next(((kind, text) for true, kind, text in facts if true), None):
                 rows.append(Row(first[0], name, container.name, first[1], container))
-        if len(mine) > count:
-            rows.append(Row("surplus", name, name, text))
+        if len(mine) > count: rows.append(Row("surplus", name, name, text))
     rows += [Row("extra", container.compose_service, container.name,
                  "is of no compose service of the commit", container)
              for containers in have.values() for container in containers]
@@ -3085,8 +3110,7 @@ class Store:
     def digest_key(self) -> bytes:
         """Made once. Whoever lacks it cannot guess a secret by its digest."""
         path = self.own / "digest_key"
-        if not path.exists() or path.stat().st_size != 32:
-            write_atomic(path, os.urandom(32))
+        if not path.exists() or path.stat().st_size != 32: write_atomic(path, os.urandom(32))
         return path.read_bytes()
     def tracked(self) -> Tree:
         stored = load_json(self.own / "tracked.json", {})
@@ -3108,8 +3132,7 @@ class Store:
         with suppress(OSError):
             text = (self.own / "history.jsonl").read_text(errors="replace")
             for line in text.splitlines():
-                with suppress(ValueError):
-                    found.append(json.loads(line))
+                with suppress(ValueError): found.append(json.loads(line))
         return found
     def keep_words(self, commit: str, text: str) -> None:
         """What a failed commit's containers said last; of the last ten."""
@@ -3252,7 +3275,6 @@ def write_import(project: Project) -> None:
             write_beneath(project.paths.worktree, file, io.BytesIO(data))
         project.say(f"import written: {file}")
         project.store.note(announced="")
-
 def follow_import(project: Project, target: Project | None) -> None:
     """Keep the import right, and announce it with `reload` until that worked. Raises Fault."""
     texts = import_of(project)
@@ -3277,14 +3299,22 @@ class Prepared:
     release: Release
     tree: Tree
     rendered: Model  # its paths are those of the export, for pull and build
-def enforce(project: Project, model: Model, tree: Tree) -> None:
+def enforce(project: Project, model: Model, tree: Tree, notes: Iterable[str] = ()) -> None:
     """Raises Refused with every violation; those of root's repositories are only logged."""
     service = project.service
-    violations = [v.redacted(service.secrets) for v in check_policy(model, project.context(tree))]
+    text = "\n".join(Path(file).read_text(errors="replace") for file in project.compose.files(tree))
+    worktree = str(project.paths.worktree)
+    unset = {os.path.normpath(os.path.join(worktree, path)): name
+             for path, name in unset_paths(text, notes).items()}
+    context = replace(project.context(tree), unset=unset)
+    violations = [v.redacted(service.secrets) for v in check_policy(model, context)]
     project.shared.metrics.set("pgo_service_policy_violations", len(violations),
                                service=service.name)
     if violations and not service.trusted:
-        raise Refused("the policy refuses it:\n" + "\n".join(f"  {v}" for v in violations))
+        entries = json.dumps([*dict.fromkeys(v.allow for v in violations if v.allow)])
+        remedy = [f"an administrator permits all with allow = {entries}"] * (", " in entries)
+        lines = "".join(f"\n  {text}" for text in (*violations, *remedy))
+        raise Refused(f"the policy refuses it:{lines}")
     for violation in violations:
         log.warning("%s: root's repository, so only reported: %s", service.name, violation)
     for key, name, other, _ in sorted({*name_clashes(model, project.context(tree))})[:10]:
@@ -3298,7 +3328,7 @@ def render(project: Project, tree: Tree) -> tuple[Model, list[str]]:
         moved: Model = moved_paths(model, str(project.paths.export), str(project.paths.worktree))
     except RecursionError:
         raise Refused("the compose file is nested too deeply") from None
-    moved = without_absent(with_tmpfs_sizes(moved))
+    moved = normalised(moved)
     return moved if project.service.trusted else without_raw_sockets(moved), warnings
 
 def read_values(project: Project, model: Model) -> dict[str, str]:
@@ -3325,7 +3355,6 @@ def looks_like_file(bind: Bind) -> bool:
     """Whether a missing source was meant to be a file; the engine would make a folder of it."""
     return any(re.search(r"(?i)(.\.(?!d$)[a-z][a-z0-9]{0,9}|^\w+file|^\.(env|ht\w+|\w+rc))$",
                          os.path.basename(path)) for path in (bind.source, bind.target))
-
 def unfit(project: Project, model: Model, tree: Tree) -> list[str]:
     """Configs and secrets that compose could not put into their containers, and why."""
     found = [f"{name}: {key} has its text in the compose file or in a variable, and read_only: "
@@ -3428,7 +3457,7 @@ def prepare(project: Project, commit: str) -> Prepared:
     """Export, render and check a commit. Raises Refused."""
     tree = project.git.export(commit, spare=True)
     model, notes = render(project, tree)
-    enforce(project, model, tree)
+    enforce(project, model, tree, notes)
     values = read_values(project, model)
     keys, ignored = project.git.public_keys(tree)
     notes += (f"key ignored: {why}" for why in ignored)
@@ -3477,8 +3506,7 @@ def fetch_images(project: Project, prepared: Prepared, say: Progress) -> Prepare
     if bad := [f"image {name} {why}" for name, found in facts.items()
                if (why := check_image_facts(found, closed)) and not project.service.trusted]:
         raise Refused("; ".join(bad))
-    if trouble:
-        say(f"could not pull, using the copies on this server: {trouble}")
+    if trouble: say(f"could not pull, using the copies on this server: {trouble}")
     pulled = {name: digest for name, found in facts.items()
               for digest in found.get("RepoDigests") or ()
               if repository_of(digest).endswith(repository_of(name))}
@@ -3522,6 +3550,21 @@ def lacking(project: Project, model: Model, current: Model, snapshot: Snapshot) 
         for host, port, protocol in sorted(ports_of(model) - ports_of(current)):
             if port_taken(host, port, protocol):
                 yield f"port {port}/{protocol} is in use on this server"
+def twin_of(project: Project, release: Release) -> str:
+    """A project that is run by hand and looks like this one; empty if there is none."""
+    ours = {service.name for service in project.shared.configuration.services}
+    images, uses = defaultdict[str, set[Any]](set), defaultdict[str, set[Any]](set)
+    for row in project.api.ask("GET", "/containers/json",
+                               {"all": 1, "filters": {"label": [PROJECT_LABEL]}}):
+        other = (labels := row["Labels"])[PROJECT_LABEL]
+        if other not in ours and DIGEST_LABEL not in labels:
+            images[other].add((labels.get(SERVICE_LABEL), row["Image"]))
+            uses[other] |= {str(mount.get("Name", "")).removeprefix(f"{other}_")
+                            for mount in row.get("Mounts") or ()}
+            uses[other] |= {port.get("PublicPort") for port in row.get("Ports") or ()}
+    mine = {*part(release.model, "volumes"), *(port for _, port, _ in ports_of(release.model))}
+    return next((name for name in images if images[name] == {*release.image_names.items()}
+                 and mine & uses[name] and f"beside:{name}" not in project.service.allow), "")
 
 def refuse_what_cannot_be(project: Project, prepared: Prepared, snapshot: Snapshot) -> None:
     """What would fail when half of it is done. Raises Refused, or Fault where it will pass."""
@@ -3532,6 +3575,9 @@ def refuse_what_cannot_be(project: Project, prepared: Prepared, snapshot: Snapsh
     if conflicts:
         raise Refused("the commit would overwrite untracked files; move or remove them: "
                       + ", ".join(map(printable, conflicts[:10])))
+    if not (project.store.current or snapshot.containers) and (twin := twin_of(project, release)):
+        raise Refused(f"project {twin} looks like this stack, and runs already: with name = "
+                      f"\"{twin}\" it is taken over; to have both: allow = [\"beside:{twin}\"]")
     if volumes := [*compare_volumes(release, snapshot)]:
         raise Refused("; ".join(map(str, volumes)) + "; it holds data, so pgod does not make it "
                       "anew: give the volume another name, or remove it by hand")
@@ -3561,8 +3607,7 @@ def keep_images(project: Project, *releases: Release | None) -> None:
               for release in releases if release for identity in release.images.values()}
     have = {name for name in project.api.names_of(KEEP_NAME) if name.startswith(prefix)}
     for name in {*wanted} - have:
-        with suppress(NotThere):
-            project.api.tag(wanted[name], name)
+        with suppress(NotThere): project.api.tag(wanted[name], name)
     for name in have - {*wanted}:
         project.api.untag(name)
 
@@ -3576,8 +3621,7 @@ def restore_images(project: Project, release: Release, wanted: Iterable[str]) ->
         builders = [service for service, image in release.image_names.items()
                     if image == name and services[service].get("build")]
         if identity and project.api.image(identity):
-            if builders and "@" not in name:
-                project.api.tag(identity, name)
+            if builders and "@" not in name: project.api.tag(identity, name)
             continue
         if builders:
             project.git.export(release.commit)
@@ -3637,8 +3681,7 @@ class Installation:
         if failures and strict: raise Refused("; ".join(failures[:5]))
         for failure in failures:
             log.warning("%s: left as it is: %s", project.name, failure)
-        if tracked != tree:
-            project.store.set_tracked(tree)
+        if tracked != tree: project.store.set_tracked(tree)
 
     def guard(self, containers: Sequence[Container]) -> None:
         """Nothing is started beside a container that can write above a path that it binds."""
@@ -3651,6 +3694,7 @@ class Installation:
             return any((bind.source, above.source) not in permitted
                        for bind, above in nested_binds(beneath, writers))
 
+        containers = [self.project.api.with_devices(container) for container in containers]
         theirs = [bind for container in containers for bind in container.binds]
         racing = sorted(c.identity for c in containers if race([*binds, *theirs], c.binds)
                         or race(c.binds, [*binds, *theirs]))
@@ -3772,13 +3816,11 @@ class Reconciler:
         try:
             installation.cure(rows, self.snapshot)
         except Fault:
-            with suppress(Fault):
-                installation.remove_half_made(self.project.snapshot(release))
+            with suppress(Fault): installation.remove_half_made(self.project.snapshot(release))
             raise
         finally:
             self.was_stopped = False
-        if installation.release != release:
-            self.store.set_current(installation.release)
+        if installation.release != release: self.store.set_current(installation.release)
 
     # A deploy, step by step:
     def deploy(self, decision: Decision, say: Progress, by: str, asked: bool) -> None:
@@ -3888,10 +3930,10 @@ class Reconciler:
         assert release
         same = good is not None and good.commit == release.commit
         since = good.since if good and same else time.time()
-        if not same:
-            self.project.git.git("update-ref", "refs/pgod/good", release.commit)
+        if not same: self.project.git.git("update-ref", "refs/pgod/good", release.commit)
         self.store.set_current(replace(release, since=since, ill=()), good=True)
         self.store.note(failure=None)
+        self.publish()
         keep_images(self.project, release)
         self.append_history(release.commit, by, began, "deployed", "")
     def record_failure(self, commit: str, fault: Fault, retry: bool, by: str, began: float,
@@ -3901,7 +3943,6 @@ class Reconciler:
         if self.store.note(failure=failure):
             self.publish()
             self.append_history(commit, by, began, "failed", str(fault), words)
-
     def fail(self, commit: str, fault: Fault, say: Progress, by: str, began: float,
              changed: float, names: Sequence[str]) -> NoReturn:
         """After a bad deploy: back to the last good release, if there is one. Raises Refused."""
@@ -3991,8 +4032,7 @@ def set_up(project: Project) -> None:
         log.warning("%s: begins anew; what it had before it left the configuration is in %s",
                     project.name, removed[-1])
     make_folder(paths.worktree, 0o700, account)
-    if not paths.data.exists():
-        make_folder(paths.data, 0o750, account)
+    if not paths.data.exists(): make_folder(paths.data, 0o750, account)
     if project.service.mount and not paths.data.is_mount():
         parts = urllib.parse.urlsplit(project.service.mount)
         words = ["mount", "-t", "nfs", "-o", "rw,nosuid,hard", f"{parts.netloc}:{parts.path}"]
@@ -4004,8 +4044,7 @@ def set_up(project: Project) -> None:
     if project.store.current:
         with suppress(EngineGone):
             Installation(project, project.store.current, log.debug).write_model()
-    if (paths.worktree / ".git").is_dir():
-        take_over(project)
+    if (paths.worktree / ".git").is_dir(): take_over(project)
 
 def follow_user(project: Project) -> None:
     """Where `user` is another one than before: files of the commit and of git go to him."""
@@ -4166,8 +4205,7 @@ class Worker(threading.Thread):
                 self.fail(error, job)
             finally:
                 self.publish()
-                if job and not job.done.done():
-                    job.done.set_result(1)
+                if job and not job.done.done(): job.done.set_result(1)
         with self._condition:
             for waiting in self._jobs:
                 waiting.say("pgod is ending; try again in a moment")
@@ -4202,13 +4240,11 @@ class Worker(threading.Thread):
             self.view, release=self.store.current, failure=self.store.failure,
             configuration=self.project.configuration(), rows=self.reconciler.rows,
             containers=self.reconciler.snapshot.containers, **facts)
-
     def fail(self, error: Exception, job: Job | None) -> None:
         """Log what went wrong once, count it, and put the next look off."""
         known = isinstance(error, Fault | OSError)
         text = redact(str(error), self.service.secrets)
-        if job:
-            job.say(f"failed: {text}" if known else "failed: an error of pgod, see its log")
+        if job: job.say(f"failed: {text}" if known else "failed: an error of pgod, see its log")
         if isinstance(error, Held) or (job and isinstance(error, Refused)):
             asked = isinstance(error, Held) or (job and job.act in (job_load, job_plan))
             log.log(logging.INFO if asked else logging.ERROR, "%s: %s: %s", self.name,
@@ -4220,7 +4256,6 @@ class Worker(threading.Thread):
             log.error("%s: failed: %s; tried again in %s", self.name, text,
                       format_duration(later - now), exc_info=None if known else error)
         self.publish(last_error=text, failures=failures, next_poll=later)
-
     def next_poll(self, failures: int) -> float:
         delay = retry_delay(self.shared.settings.duration, failures, self.shared.chance())
         return self.shared.clock() + delay
@@ -4230,8 +4265,7 @@ class Worker(threading.Thread):
                   asked: bool = False) -> Decision:
         """Ask git, look at the engine, decide, act. Raises Fault; then the next is put off."""
         asking = asked or bool(wakes - {"event", "watch"})
-        if asking:
-            self.ask_remote(say if asked else log.debug)
+        if asking: self.ask_remote(say if asked else log.debug)
         hold = self.end_hold()
         if (hold or asked or wakes - {"timer", "webhook"} or self.reconciler.rows
                 or self.view.last_error or not self.shared.events_flow.is_set()):
@@ -4250,8 +4284,7 @@ class Worker(threading.Thread):
             self.reconciler.stop(decision)
         target = self.service.reload and self.shared.workers.get(self.service.reload.service)
         follow_import(self.project, target.project if target else None)
-        if not any(row.how.waits for row in self.reconciler.rows):
-            self.watch_until = -1e9
+        if not any(row.how.waits for row in self.reconciler.rows): self.watch_until = -1e9
         if asking and self.view.remote_error and not asked: raise Fault(self.view.remote_error)
         if asking:  # an event must not put polls off
             self.publish(failures=0, last_error="", last_success=time.time(),
@@ -4303,8 +4336,7 @@ class Worker(threading.Thread):
         say(f"brings back: {'; '.join(map(str, rows))}")
         self.reconciler.cure(rows, log.debug)
         self.shared.metrics.add("pgo_service_heals_total", service=self.name)
-        if not any(row.kind == "ended" for row in rows):
-            self.heal_after = former
+        if not any(row.kind == "ended" for row in rows): self.heal_after = former
         self.reconciler.look()
 
 def show_metrics(shared: Shared) -> None:
@@ -4381,8 +4413,7 @@ def job_stop(worker: Worker, job: Job) -> None:
         return
     worker.reconciler.look()
     run_compose(worker, job)
-    if job.command == "down":
-        worker.store.note(done={})
+    if job.command == "down": worker.store.note(done={})
     worker.reconciler.look()
 def job_start(worker: Worker, job: Job) -> None:
     refuse_hold(worker)
@@ -4462,7 +4493,6 @@ def answer_help(worker: Worker, command: ParsedCommand, by: str) -> str:
         if options or entry.operands:
             rows.append(f"          {' '.join([*options, entry.operands]).strip()}")
     return "\n".join(rows)
-
 def status_facts(worker: Worker, now: float) -> dict[str, Any]:
     """All that is known of a service, for programs. Times are seconds since the epoch."""
     view, hold, release = worker.fresh_view(), worker.store.hold(), worker.view.release
@@ -4644,8 +4674,7 @@ def parse_command(text: str) -> ParsedCommand:
     if not mark or not service or not command:
         raise Refused("write it like service//command; commands: " + ", ".join(COMMANDS))
     arguments = words[1:]
-    if command == "git" and arguments:
-        command, arguments = f"git {arguments[0]}", arguments[1:]
+    if command == "git" and arguments: command, arguments = f"git {arguments[0]}", arguments[1:]
     if command not in COMMANDS:
         raise Refused(f"there is no command {printable(command)!r}{nearest(command, COMMANDS)}; "
                       f"commands: {', '.join(COMMANDS)}")
@@ -4664,8 +4693,7 @@ def audit(directory: Path, **facts: object) -> None:
     descriptor = os.open(path, flags, 0o600)
     try:
         os.write(descriptor, line.encode())
-        if os.fstat(descriptor).st_size > AUDIT_BYTES:
-            path.rename(path.with_name("audit.log.1"))
+        if os.fstat(descriptor).st_size > AUDIT_BYTES: path.rename(path.with_name("audit.log.1"))
     finally:
         os.close(descriptor)
 
@@ -4697,9 +4725,7 @@ def bound_input(channel: Any) -> None:
     channel._deliver_data = deliver_data
 def set_terminal_size(terminal: Any, columns: int, rows: int) -> None:
     size = struct.pack("HHHH", (rows or 24) & 0xFFFF, (columns or 80) & 0xFFFF, 0, 0)
-    if terminal and os.isatty(terminal.fileno()):
-        fcntl.ioctl(terminal, termios.TIOCSWINSZ, size)
-
+    if terminal and os.isatty(terminal.fileno()): fcntl.ioctl(terminal, termios.TIOCSWINSZ, size)
 def start_in_terminal(compose: Compose, words: list[str],
                       process: Any) -> tuple[Child, dict[str, Any]]:
     """A child with a terminal of its own, and the ends that go to the session. Raises Fault."""
@@ -4717,14 +4743,12 @@ def start_in_terminal(compose: Compose, words: list[str],
     finally:
         os.close(theirs)
     return child, {"stdin": ours, "stdout": ours}
-
 def start_stream(compose: Compose, words: list[str], reads: bool) -> tuple[Child, dict[str, Any]]:
     """A streaming child, and which of its ends go to the session. Raises Fault."""
     # compose keeps a line of logs until its end, and a line may be endless.
     who = replace(compose.who({"GOTRACEBACK": "none"}), limits=(f"--data={STREAM_MEMORY}",))
     child = compose.children.start(words, who, stdin=PIPE if reads else DEVNULL)
-    if child.stdin:
-        os.set_blocking(child.stdin.fileno(), False)
+    if child.stdin: os.set_blocking(child.stdin.fileno(), False)
     streams = {"stdin": child.stdin, "stdout": child.stdout, "stderr": child.stderr}
     return child, {name: stream for name, stream in streams.items() if stream}
 async def ready(descriptor: int, writing: bool = False) -> None:
@@ -4789,8 +4813,7 @@ def end_stream(children: Children, child: Child, mark: str) -> None:
     """End the child, and what it began in a container (docker does not)."""
     ended_by_itself = child.poll() is not None
     children.end(child)
-    if mark and not ended_by_itself:
-        kill_all(marked_processes(mark), signal.SIGKILL)
+    if mark and not ended_by_itself: kill_all(marked_processes(mark), signal.SIGKILL)
 
 class SshServer:
     """pgod's own SSH port, by asyncssh: exec requests of key holders and nothing else."""
@@ -4906,8 +4929,7 @@ class SshServer:
             log.exception("SSH session of %s failed", client.address)
             self.tell(process, "an error of pgod, see its log")
         finally:
-            with suppress(OSError, self.asyncssh.Error):
-                process.exit(min(status, 255))
+            with suppress(OSError, self.asyncssh.Error): process.exit(min(status, 255))
 
     def tell(self, process: Any, text: str, stream: Any = None) -> None:
         text = "\n".join(printable(line) for line in text.expandtabs().split("\n"))
@@ -5094,8 +5116,7 @@ class HttpHandler(http.server.BaseHTTPRequestHandler):
         self.send_header("Content-Type", f"{kind}; charset=utf-8")
         self.send_header("Content-Length", str(len(data)))
         self.end_headers()
-        if self.command != "HEAD":
-            self.wfile.write(data)
+        if self.command != "HEAD": self.wfile.write(data)
     def log_message(self, format: str, *args: Any) -> None:
         log.debug("HTTP: %s: %s", self.address_string(), format % args)
 
@@ -5121,8 +5142,7 @@ class HttpServer(http.server.ThreadingHTTPServer):
                 late.add(oldest_of_largest({s: network for s, (_, network) in self.open.items()}))
             for old in late:
                 self.open.pop(old)
-                with suppress(OSError):
-                    old.shutdown(socket.SHUT_RDWR)
+                with suppress(OSError): old.shutdown(socket.SHUT_RDWR)
             self.open[request] = now, network_of(client_address[0])
         super().process_request(request, client_address)
     def shutdown_request(self, request: Any) -> None:
@@ -5149,7 +5169,6 @@ def left_behind(mark: str) -> list[int]:
         with suppress(OSError):
             found += [process] * (os.readlink(f"/proc/{process}/ns/pid") == ours)
     return found
-
 def take_lock(directory: Path) -> str:
     """One pgod a folder; the mark by which its children are known. Raises Fault."""
     # The file says who holds it, for as long as he lives. What one that was killed left ends.
@@ -5196,15 +5215,13 @@ def remove_service(shared: Shared, path: Path) -> None:
         [*shared.compose_program, "--project-name", name, "down", "--remove-orphans"], who,
         deadline=DEADLINE["up"], kind=("compose", "down")).check("down")
     for kept in shared.api.names_of(KEEP_NAME):
-        if kept.startswith(f"{KEEP_NAME}:{name}."):
-            shared.api.untag(kept)
+        if kept.startswith(f"{KEEP_NAME}:{name}."): shared.api.untag(kept)
     stamp = datetime.datetime.now(datetime.UTC).strftime("%Y%m%dT%H%M%SZ")
     aside = path.parent / "removed" / f"{name}-{stamp}"
     make_folder(path.parent / "removed", 0o700)
     make_folder(aside, 0o700)
     worktree = shared.settings.directory / name
-    if worktree.is_dir() and not worktree.is_symlink():
-        worktree.rename(aside / "worktree")
+    if worktree.is_dir() and not worktree.is_symlink(): worktree.rename(aside / "worktree")
     path.rename(aside / "state")
     (shared.settings.directory / f"{name}.stop").unlink(missing_ok=True)
     log.info("%s: removed, for pgo.toml lacks it; its files: %s; volumes stay", name, aside)
@@ -5234,8 +5251,7 @@ class Daemon:
         """The exit status: 0 after TERM, 2 after HUP or a new configuration. Raises Fault."""
         asyncssh = import_asyncssh() if self.settings.ssh else None
         for folder in (self.settings.directory, self.settings.datadir):
-            if not folder.exists():
-                make_folder(folder, 0o755)
+            if not folder.exists(): make_folder(folder, 0o755)
         make_folder(self.settings.directory / ".pgod", 0o711)
         metrics = Metrics()
         children = Children(metrics, take_lock(self.settings.directory))
@@ -5279,8 +5295,7 @@ class Daemon:
                 number = self.wakeup.get(timeout=CONFIGURATION_SECONDS)
                 log.info("ends: %s", signal.Signals(number).name)
                 return 2 if number == signal.SIGHUP else 0
-            if self.alive():
-                notify("WATCHDOG=1")
+            if self.alive(): notify("WATCHDOG=1")
             if self.settings.restart and self.configuration_changed():
                 log.info("restarts to read the changed %s; containers go on", self.settings.config)
                 return 2
@@ -5290,8 +5305,7 @@ class Daemon:
         if self.ssh:
             self.ssh.loop.call_soon_threadsafe(setattr, self.ssh, "beat", time.monotonic())
             dead += ["ssh"] * (time.monotonic() - self.ssh.beat > SSH_SILENCE)
-        if dead:
-            log.error("watchdog: no sign of life: %s", ", ".join(dead))
+        if dead: log.error("watchdog: no sign of life: %s", ", ".join(dead))
         return not dead
     def configuration_changed(self) -> bool:
         """Believed when two looks in a row agree and the result is valid."""
@@ -5323,8 +5337,7 @@ class Daemon:
             worker.wake("end")
         until = time.monotonic() + 20
         for worker in self.shared.workers.values():
-            if worker.is_alive():
-                worker.join(max(0.0, until - time.monotonic()))
+            if worker.is_alive(): worker.join(max(0.0, until - time.monotonic()))
         kill_all(left_behind(self.shared.children.mark), signal.SIGTERM)
 
 # ---- Command line ------------------------------------------------------------------------------
@@ -5469,5 +5482,4 @@ def main(words: Sequence[str]) -> int:
 def run() -> NoReturn:
     sys.exit(main(sys.argv[1:]))
 
-if __name__ == "__main__":
-    run()
+if __name__ == "__main__": run()
