@@ -570,8 +570,7 @@ METRICS: dict[str, tuple[str, str]] = {
     "pgo_service_info": ("gauge", "Commit that runs and commit wanted; always 1."),
     "pgo_service_in_sync": ("gauge", "1 if what runs is the newest commit of the branch."),
     "pgo_service_held": ("gauge", "1 while down, stop or hold is in force."),
-    "pgo_service_last_success_timestamp_seconds": (
-        "gauge", "When the service was last seen to be as git says."),
+    "pgo_service_last_success_timestamp_seconds": ("gauge", "When it last was as git says."),
     "pgo_service_consecutive_failures": ("gauge", "Looks that failed since the last good one."),
     "pgo_service_deploys_total": ("counter", "Deploys, by outcome."),
     "pgo_service_rollbacks_total": ("counter", "Deploys that were rolled back."),
@@ -749,8 +748,7 @@ class Children:
         finally:
             if not ended:  # /proc is read only for what did not end by itself
                 self.end(child)
-            for pipe in filter(None, (child.stdin, child.stdout, child.stderr)):
-                pipe.close()
+            for pipe in filter(None, (child.stdin, child.stdout, child.stderr)): pipe.close()
         stdout, stderr = (bytes(output[name]) for name in ("stdout", "stderr"))
         result = Result(child.returncode, stdout, redact(stderr.decode(errors="replace"),
                         who.secrets), "" if trouble == LEFT_BEHIND else trouble)
@@ -766,8 +764,7 @@ class Children:
         output = {"stdout": bytearray(), "stderr": bytearray()}
         line, until, ended = bytearray(), time.monotonic() + deadline, 0.0
         with selectors.DefaultSelector() as selector:
-            for name in output:
-                selector.register(getattr(child, name), selectors.EVENT_READ, name)
+            for name in output: selector.register(getattr(child, name), selectors.EVENT_READ, name)
             while selector.get_map() or child.poll() is None:
                 now = time.monotonic()
                 ended = ended or (now if child.poll() is not None else 0.0)
@@ -866,8 +863,7 @@ class Repository:
     def prepare(self) -> None:
         """Folders, the deploy key where the user can read it, and the trust in local paths."""
         own = self.paths.own
-        for name in ("git", "ssh"):
-            make_folder(own / name, 0o700, self.account)
+        for name in ("git", "ssh"): make_folder(own / name, 0o700, self.account)
         if self.service.deploy_key:
             key = read_beneath(Path("/"), self.service.deploy_key[1:], OUTSIDE_BYTES)
             key = key.replace(b"\r\n", b"\n").rstrip() + b"\n"
@@ -935,8 +931,7 @@ class Repository:
     def remake(self, reason: Fault) -> None:
         """Make the git folder again beside the old one and swap them; the work tree stays."""
         fresh, old = self.folder.with_name("git.new"), self.folder.with_name("git.old")
-        for path in (fresh, old):
-            shutil.rmtree(path, ignore_errors=True)
+        for path in (fresh, old): shutil.rmtree(path, ignore_errors=True)
         make_folder(fresh, 0o700, self.account)
         self.init(fresh)
         self.fetch(fresh)
@@ -988,8 +983,7 @@ class Repository:
         tree = self.tree(commit, spare)
         fresh, index = self.paths.own / "export.new", self.folder / "export.index"
         shutil.rmtree(fresh, ignore_errors=True)
-        for left in (index, index.with_name("export.index.lock")):
-            left.unlink(missing_ok=True)
+        for left in (index, index.with_name("export.index.lock")): left.unlink(missing_ok=True)
         make_folder(fresh, 0o750, self.account)
         env = {"GIT_INDEX_FILE": str(index), "GIT_WORK_TREE": str(fresh)}
         try:
@@ -1120,11 +1114,9 @@ def update_worktree(root: Path, export: Path, tracked: Tree, new: Tree,
     for path in filter(folders.__contains__, gone):  # files that become folders
         remove(path)
     for path, (mode, _) in sorted(new.items()):
-        for other in replaced[path]:
-            remove(other)
+        for other in replaced[path]: remove(other)
         if mode != "160000": attempt(path, functools.partial(write_entry, root, export, path, mode))
-    for path in gone:
-        remove(path)
+    for path in gone: remove(path)
     return failures
 
 def chown_tracked(root: Path, paths: Iterable[str], former: int, account: Account) -> None:
@@ -1185,6 +1177,7 @@ class Container:
     volumes_from: tuple[str, ...] = ()
     volumes: tuple[tuple[str, bool, str], ...] = ()  # name, whether writable, target
     binds: tuple[Bind, ...] = ()
+    ports: tuple[str, ...] = ()  # PORT/PROTOCOL of the host that it holds
 
 @dataclass(frozen=True)
 class Snapshot:
@@ -1216,16 +1209,18 @@ def parse_container(facts: Json) -> Container:
     labels = config["Labels"] or {}
     compose_service = str(labels.get(SERVICE_LABEL, ""))
     modes = (host.get("NetworkMode"), host.get("IpcMode"), host.get("PidMode"))
-    networks = (facts.get("NetworkSettings") or {}).get("Networks") or {}
+    net = facts.get("NetworkSettings") or {}
     return Container(
         facts["Id"], compose_service, facts["Name"].lstrip("/"), state["Status"],
         state["ExitCode"], (state.get("Health") or {}).get("Status", "").replace("none", ""),
         facts.get("RestartCount", 0), host["RestartPolicy"]["Name"] or "no", facts["Image"],
         parse_time(facts["Created"]), parse_time(state["StartedAt"]),
-        digest=str(labels.get(DIGEST_LABEL, "")),
-        replaces=REPLACE_LABEL in labels,
-        networks={name: (network or {}).get("NetworkID", "") for name, network in networks.items()},
+        digest=str(labels.get(DIGEST_LABEL, "")), replaces=REPLACE_LABEL in labels,
+        networks={name: (network or {}).get("NetworkID", "")
+                  for name, network in (net.get("Networks") or {}).items()},
         shares=tuple(mode[10:] for mode in modes if str(mode).startswith("container:")),
+        ports=tuple(f"{at['HostPort']}/{port.rpartition('/')[2]}" for port, places in
+                    (net.get("Ports") or {}).items() for at in places or ()),
         volumes_from=tuple(text.partition(":")[0] for text in host.get("VolumesFrom") or ()),
         volumes=tuple((str(mount.get("Name")), bool(mount["RW"]), mount["Destination"])
                       for mount in facts.get("Mounts") or () if mount["Type"] == "volume"),
@@ -1481,8 +1476,7 @@ class Compose:
         return RunAs(self.service.name, None, self.environment() | dict(env or {}),
                      secrets=self.service.secrets, disk=disk)
     def prepare(self) -> None:
-        for name in ("docker", "buildx"):
-            make_folder(self.paths.own / name, 0o700)
+        for name in ("docker", "buildx"): make_folder(self.paths.own / name, 0o700)
         if not (self.paths.own / "docker" / "config.json").exists():
             write_atomic(self.paths.own / "docker" / "config.json", b"{}\n")
     def write_model(self, name: str, model: Json) -> None:
@@ -1824,8 +1818,7 @@ def why_changed(old: Model, new: Model, name: str) -> str:
     if name not in compose_services(old): return "it is not as the commit has it"
     before, after = ({key: value for key, value in part(model, "services", name).items()
                       if key not in NOT_SHAPING} for model in (old, new))
-    for shape in (before, after):
-        shape["labels"] = part(shape, "labels") | {DIGEST_LABEL: ""}
+    for shape in (before, after): shape["labels"] = part(shape, "labels") | {DIGEST_LABEL: ""}
     keys = [key for key in sorted({*before, *after}) if before.get(key) != after.get(key)]
     networks = [f"network {key}" for key in networks_used(after)
                 if part(old, "networks").get(key) != part(new, "networks").get(key)]
@@ -2130,8 +2123,7 @@ def check_build(where: str, value: Any, context: PolicyContext) -> Found:
                         "is a network that is not its own", f"build:network:{build['network']}")
     if "BUILDKIT_SYNTAX" in named(build.get("args") or ()):
         yield Violation(where, "build.args", "BUILDKIT_SYNTAX", FRONTEND_WHY, "build:syntax")
-    for tag in build.get("tags") or ():
-        yield from check_built_image(where, str(tag), context)
+    for tag in build.get("tags") or (): yield from check_built_image(where, str(tag), context)
     yield from check_shm(where, build.get("shm_size"), context)
     yield from check_build_paths(where, build, context)
 def check_mounts(where: str, value: Any, context: PolicyContext) -> Found:
@@ -2483,8 +2475,7 @@ def check_policy(model: Model, context: PolicyContext) -> list[Violation]:
         return [v for v in found if v.allow not in context.service.allow]
     for where, service in compose_services(model).items():
         found += check_compose_service(where, service or {}, context)
-    for check in MODEL_CHECKS:
-        found += check(model, context)
+    for check in MODEL_CHECKS: found += check(model, context)
     allowed = set(context.service.allow)
     offered = (v if permits(v.allow) else replace(v, allow="") for v in dict.fromkeys(found))
     left = [violation for violation in offered if violation.allow not in allowed]
@@ -2865,8 +2856,7 @@ def compare(release: Release, snapshot: Snapshot, done: Jobs) -> tuple[Row, ...]
         for name, service in compose_services(release.model).items()
         for key in networks_used(service) if key in changed)]
     have = defaultdict[str, list[Container]](list)
-    for container in snapshot.containers:
-        have[container.compose_service].append(container)
+    for container in snapshot.containers: have[container.compose_service].append(container)
     for name, count in release.expected.items():
         mine, job = have.pop(name, []), done.get(name)
         text = f"has {len(mine)} containers, not {count}" if mine else "is missing"
@@ -2911,8 +2901,7 @@ def plan_cure(release: Release, rows: Iterable[Row], snapshot: Snapshot) -> Cure
     """What to do so that these rows go. Pure."""
     rows, services = [*rows], compose_services(release.model)
     of = defaultdict[str, set[str]](set)
-    for row in rows:
-        of[row.how.cure].add(row.compose_service)
+    for row in rows: of[row.how.cure].add(row.compose_service)
     anew = of["up"] | of["force"] | of["network"]
     sharers = {name: shared_with(service) for name, service in services.items()}
     while more := {name for name, shared in sharers.items() if shared & anew} - anew:
@@ -3442,6 +3431,19 @@ def bound_links(project: Project, containers: Iterable[Container], tree: Tree) -
         if relative and not project.service.trusted and (why := link_above(relative, tree)):
             reasons.add(f"{bind.compose_service}: {relative}, which is mounted now, {why}")
     return sorted(reasons)
+def run_by_hand(project: Project, model: Model, digests: Json) -> dict[str, str]:
+    """The digests of what somebody else started, just as compose would start it now."""
+    query = {"all": 1, "filters": {"label": [f"{PROJECT_LABEL}={project.name}"]}}
+    found = [row["Labels"] for row in project.api.ask("GET", "/containers/json", query)]
+    if all(DIGEST_LABEL in labels for labels in found): return {}
+    project.compose.write_model("render.json", with_value_names(model))
+    result = project.compose.run("config", "--hash", "*", deadline="docker", model="render.json")
+    hashes = dict(re.findall(r"(?m)^(\S+) (\w+)$", result.stdout.decode()))
+    other = {labels.get(SERVICE_LABEL) for labels in found if DIGEST_LABEL in labels or labels.get(
+        "com.docker.compose.config-hash") != hashes.get(labels.get(SERVICE_LABEL))}
+    return {name: digest for name, digest in digests.items() if name not in other
+            and name in {labels.get(SERVICE_LABEL) for labels in found}}
+
 def make_release(project: Project, commit: str, model: Model, tree: Tree,
                  values: Mapping[str, str], adopted: Mapping[str, str]) -> Release:
     """The release of a checked model; its images are not known yet."""
@@ -3449,6 +3451,7 @@ def make_release(project: Project, commit: str, model: Model, tree: Tree,
     files, key = Files(tree, str(project.paths.worktree), generated), project.store.digest_key()
     digests = {name: digest_of(service_facts(model, name, files, values), key)
                for name in compose_services(model)}
+    adopted = adopted or run_by_hand(project, model, digests)
     return Release(commit, project.configuration(), project.name,
                    with_labels(with_value_names(model), digests, adopted), digests,
                    input_digests(model, files, key), values=values, adopted=adopted)
@@ -3538,7 +3541,7 @@ def ports_of(model: Model) -> set[tuple[str, int, str]]:
              for item in service.get("ports") or ()]
     return {(str(item.get("host_ip") or ""), int(item["published"]), str(item.get("protocol")))
             for item in items if str(item.get("published") or "0").isdigit()} - {("", 0, "tcp")}
-def lacking(project: Project, model: Model, current: Model, snapshot: Snapshot) -> Iterator[str]:
+def lacking(project: Project, model: Model, snapshot: Snapshot) -> Iterator[str]:
     """What only somebody else can bring about; it is tried again by itself until he has."""
     for kind, there in (("network", {*snapshot.networks}), ("volume", set[str]())):
         for key, entry in part(model, f"{kind}s").items():
@@ -3547,8 +3550,9 @@ def lacking(project: Project, model: Model, current: Model, snapshot: Snapshot) 
                     kind == "volume" and project.api.facts(f"/volumes/{name}")):
                 yield f"{kind} {name} does not exist: docker {kind} create {name} makes it"
     if not project.api.address[1]:  # the engine is on this machine
-        for host, port, protocol in sorted(ports_of(model) - ports_of(current)):
-            if port_taken(host, port, protocol):
+        ours = {port for container in snapshot.containers for port in container.ports}
+        for host, port, protocol in sorted(ports_of(model)):
+            if f"{port}/{protocol}" not in ours and port_taken(host, port, protocol):
                 yield f"port {port}/{protocol} is in use on this server"
 def twin_of(project: Project, release: Release) -> str:
     """A project that is run by hand and looks like this one; empty if there is none."""
@@ -3588,9 +3592,7 @@ def refuse_what_cannot_be(project: Project, prepared: Prepared, snapshot: Snapsh
         raise Refused("; ".join(theirs))
     for name in changed_networks(release, snapshot).values():
         attached_to(project, snapshot.networks[name])
-    current = project.store.current
-    if lacks := [*lacking(project, release.model, current.model if current else {}, snapshot)]:
-        raise Fault("; ".join(lacks))
+    if lacks := [*lacking(project, release.model, snapshot)]: raise Fault("; ".join(lacks))
     if paused := [c.name for c in snapshot.containers if c.status == "paused"]:
         raise Fault(f"{', '.join(paused)} is paused by hand; once docker unpause has ended "
                     "that, it is tried again")
@@ -3608,8 +3610,7 @@ def keep_images(project: Project, *releases: Release | None) -> None:
     have = {name for name in project.api.names_of(KEEP_NAME) if name.startswith(prefix)}
     for name in {*wanted} - have:
         with suppress(NotThere): project.api.tag(wanted[name], name)
-    for name in have - {*wanted}:
-        project.api.untag(name)
+    for name in have - {*wanted}: project.api.untag(name)
 
 def restore_images(project: Project, release: Release, wanted: Iterable[str]) -> Release:
     """Have the images of these compose services; the names of what it builds lead to them again."""
@@ -3679,8 +3680,7 @@ class Installation:
             failures = update_worktree(paths.worktree, paths.export, tracked, tree,
                                        frozenset(filter(None, sources)))
         if failures and strict: raise Refused("; ".join(failures[:5]))
-        for failure in failures:
-            log.warning("%s: left as it is: %s", project.name, failure)
+        for failure in failures: log.warning("%s: left as it is: %s", project.name, failure)
         if tracked != tree: project.store.set_tracked(tree)
 
     def guard(self, containers: Sequence[Container]) -> None:
@@ -3837,8 +3837,7 @@ class Reconciler:
                         self.project.say(f"{failure}: {failure.reason}")
                     return
                 say(f"deploys {short(commit)}: {'; '.join(decision.reasons)}")
-                for note in prepared.release.notes:
-                    say(f"note: {note}")
+                for note in prepared.release.notes: say(f"note: {note}")
                 prepared = fetch_images(self.project, prepared, say)
                 self.snapshot = self.project.snapshot(prepared.release)
                 refuse_what_cannot_be(self.project, prepared, self.snapshot)
@@ -3853,8 +3852,9 @@ class Reconciler:
             changed, current = time.monotonic(), self.store.current
             release = replace(prepared.release, ill=self.ill_before())
             changes = describe(compare(release, self.snapshot, self.store.done), release, current)
-            for name, change in changes.items():
-                say(f"{name}: {change}")
+            for name in {*release.adopted} & {*release.expected} if not current else ():
+                changes.setdefault(name, "already runs, taken over")
+            for name, change in changes.items(): say(f"{name}: {change}")
             with self.project.shared.naming:
                 refuse_taken_names(self.project, release)
                 self.store.set_current(release)
@@ -3953,8 +3953,7 @@ class Reconciler:
         last = words.splitlines()[-10:]
         self.record_failure(commit, fault, fault.retry or first, by, began, last)
         say(f"failed: {fault}")
-        for line in last:
-            say(f"  {line}")
+        for line in last: say(f"  {line}")
         if self.store.good and self.project.service.rollback:
             self.roll_back(say)
             down = f"; {', '.join(names)} was down for {time.monotonic() - changed:.1f} s"
@@ -4354,8 +4353,7 @@ def show_metrics(shared: Shared) -> None:
             "last_success_timestamp_seconds": [({}, view.last_success)] * bool(view.last_success),
             "containers": [({"state": state}, counts[state])
                            for state in ("running", "healthy", "exited", "restarting")]}
-        for gauge, values in rows.items():
-            metrics.replace(f"pgo_service_{gauge}", name, values)
+        for gauge, values in rows.items(): metrics.replace(f"pgo_service_{gauge}", name, values)
 
 # ---- Commands ----------------------------------------------------------------------------------
 @dataclass(frozen=True)
@@ -4433,8 +4431,7 @@ def job_load(worker: Worker, job: Job) -> None:
     worker.ask_remote(job.say)
     release = worker.store.current
     prepared = prepare(worker.project, worker.view.wanted or (release.commit if release else ""))
-    for note in prepared.release.notes:
-        job.say(f"note: {note}")
+    for note in prepared.release.notes: job.say(f"note: {note}")
     job.say(f"{short(worker.view.wanted)}: the policy permits it")
 
 def job_plan(worker: Worker, job: Job) -> None:
@@ -4454,8 +4451,7 @@ def job_plan(worker: Worker, job: Job) -> None:
     refuse_what_cannot_be(project, prepared, snapshot)
     release = replace(prepared.release, images=snapshot.images)
     changes = describe(compare(release, snapshot, worker.store.done), release, current)
-    for note in release.notes:
-        job.say(f"  note: {note}")
+    for note in release.notes: job.say(f"  note: {note}")
     for name in sorted({*compose_services(release.model), *changes}):
         job.say(f"  {name}: {changes.get(name, 'unchanged')}")
     old = {*current.volume_names} if current else {*release.volume_names}
@@ -5045,12 +5041,10 @@ class SshServer:
             return 255 if gone.done() else child.wait()
         finally:
             tasks = (ended, gone, feed, pumps)
-            for task in tasks:
-                task.cancel()
+            for task in tasks: task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
             os.close(descriptor)
-            for stream in streams.values():
-                stream.close()
+            for stream in streams.values(): stream.close()
 
 def import_asyncssh() -> Any:
     warnings.simplefilter("ignore")  # asyncssh's of old ciphers, which nobody can do anything about
@@ -5191,8 +5185,7 @@ def follow_events(shared: Shared) -> None:
     def going_on() -> bool:
         if not shared.events_flow.is_set():
             shared.events_flow.set()  # what fell before, a look will find
-            for worker in shared.workers.values():
-                worker.wake("event")
+            for worker in shared.workers.values(): worker.wake("event")
         return not shared.stopping.is_set()
 
     def handle(event: Json) -> None:
@@ -5284,8 +5277,7 @@ class Daemon:
             self.ssh.serve(self.settings.ssh)
         threading.Thread(target=follow_events, args=(self.shared,), name="events",
                          daemon=True).start()
-        for worker in self.shared.workers.values():
-            worker.start()
+        for worker in self.shared.workers.values(): worker.start()
         log.info("pgod %s follows %d services", VERSION, len(self.shared.workers))
         notify("READY=1")
 
@@ -5333,8 +5325,7 @@ class Daemon:
         notify("STOPPING=1")
         self.shared.stopping.set()
         self.shared.children.stopped_at = time.monotonic()
-        for worker in self.shared.workers.values():
-            worker.wake("end")
+        for worker in self.shared.workers.values(): worker.wake("end")
         until = time.monotonic() + 20
         for worker in self.shared.workers.values():
             if worker.is_alive(): worker.join(max(0.0, until - time.monotonic()))
@@ -5464,8 +5455,7 @@ def main(words: Sequence[str]) -> int:
     log.setLevel(logging.DEBUG if settings.debug else logging.INFO)
     try:
         configuration = read_configuration(settings.config)
-        for warning in configuration.warnings:
-            log.warning("%s", warning)
+        for warning in configuration.warnings: log.warning("%s", warning)
         if options.check:
             count = len(configuration.services)
             print(f"{settings.config}: {count} service{'s' * (count != 1)}, no errors")
@@ -5473,8 +5463,7 @@ def main(words: Sequence[str]) -> int:
         check_identity(configuration)
         return Daemon(settings, configuration).run()
     except ConfigurationError as error:
-        for line in str(error).splitlines():
-            print(f"{settings.config}: {line}", file=sys.stderr)
+        for line in str(error).splitlines(): print(f"{settings.config}: {line}", file=sys.stderr)
     except Fault as fault:
         print(f"pgod: {fault}", file=sys.stderr)
     return 1

@@ -3584,12 +3584,19 @@ def test_stack_that_runs_by_hand_is_not_started_beside_itself(lab: Lab) -> None:
 
 
 def test_stack_that_runs_by_hand_is_taken_over_by_its_name(lab: Lab) -> None:
-    compose = compose_file(volumes=["data:/data"], top={"volumes": {"data": None}})
+    compose = compose_file(volumes=["data:/data"], services=TWO, top={"volumes": {"data": None}},
+                           ports=[f"127.0.0.1:{free_port()}:80"])
     name = f"{lab.name}-a"
     by_hand(lab, name, compose)
     docker("exec", f"{name}-web-1", "touch", "/data/precious")
+    before = lab.containers(name)
     lab.service("a", {"compose.yaml": compose})
     deployed(lab, name)
+    assert lab.containers(name) == before, "not touched"
+    assert "web: already runs, taken over" in lab.daemon.log()
+    changed = compose.replace("sleep 100000", "sleep 100001", 1)
+    lab.runs(name, lab.push(name, {"compose.yaml": changed}))
+    assert len({*before.values()} & {*lab.containers(name).values()}) == len(before) - 1
     assert docker("exec", f"{name}-web-1", "ls", "/data") == "precious"
 
 
