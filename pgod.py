@@ -2393,6 +2393,12 @@ def outside(source: str, context: PolicyContext) -> tuple[str, bool]:
     whole = any(beneath(folder, source.rstrip("/")) is not None
                 for folder in (*context.closed, *SYSTEM_FOLDERS))
     return f"lies neither in the repository nor in {context.data}", not whole
+def written(source: str, context: PolicyContext) -> str:
+    """A path as the compose file may have it, where it leads from the export to pgod's own."""
+    own = next((folder for folder in context.closed[:1] if beneath(source, folder) is not None), "")
+    return os.path.relpath(source, f"{own}/.pgod/{context.name}/export") if own and (
+        not context.holds(source)) else source
+
 def bind_trouble(bind: Bind, context: PolicyContext) -> tuple[str, bool]:
     """Why a path may not be bound, or nothing; whether an exception is offered."""
     source, relative = bind.source, beneath(bind.source, context.worktree)
@@ -2436,7 +2442,8 @@ def check_binds(model: Model, context: PolicyContext) -> Found:
         why, offered = bind_trouble(bind, context)
         if why and not (judged or clock or bind_allowed(bind, context.service)):
             entry = f"bind:{bind.source}{':ro' if bind.read_only else ''}" if offered else ""
-            yield Violation(bind.compose_service, bind.kind, bind.source, why, entry)
+            yield Violation(bind.compose_service, bind.kind, written(bind.source, context), why,
+                            entry)
     yield from check_nested_binds(binds, context)
 def check_build_secrets(model: Model, context: PolicyContext) -> Found:
     """A build reads them with the docker group, and before containers are looked at again."""
@@ -3251,7 +3258,9 @@ def import_of(project: Project) -> dict[str, str]:
     """Caddy's import file, a block a host, that pgod writes into a work tree, if it is to."""
     services, file = project.shared.configuration.services, project.service.import_file
     urls = sorted({host: target for service in services for host, target in service.urls}.items())
-    blocks = [f"{host} {{\n\treverse_proxy {target}\n}}\n" for host, target in urls]
+    # Requests that come while a container is recreated wait for it.
+    blocks = [f"{host} {{\n\treverse_proxy {target} {{\n\t\tlb_try_duration 5s\n\t}}\n}}\n"
+              for host, target in urls]
     text = "# Written by pgod from pgo.toml; changes here are lost.\n" + "\n".join(blocks)
     return {file: text} if file else {}
 def write_import(project: Project) -> None:
@@ -4249,11 +4258,12 @@ class Worker(threading.Thread):
             log.log(logging.INFO if asked else logging.ERROR, "%s: %s: %s", self.name,
                     f"{job.command} by {job.by}" if job else "deploy", text)
             return
-        failures, now = self.view.failures + 1, self.shared.clock()
+        failures, now, retry = self.view.failures + 1, self.shared.clock(), True
+        if isinstance(error, Fault): retry = error.retry
         later = self.view.next_poll if self.view.next_poll > now else self.next_poll(failures)
         if text != self.view.last_error or not known:
-            log.error("%s: failed: %s; tried again in %s", self.name, text,
-                      format_duration(later - now), exc_info=None if known else error)
+            again = f"; tried again in {format_duration(later - now)}" if retry else ""
+            log.error("%s: failed: %s%s", self.name, text, again, exc_info=None if known else error)
         self.publish(last_error=text, failures=failures, next_poll=later)
     def next_poll(self, failures: int) -> float:
         delay = retry_delay(self.shared.settings.duration, failures, self.shared.chance())

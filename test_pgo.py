@@ -837,7 +837,7 @@ def test_branch_that_is_not_there_is_said_with_those_that_are(lab: Lab) -> None:
     name = lab.service("a", branch="trunk")
     lab.repositories[name].git("push", "-q", "origin", "HEAD:other")
     lab.start()
-    logged(lab, "no branch 'trunk'; it has: main, other")
+    logged(lab, "no branch 'trunk'; it has: main, other; tried again in ")
 
 
 # ---- Metrics -------------------------------------------------------------------------------------
@@ -1035,12 +1035,15 @@ def test_repositories_are_followed_over_every_transport_and_no_token_leaks(lab: 
     https_port, certificate = git_over_https(lab, root)
     ssh_port = git_over_ssh(lab, lab.key("deploy"))
     quoted = urllib.parse.quote(TOKEN, safe="")
+    windows = lab.folder / "windows-key"
+    windows.write_bytes(lab.key("deploy").read_bytes().replace(b"\n", b"\r\n"))
+    windows.chmod(0o600)
     for kind, keys in {
             "daemon": {"repository": f"git://127.0.0.1:{git_port}/{names['daemon']}/bare.git"},
             "https": {"repository": f"https://robot:{quoted}@127.0.0.1:{https_port}"
                                     f"/{names['https']}/bare.git"},
             "ssh": {"repository": f"ssh://root@127.0.0.1:{ssh_port}{root}/{names['ssh']}/bare.git",
-                    "deploy_key": str(lab.key("deploy"))}}.items():
+                    "deploy_key": str(windows)}}.items():
         lab.services[names[kind]] |= keys
     lab.write_config()
     with seen_command_lines() as seen:
@@ -3172,7 +3175,8 @@ def test_urls_are_reached_through_caddy_and_reload_is_retried(lab: Lab) -> None:
             ports=[f"127.0.0.1:{port}:8080"], volumes=["./caddy:/etc/caddy:ro"],
             networks=["proxy"])})}, **{
         "import": "caddy/site/pgod.import", "reload": f"localhost:{lab.name}-caddy//exec caddy "
-        "sh -c 'test ! -e /etc/caddy/broken && caddy reload --config /etc/caddy/Caddyfile'"})
+        "sh -c 'test ! -e /etc/caddy/broken || { echo to out; echo to err >&2; exit 3; }; "
+        "caddy reload --config /etc/caddy/Caddyfile'"})
     lab.start()
     until(lambda: fetch(port, "one.example") == "hello", "one.example is reached")
     lab.runs(caddy, lab.repositories[caddy].head())
@@ -3184,6 +3188,7 @@ def test_urls_are_reached_through_caddy_and_reload_is_retried(lab: Lab) -> None:
     lab.write_config()
     new_start(lab)
     logged(lab, "reload failed, will be tried again")
+    assert re.search(r"reload failed.*caddy reload.*: to out / to err", lab.daemon.log())
     assert fetch(port, "two.example") != "hello"
     (lab.directory / caddy / "caddy" / "broken").unlink()
     logged(lab, "reloaded")
@@ -3389,6 +3394,36 @@ def test_forgotten_file_is_refused_before_a_folder_is_made_of_it(lab: Lab, sourc
     assert lab.containers(name) == before
     lab.runs(name, lab.push(name, {source: "A=there\n"}))
     assert docker("exec", f"{name}-web-1", "cat", target) == "A=there"
+
+
+def test_refusal_says_what_is_wrong_and_offers_no_trap(lab: Lab) -> None:
+    name = lab.service("a", env=["MEDIA=/srv/media/files"])
+    deployed(lab, name)
+    commit = lab.push(name, {"compose.yaml": compose_file(volumes=[
+        "${NOWHERE}/data:/a", "../x:/b", "~/x:/c", f"{lab.datadir}/other/x:/d", "${MEDIA}:/e"],
+        devices=["/dev/ttyUSB0"])})
+    *_, last = lines = lab.failed(name, commit).splitlines()
+    for text in ("/data: is what is left of it, for NOWHERE is not set",
+                 " ../x: leads out of the repository", "is in the home of nobody",
+                 f"{lab.datadir}/other/x: is another service's"):
+        (line,) = [line for line in lines if text in line]
+        assert "allow" not in line
+    assert last == ('  an administrator permits all with allow = '
+                    '["devices:/dev/ttyUSB0", "bind:/srv/media/files"]'), "to paste"
+    assert ".pgod" not in "".join(lines)
+
+
+@pytest.mark.parametrize(("text", "line"), [
+    ("permission denied while trying to connect: Get " + "x" * 400,
+     "permission denied while trying to connect: Get " + "x" * 252 + "…"),
+    (" Container a-web-1  Creating\ntime=2026 level=warning msg=x\nbad thing\n", "bad thing"),
+    ("unknown flag: --x\nUsage:  docker compose up\nSee 'docker compose up --help'\n",
+     "unknown flag: --x"),
+    ("#12 [web 2/2] RUN false\n#12 ERROR: x\nfailed to solve: exit code: 1",
+     "failed to solve: exit code: 1"),
+    ("warning: redirecting\nfatal: repository not found", "fatal: repository not found")])
+def test_words_of_a_program_keep_their_point(text: str, line: str) -> None:
+    assert pgod.one_line(text) == line
 
 
 def test_folder_that_pgod_made_is_said_and_gives_way_while_it_is_empty(lab: Lab) -> None:
