@@ -1661,6 +1661,12 @@ def normalised(model: Model) -> Model:
     # A tmpfs may take half of the host's memory; `up` refuses what is optional and not there.
     result = copied(model)
     for service in (services := compose_services(result)).values():
+        # What compose writes so, it does not read.
+        if service.get("memswap_limit") == "-1": service["memswap_limit"] = -1
+        for key, limits in part(service, "blkio_config").items():
+            if isinstance(limits, list):
+                service["blkio_config"][key] = [
+                    {name.lower(): item for name, item in limit.items()} for limit in limits]
         mounts = service.get("tmpfs") or []
         for place, mount in enumerate(mounts):
             if not re.search("[:,]size=", mount):

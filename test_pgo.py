@@ -2061,6 +2061,8 @@ secrets: {password: {file: ./password.txt}}
     "build with an image in a registry": "services: {web: {build: ., image: app/web}}",
     "build inline": "services: {web: {build: {context: ., dockerfile_inline: 'FROM x'}}}",
     "profiles": "services: {web: {image: x}, debug: {image: y, profiles: [debug]}}",
+    "optional dependency": "services: {web: {image: x, depends_on: {debug: {condition: "
+    "service_started, required: false}}}, debug: {image: y, profiles: [debug]}}",
     "extension fields and anchors": "x-common: &c {restart: always, init: true}\n"
                                     "services: {web: {<<: *c, image: x, x-note: hello}}",
     "resource limits": web("deploy: {resources: {limits: {cpus: '0.5', memory: 512M, pids: 100}, "
@@ -2171,6 +2173,23 @@ secrets: {password: {file: ./password.txt}}
 def test_ordinary_compose_file_passes(tmp_path: Path, name: str) -> None:
     model, tree = rendered(tmp_path, ORDINARY[name], FILES)
     assert not judged(pgod.normalised(model), tree, networks=("proxy",))
+
+
+DISKS = web("blkio_config: {weight: 300, device_read_bps: [{path: /dev/sda, rate: 12mb}]}")
+
+
+@pytest.mark.parametrize("name", [*ORDINARY, "disks"])
+def test_what_compose_takes_it_takes_from_pgod_too(tmp_path: Path, name: str) -> None:
+    """The model that is run is a compose file again, with the same compose services."""
+    model, _ = rendered(tmp_path, ORDINARY.get(name, DISKS), FILES)
+    services = pgod.compose_services(model)
+    run_from = pgod.with_labels(pgod.with_value_names(pgod.without_raw_sockets(
+        pgod.normalised(model))), dict.fromkeys(services, "digest"), {})
+    (tmp_path / "model.json").write_text(json.dumps(run_from))
+    done = run("docker", "compose", "--project-name", "app", "--project-directory", tmp_path,
+               "--file", tmp_path / "model.json", "config", "--format", "json",
+               env=process_environment(PGOD_VALUE_S="value"))
+    assert pgod.compose_services(json.loads(done.stdout)).keys() == services.keys()
 
 
 def test_exception_for_a_folder_does_not_open_what_a_container_can_swap(tmp_path: Path) -> None:
