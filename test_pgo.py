@@ -775,7 +775,7 @@ def test_build_or_pull_ends_before_it_fills_the_disk(lab: Lab) -> None:
     lab.exits.callback(run, "umount", "-l", lab.directory)
     children = pgod.Children(pgod.Metrics())
     result = children.run(
-        ["sh", "-c", f"for n in $(seq 1000); do head -c 1m /dev/zero; sleep .01; done > "
+        ["sh", "-c", f"for n in $(seq 1000); do head -c 256k /dev/zero; sleep .02; done > "
                      f"{lab.directory}/file"], pgod.RunAs(disk=str(lab.directory)),
         deadline=60, kind=("compose", "build"))
     assert result.trouble.startswith("No space left")
