@@ -77,11 +77,13 @@ DEADLINE = {
 RENDER_CPU = 10
 RENDER_MEMORY = 1 << 30
 RENDER_OUTPUT = 4 << 20
+STAND_INS = 20  # env files that a commit may lack; each is one more rendering
 CHILD_OUTPUT = 16 << 20
 # What a commit may have: files, bytes of them all, characters of a path, and folders above one.
 TREE_FILES = 50_000
 TREE_BYTES = 4 << 30
 DISK_RESERVE = 256 << 20  # bytes, or a twentieth of the disk
+INPUTS = 8 * TREE_FILES  # of its bind mounts, each counted where it is bound
 PATH_LENGTH = 1024
 PATH_DEPTH = 64
 # What a rendered model may have before any rule reads it.
@@ -1514,7 +1516,7 @@ class Compose:
         env = {"PWD": self.folder, **self.environment(), "GIT_ALLOW_PROTOCOL": "none",
                "DOCKER_CONFIG": "/nonexistent", "GOMAXPROCS": "2"}
         with ExitStack() as stack:
-            while True:
+            for _ in range(STAND_INS):
                 result = self.children.run(
                     [*self.program, "--project-name", self.service.name, "--project-directory",
                      self.folder, *words, "config", "--format", "json"],
@@ -1797,9 +1799,12 @@ def digest_of(facts: Any, key: bytes) -> str:
     text = json.dumps(facts, sort_keys=True).encode(errors="surrogatepass")
     return hmac.new(key, text, "sha256").hexdigest()[:32]
 def input_digests(model: Model, files: Files, key: bytes) -> dict[str, str]:
+    """Of all that is in the folders that each compose service binds. Raises Refused."""
     found = defaultdict[str, list[Any]](list)
-    for bind in binds_of(model):
+    for bind in dict.fromkeys(replace(bind, target="") for bind in binds_of(model)):
         if bind.kind == "bind": found[bind.compose_service] += files.beneath(bind.source)
+        if sum(map(len, found.values())) > INPUTS:
+            raise Refused(f"its bind mounts have over {INPUTS} files, counted where they are bound")
     return {name: digest_of(entries, key) for name, entries in found.items()}
 def network_digests(project: str, model: Model) -> dict[str, str]:
     return {name: digest_of(network, b"")
@@ -2380,10 +2385,11 @@ SYSTEM_FOLDERS = ("/bin", "/boot", "/dev", "/etc", "/lib", "/proc", "/root", "/r
 def unset_paths(text: str, warnings: Iterable[str]) -> dict[str, str]:
     """The paths in a compose file that lack a variable which compose warns of, and that one."""
     found = {}
-    for name in re.findall(r'The \\?"(\w+)\\?" variable is not set', "\n".join(warnings)):
+    for name in re.findall(r'The "(\w+)" variable is not set', "\n".join(warnings)):
         marked = re.sub(rf"\$(\{{{name}\}}|{name}\b)", "\0", text)
-        for word in re.findall(r"""[^\s"',\[\]{}]*\0[^\s"',\[\]{}]*""", marked):
-            found[os.path.normpath(word.replace("\0", "").partition(":")[0])] = name
+        for word in re.split(r"""[\s"',\[\]{}]+""", marked):
+            if "\0" in word:
+                found[os.path.normpath(word.replace("\0", "").partition(":")[0])] = name
     return found
 def outside(source: str, context: PolicyContext) -> tuple[str, bool]:
     """What is wrong with a path outside of the repository; whether an exception is offered."""
@@ -3306,7 +3312,9 @@ class Prepared:
 def enforce(project: Project, model: Model, tree: Tree, notes: Iterable[str] = ()) -> None:
     """Raises Refused with every violation; those of root's repositories are only logged."""
     service = project.service
-    text = "\n".join(Path(file).read_text(errors="replace") for file in project.compose.files(tree))
+    export = project.paths.export
+    text = b"\n".join(read_beneath(export, os.path.relpath(file, export), MODEL_TEXT)
+                      for file in project.compose.files(tree)).decode(errors="replace")
     worktree = str(project.paths.worktree)
     unset = {os.path.normpath(os.path.join(worktree, path)): name
              for path, name in unset_paths(text, notes).items()}
@@ -3389,7 +3397,7 @@ def not_followed(project: Project, model: Model, tree: Tree) -> Iterator[str]:
     files = Files(tree, str(project.paths.worktree), {})
     folders = [str(part(service, "build").get("context") or "")
                for service in compose_services(model).values()]
-    used = {path: mode for source in (*(bind.source for bind in binds_of(model)), *folders)
+    used = {path: mode for source in {*(bind.source for bind in binds_of(model)), *folders}
             for path, (mode, _) in files.at(source)}
     lfs = any(path.rpartition("/")[2] == ".gitattributes" for path in tree)
     for path, mode in sorted(used.items()):
@@ -3546,9 +3554,9 @@ def port_taken(host: str, port: int, protocol: str) -> bool:
         if kind == socket.SOCK_STREAM:  # connections of before do not count
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
-            probe.bind((host, port))
-        except OSError as error:
-            return error.errno == errno.EADDRINUSE
+            probe.bind((str(ipaddress.ip_address(host)) if host else "", port))
+        except (OSError, ValueError) as error:  # what is no address, compose refuses
+            return isinstance(error, OSError) and error.errno == errno.EADDRINUSE
     return False
 def ports_of(model: Model) -> set[tuple[str, int, str]]:
     """The addresses that a project publishes: host ("" is any), port and protocol."""

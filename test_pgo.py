@@ -1977,6 +1977,30 @@ def test_project_of_a_thousand_containers_is_refused(tmp_path: Path) -> None:
     assert judged(model, tree, allow=("replicas:120",)) == []
 
 
+def test_files_that_are_bound_again_and_again_are_not_counted_forever() -> None:
+    folder = "/".join("a" * 60)
+    files = pgod.Files({f"{folder}/{n}": ("100644", "0" * 40) for n in range(50_000)}, "/l", {})
+
+    def model(*sources: str) -> pgod.Model:
+        return {"services": {"web": {"volumes": [
+            {"type": "bind", "source": f"/l/{source}", "target": f"/t{number}"}
+            for number, source in enumerate(sources)]}}}
+
+    before = time.process_time()
+    assert pgod.input_digests(model(*["a"] * 500), files, b"")
+    with pytest.raises(pgod.Refused, match="bind mounts have over"):
+        pgod.input_digests(model(*(folder[:end] for end in range(1, 119, 2))), files, b"")
+    assert time.process_time() - before < 10, "it took minutes, and gigabytes"
+
+
+def test_unset_variables_are_found_in_linear_time() -> None:
+    text = "x" * 100_000 + "${A}/data:/d\n" + "$A" * 30_000
+    before = time.process_time()
+    found = pgod.unset_paths(text, ['The "A" variable is not set. Defaulting to a blank string.'])
+    assert found["x" * 100_000 + "/data"] == "A"
+    assert time.process_time() - before < 5
+
+
 def test_many_binds_are_refused_before_they_are_compared(tmp_path: Path) -> None:
     volumes = ", ".join(f"./d{n}:/d{n}" for n in range(600))
     model, tree = rendered(tmp_path, web(f"volumes: [{volumes}]"))
