@@ -109,8 +109,7 @@ SSH_SESSIONS_PER_SERVICE = 20
 STREAM_MEMORY = 192 << 20  # bytes of data of a command that writes to a client
 SSH_KEY_SECONDS = 2.0  # between two looks whether the key of a stream is still there
 SSH_LOGIN_SECONDS = 20
-SSH_COMMAND_BYTES = 64 * 1024
-SSH_ARGUMENTS = 256
+SSH_COMMAND_BYTES, SSH_ARGUMENTS = 64 * 1024, 256
 SSH_ALGORITHMS: dict[str, Any] = {
     "kex_algs": "mlkem768x25519-sha256,sntrup761x25519-sha512@openssh.com,curve25519-sha256,"
                 "curve25519-sha256@libssh.org".split(","),
@@ -125,8 +124,7 @@ SSH_ALGORITHMS: dict[str, Any] = {
 }
 # docker's templates have functions; `pad` alone takes as much memory as it is told to.
 PLAIN_TEMPLATE = re.compile(r"([^{}]|\{\{ *(json +)?\.\w* *\}\})*")
-HTTP_CONNECTIONS = 100
-HTTP_SECONDS = 10.0
+HTTP_CONNECTIONS, HTTP_SECONDS = 100, 10.0
 
 # ---- Values ------------------------------------------------------------------------------------
 Progress = Callable[[str], None]  # is told what happens, a line at a time
@@ -798,6 +796,11 @@ GIT_SETTINGS = {
     "fetch.unpackLimit": "1", "gc.autoPackLimit": "3", "gc.pruneExpire": "now",
 }
 
+GIT_HINTS = {
+    r"returned error: 30\d": "; redirects are not followed: give the address that it leads to",
+    "Host key verification failed": "; the git server's host key changed; if that is right: "
+                                    "ssh-keygen -R HOST -f {}/ssh/known_hosts"}
+
 def printable(text: str) -> str:
     """No control characters: what a repository says must not steer a terminal or a log."""
     return "".join(char if char.isprintable() else "?" for char in text)
@@ -893,9 +896,9 @@ class Repository:
         result = self.children.run(["git", *where, *words], who, deadline=DEADLINE[deadline],
                                    kind=("git", subcommand))
         if result.failed:
-            moved = ("; redirects are not followed: give the address that it leads to, which often "
-                     "ends in .git") if re.search(r"returned error: 30\d", result.stderr) else ""
-            raise Fault(f"git {words[0]}: {result.complaint}{moved}")
+            hints = [text for said, text in GIT_HINTS.items() if re.search(said, result.stderr)]
+            hint = "".join(hints).format(self.paths.own)
+            raise Fault(f"git {words[0]}: {result.complaint}{hint}")
         return result.stdout
     def ask(self) -> str:
         """The commit that the branch has at the remote: one process, nothing fetched."""
@@ -1567,11 +1570,11 @@ class Compose:
         except Fault as fault:
             trouble = str(fault)
         words = ("--", *sorted(names))  # a compose service may be called --build
-        result = self.run("pull", "--quiet", *words, deadline="pull", model="render.json",
-                          disk=disk)
+        run = functools.partial(self.run, "pull", "--quiet", deadline="pull", model="render.json",
+                                disk=disk)
+        result = run(*words)
         if result.status and len(names) > 1:  # compose gave up at the first that failed
-            self.run("pull", "--quiet", "--ignore-pull-failures", *words, deadline="pull",
-                     model="render.json", disk=disk)
+            run("--ignore-pull-failures", *words)
         return trouble or (result.complaint if result.failed else "")
     def build(self, names: Iterable[str], closed: Iterable[str], disk: str) -> None:
         """Build from the export, without the images in `closed`. Raises Refused, or Fault."""
@@ -2410,7 +2413,6 @@ def written(source: str, context: PolicyContext) -> str:
     own = next((folder for folder in context.closed[:1] if beneath(source, folder) is not None), "")
     return os.path.relpath(source, f"{own}/.pgod/{context.name}/export") if own and (
         not context.holds(source)) else source
-
 def bind_trouble(bind: Bind, context: PolicyContext) -> tuple[str, bool]:
     """Why a path may not be bound, or nothing; whether an exception is offered."""
     source, relative = bind.source, beneath(bind.source, context.worktree)
@@ -3375,10 +3377,11 @@ def unfit(project: Project, model: Model, tree: Tree) -> list[str]:
              for kind in ("configs", "secrets")
              for key, entry in entries_used(service.get(kind), part(model, kind)).items()
              if "file" not in entry]
-    files = Files(tree, str(project.paths.worktree), {})
-    for bind, root in itertools.product(binds_of(model), project.paths.roots):
+    files, binds = Files(tree, str(project.paths.worktree), {}), binds_of(model)
+    committed = {source for source in {bind.source for bind in binds} if files.at(source)}
+    for bind, root in itertools.product(binds, project.paths.roots):
         relative, folder = beneath(bind.source, str(root)), bind.kind == "bind"
-        if relative and not files.at(bind.source) and (not folder or looks_like_file(bind)):
+        if relative and bind.source not in committed and (not folder or looks_like_file(bind)):
             with as_user(project.account):
                 if not stat_beneath(root, relative):
                     found.append(f"{bind.compose_service}: {bind.kind} {bind.source} is missing; "
@@ -3457,16 +3460,16 @@ def bound_links(project: Project, containers: Iterable[Container], tree: Tree) -
 def run_by_hand(project: Project, model: Model, digests: Json) -> dict[str, str]:
     """The digests of what somebody else started, just as compose would start it now."""
     query = {"all": 1, "filters": {"label": [f"{PROJECT_LABEL}={project.name}"]}}
-    found = [row["Labels"] for row in project.api.ask("GET", "/containers/json", query)]
-    if all(DIGEST_LABEL in labels for labels in found): return {}
+    there = [row["Labels"] for row in project.api.ask("GET", "/containers/json", query)]
+    if all(DIGEST_LABEL in labels for labels in there): return {}
     project.compose.write_model("render.json", with_value_names(model))
     result = project.compose.run("config", "--hash", "*", deadline="docker", model="render.json")
     hashes = dict(re.findall(r"(?m)^(\S+) (\w+)$", result.stdout.decode()))
-    other = {labels.get(SERVICE_LABEL) for labels in found if DIGEST_LABEL in labels or labels.get(
-        "com.docker.compose.config-hash") != hashes.get(labels.get(SERVICE_LABEL))}
-    return {name: digest for name, digest in digests.items() if name not in other
-            and name in {labels.get(SERVICE_LABEL) for labels in found}}
-
+    right = defaultdict[str, set[bool]](set)
+    for labels in there:
+        name, made = labels.get(SERVICE_LABEL), labels.get("com.docker.compose.config-hash")
+        right[name].add(DIGEST_LABEL not in labels and made == hashes.get(name))
+    return {name: digest for name, digest in digests.items() if right[name] == {True}}
 def make_release(project: Project, commit: str, model: Model, tree: Tree,
                  values: Mapping[str, str], adopted: Mapping[str, str]) -> Release:
     """The release of a checked model; its images are not known yet."""
@@ -4272,8 +4275,8 @@ class Worker(threading.Thread):
             log.log(logging.INFO if asked else logging.ERROR, "%s: %s: %s", self.name,
                     f"{job.command} by {job.by}" if job else "deploy", text)
             return
-        failures, now, retry = self.view.failures + 1, self.shared.clock(), True
-        if isinstance(error, Fault): retry = error.retry
+        failures, now = self.view.failures + 1, self.shared.clock()
+        retry = getattr(error, "retry", True)
         later = self.view.next_poll if self.view.next_poll > now else self.next_poll(failures)
         if text != self.view.last_error or not known:
             again = f"; tried again in {format_duration(later - now)}" if retry else ""
@@ -4605,11 +4608,10 @@ COMMANDS: dict[str, Command] = {
                   "-d|--detach --wait", job=job_up),
     "down": Command("remove the containers, until up or start; volumes stay",
                     f"{TIMEOUT} --remove-orphans", job=job_stop),
-    "stop": Command("stop the containers, until up or start", TIMEOUT, "[SERVICE...]",
-                    job=job_stop),
+    "stop": Command("stop the containers, until up or start", TIMEOUT, "[SERVICE...]", job_stop),
     "start": Command("bring up what was deployed last, without a fetch", job=job_start),
     "restart": Command("restart the containers", f"{TIMEOUT} --no-deps", "[SERVICE...]",
-                       job=job_restart),
+                       job_restart),
     "ps": Command("list the containers",
                   "-a|--all -q|--quiet --services --format=FORMAT --filter=FILTER --status=STATUS "
                   "--no-trunc --orphans", "[SERVICE...]"),
@@ -4631,8 +4633,7 @@ COMMANDS: dict[str, Command] = {
     "status": Command("show what runs, since when, and why not the newest", "--json",
                       answer=answer_status),
     "history": Command("show the last deploys", "--json -n=COUNT", answer=answer_history),
-    "why": Command("show what the containers of a failed deploy said last", "", "[COMMIT]",
-                   answer=answer_why),
+    "why": Command("show what failed containers said last", "", "[COMMIT]", answer=answer_why),
     "hold": Command("stop deploys and heals, until release or for a time", "--for=DURATION",
                     "[REASON...]", answer=answer_hold),
     "release": Command("end a hold", answer=answer_release),
@@ -4642,8 +4643,7 @@ COMMANDS: dict[str, Command] = {
 # Options that pgod sets itself, or that mean nothing without a terminal of the engine's.
 DROPPED_OPTIONS = frozenset(("-T", "--no-TTY", "-i", "--interactive", "-t", "--tty"))
 AUDIT_BYTES = 64 << 20  # of the audit log and of the one before it
-USAGE_STATUS = 2
-DENIED_STATUS = 1
+USAGE_STATUS, DENIED_STATUS = 2, 1
 
 def option_names(command: str) -> dict[str, bool]:
     return {name: "=" in text for text in COMMANDS[command].options.split()
