@@ -133,6 +133,7 @@ Json = Mapping[str, Any]  # an object of JSON or of a compose file
 class Fault(Exception):
     """Something did not work; the text is for a person. `retry`: trying again may help."""
     retry = True
+    words: Sequence[str] = ()  # what containers said last
 class Refused(Fault):
     """The commit or the request is at fault: the same again will fail the same way."""
     retry = False
@@ -3149,12 +3150,11 @@ class Store:
         folder = self.own / "why"
         make_folder(folder, 0o700)
         write_atomic(folder / commit, text.encode())
-        for old in sorted(folder.iterdir(), key=lambda path: path.stat().st_mtime)[:-WORDS_KEPT]:
+        for old in sorted(folder.iterdir(), key=os.path.getmtime)[:-WORDS_KEPT]:
             old.unlink()
     def words(self, commit: str) -> str:
         """Of the commit that begins so, or the last one; empty if there are none."""
-        found = [*(self.own / "why").glob(f"{commit}*")]
-        newest = max(found, key=lambda path: path.stat().st_mtime, default=None)
+        newest = max((self.own / "why").glob(f"{commit}*"), key=os.path.getmtime, default=None)
         return f"{newest.name}\n{newest.read_text()}" if newest else ""
     def append_history(self, line: Json) -> None:
         lines = [*self.history(), line][-HISTORY_LINES:]
@@ -3962,29 +3962,28 @@ class Reconciler:
         self.publish()
         keep_images(self.project, release)
         self.append_history(release.commit, by, began, "deployed", "")
-    def record_failure(self, commit: str, fault: Fault, retry: bool, by: str, began: float,
-                       words: Sequence[str] = ()) -> None:
+    def record_failure(self, commit: str, fault: Fault, retry: bool, by: str, began: float) -> None:
         failure = Failure(commit, self.project.configuration(),
                           redact(str(fault), self.project.service.secrets), retry)
         if self.store.note(failure=failure):
             self.publish()
-            self.append_history(commit, by, began, "failed", str(fault), words)
+            self.append_history(commit, by, began, "failed", str(fault), fault.words)
     def fail(self, commit: str, fault: Fault, say: Progress, by: str, began: float,
              changed: float, names: Sequence[str]) -> NoReturn:
         """After a bad deploy: back to the last good release, if there is one. Raises Refused."""
-        first, words = self.store.good is None, ""
         with suppress(Fault, OSError):
-            words = self.project.last_words(self.rows)
-            self.store.keep_words(commit, words)
-        last = words.splitlines()[-10:]
-        self.record_failure(commit, fault, fault.retry or first, by, began, last)
+            text = self.project.last_words(self.rows)
+            fault.words = text.splitlines()[-10:]
+            self.store.keep_words(commit, text)
+        self.record_failure(commit, fault, fault.retry or not self.store.good, by, began)
         say(f"failed: {fault}")
-        for line in last: say(f"  {line}")
         if self.store.good and self.project.service.rollback:
             self.roll_back(say)
             down = f"; {', '.join(names)} was down for {time.monotonic() - changed:.1f} s"
             say(f"rolled back to {short(self.store.good.commit)}{down if names else ''}")
-        raise Refused(f"{short(commit)}: {fault}")
+        refused = Refused(f"{short(commit)}: {fault}")
+        refused.words = fault.words
+        raise refused
 
     def roll_back(self, say: Progress) -> None:
         """Work tree, images and containers of the last good release. Raises Fault."""
@@ -4269,7 +4268,9 @@ class Worker(threading.Thread):
         """Log what went wrong once, count it, and put the next look off."""
         known = isinstance(error, Fault | OSError)
         text = redact(str(error), self.service.secrets)
-        if job: job.say(f"failed: {text}" if known else "failed: an error of pgod, see its log")
+        if job:
+            job.say(f"failed: {text}" if known else "failed: an error of pgod, see its log")
+            for line in getattr(error, "words", ()): job.say(f"  {line}")
         if isinstance(error, Held) or (job and isinstance(error, Refused)):
             asked = isinstance(error, Held) or (job and job.act in (job_load, job_plan))
             log.log(logging.INFO if asked else logging.ERROR, "%s: %s: %s", self.name,

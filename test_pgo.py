@@ -1065,6 +1065,10 @@ def test_repositories_are_followed_over_every_transport_and_no_token_leaks(lab: 
     assert any(b"ls-remote https://127.0.0.1" in line for line in seen), "not looked often enough"
     login = GitOverHttps.login
     assert_nowhere(lab, seen, TOKEN, quoted, login, login.rstrip("="))
+    known = lab.directory / ".pgod" / names["ssh"] / "ssh" / "known_hosts"
+    other = lab.key("other").with_suffix(".pub").read_text().split()[1]
+    known.write_text(re.sub(r"ssh-ed25519 \S+", f"ssh-ed25519 {other}", known.read_text()))
+    logged(lab, f"host key changed; if that is right: ssh-keygen -R HOST -f {known}")
 
 
 def test_rewritten_history_is_followed(lab: Lab) -> None:
@@ -3237,6 +3241,7 @@ def test_urls_are_reached_through_caddy_and_reload_is_retried(lab: Lab) -> None:
     logged(lab, "reloaded")
     assert fetch(port, "two.example") == "hello"
     assert lab.containers(caddy) == before
+    assert "lb_try_duration" in (lab.directory / caddy / "caddy/site/pgod.import").read_text()
     running = lab.containers(app)
     elsewhere = lab.push(app, {"compose.yaml": first.replace(network, f"{lab.name}-other")})
     reason = lab.failed(app, elsewhere)
