@@ -3057,16 +3057,15 @@ def retry_delay(interval: float, failures: int, chance: float) -> float:
 HISTORY_LINES = 200
 WORDS_KEPT = 10  # failed deploys, of which it is known what the containers said
 
-def load_json(path: Path, default: Any) -> Any:
-    """What a JSON file of pgod's holds; the default where it is missing or damaged."""
-    try:
+def load_json(path: Path, default: Any, parse: Callable[[Any], Any] = lambda value: value) -> Any:
+    """A JSON file of pgod's, parsed; as the default would be, where it is missing or damaged."""
+    with suppress(OSError, ValueError, TypeError, AttributeError, KeyError):
         value = json.loads(path.read_bytes())
-    except (OSError, ValueError):
-        return default
-    return value if isinstance(value, type(default)) else default
+        if isinstance(value, type(default)): return parse(value)
+    return parse(default)
 def revived(kind: Callable[..., Any], stored: Json) -> Any:
     """The dataclass of a stored mapping; None where that is of another version."""
-    with suppress(TypeError):
+    with suppress(TypeError, AttributeError):
         return kind(**{key: tuple(value) if isinstance(value, list) else value
                        for key, value in stored.items()})
     return None
@@ -3088,12 +3087,11 @@ class Store:
         self.paths = paths
         self.own = paths.own
         facts = load_json(self.own / "state.json", {})
-        self.failure: Failure | None = revived(Failure, facts.get("failure") or {})
-        jobs = facts.get("done") or {}
-        self.done: dict[str, DoneJob] = {
-            name: job for name, stored in jobs.items() if (job := revived(DoneJob, stored))}
+        self.failure: Failure | None = revived(Failure, part(facts, "failure"))
+        self.done: dict[str, DoneJob] = {name: job for name, stored in part(facts, "done").items()
+                                         if (job := revived(DoneJob, stored))}
         self.announced = str(facts.get("announced", ""))
-        self.looks: dict[str, int] = dict(facts.get("looks") or {})  # at a commit, that did not end
+        self.looks: dict[str, int] = part(facts, "looks")  # at a commit, that did not end
         self.current: Release | None = revived(Release, load_json(self.own / "current.json", {}))
         self.good: Release | None = revived(Release, load_json(self.own / "good.json", {}))
         if not self.current and self.good:
@@ -3124,16 +3122,17 @@ class Store:
         if not path.exists() or path.stat().st_size != 32: write_atomic(path, os.urandom(32))
         return path.read_bytes()
     def tracked(self) -> Tree:
-        stored = load_json(self.own / "tracked.json", {})
-        return {path: (mode, blob) for path, (mode, blob) in stored.items()}
+        return dict(load_json(self.own / "tracked.json", {}, lambda stored: {
+            path: (mode, blob) for path, (mode, blob) in stored.items()}))
     def set_tracked(self, tree: Tree) -> None:
         self.write("tracked.json", json.dumps(tree, sort_keys=True).encode())
     def keys(self) -> tuple[str, tuple[PublicKey, ...], tuple[str, ...]]:
         """The newest commit, who may steer by it, and the lines in ssh/ that are no keys."""
-        stored = load_json(self.own / "keys.json", {})
-        return str(stored.get("commit", "")), tuple(
-            PublicKey(str(key), str(comment)) for key, comment in stored.get("keys", ())), tuple(
-                stored.get("ignored", ()))
+        commit, keys, ignored = load_json(self.own / "keys.json", {}, lambda stored: (
+            str(stored.get("commit", "")), tuple(PublicKey(str(key), str(comment)) for key, comment
+                                                 in stored.get("keys", ())),
+            tuple(map(str, stored.get("ignored", ())))))
+        return commit, keys, ignored
     def set_keys(self, commit: str, keys: Iterable[PublicKey], ignored: Iterable[str]) -> None:
         rows = [[key.fingerprint, key.comment] for key in keys]
         self.write("keys.json", json.dumps(
@@ -3171,10 +3170,10 @@ class Store:
             since = path.stat().st_mtime
         except FileNotFoundError:
             return None
-        facts = load_json(path, {})
-        hold = Hold(str(facts.get("by", "an administrator")), str(facts.get("reason", "")),
-                    float(facts.get("since", since)), float(facts.get("until", 0)), kind,
-                    tuple(facts.get("services", ())), kind == "stop" and "by" not in facts)
+        hold: Hold = load_json(path, {}, lambda facts: Hold(
+            str(facts.get("by", "an administrator")), str(facts.get("reason", "")),
+            float(facts.get("since", since)), float(facts.get("until", 0)), kind,
+            tuple(map(str, facts.get("services", ()))), kind == "stop" and "by" not in facts))
         return hold if not hold.until or hold.until > time.time() else None
     def hold(self) -> Hold | None:
         return self.hold_of("stop") or self.hold_of("hold")

@@ -41,6 +41,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as some
 
 import pgoctl
 import pgod
@@ -707,6 +709,90 @@ def test_interval_of_nothing_is_refused() -> None:
     done = run(sys.executable, HERE / "pgod.py", "--check", "-t", "0s", check=False)
     assert done.returncode == 2
     assert "too short" in done.stderr
+
+
+# What others write, and the errors that its parser may raise. Everything else is a defect.
+TEXTS = some.text(max_size=300)
+WORDS = some.sampled_from("a//exec a//git pull logs -f --tail 5 -it -- web ' hold --for 1h a//why "
+                          "a//up a//history -n --json --format {{.Name}} 0abc".split())
+PIECES = some.sampled_from(["ssh-ed25519", "AAAAC3NzaC1lZDI1NTE5AAAAI", "ssh-rsa", " ", "\n", "=",
+                            "AAAAB3NzaC1yc2EAAAADAQABAAAB", 'command="x"', "\ufeff", "\0"])
+VALUES = some.one_of(some.integers(), some.booleans(), some.text(max_size=20),
+                     some.lists(some.text(max_size=10), max_size=3),
+                     some.dictionaries(some.text(max_size=5), some.text(max_size=5), max_size=2))
+ENTRIES = some.lists(some.dictionaries(some.sampled_from([*pgod.SERVICE_KEYS, "x"]), VALUES,
+                                       max_size=8), max_size=3)
+THINGS = some.recursive(some.one_of(some.none(), some.booleans(), some.integers(), some.text()),
+                        lambda inner: some.one_of(some.lists(inner), some.dictionaries(
+                            some.text(max_size=6), inner)), max_leaves=10)
+NONE = type("NoErrorAtAll", (Exception,), {})
+WRITTEN: dict[str, tuple[Any, Callable[[Any], object], type[Exception]]] = {
+    "durations": (TEXTS, pgod.parse_duration, ValueError),
+    "addresses": (TEXTS, pgod.parse_address, ValueError),
+    "remotes": (TEXTS, pgod.parse_remote, ValueError),
+    "urls": (some.from_regex(r"(https?|ssh|git|file)://[^ ]{0,60}"), pgod.parse_remote, ValueError),
+    "registries": (TEXTS, lambda text: pgod.parse_registry(text, "user"), ValueError),
+    "reloads": (some.from_regex(r"[a-z]*:[a-z]+//exec .{0,50}"), pgod.parse_reload, ValueError),
+    "env files": (some.lists(some.from_regex(r"(export )?[A-Z]* ?= ?.{0,20}", fullmatch=True)).map(
+        "\n".join), pgod.parse_env_lines, ValueError),
+    "key files": (some.binary(max_size=400), pgod.parse_key_file, NONE),
+    "lines of keys": (some.lists(PIECES).map(" ".join).map(str.encode), pgod.parse_key_file, NONE),
+    "private keys": (some.binary(max_size=400), pgod.private_key_trouble, NONE),
+    "commands": (some.lists(some.one_of(WORDS, TEXTS)).map(" ".join), pgod.parse_command,
+                 pgod.Refused),
+    "configurations": (TEXTS, pgod.parse_configuration, pgod.ConfigurationError),
+    "entries": (ENTRIES, lambda entries: pgod.parse_configuration("\n".join(
+        "\n".join(["[[services]]", *(f"{json.dumps(key)} = {toml_value(value)}"
+                                     for key, value in keys.items())]) for keys in entries)),
+        pgod.ConfigurationError),
+    "times": (TEXTS, pgod.parse_time, NONE),
+    "words of programs": (TEXTS, pgod.one_line, NONE),
+    "compose files": (TEXTS, lambda text: pgod.unset_paths(
+        text, ['The "A" variable is not set. Defaulting to a blank string.']), NONE),
+}
+FUZZING = settings(max_examples=200, deadline=None, database=None,
+                   suppress_health_check=[*HealthCheck])
+
+
+@pytest.mark.parametrize("kind", WRITTEN)
+def test_parser_raises_its_own_error_and_no_other(kind: str) -> None:
+    strategy, parse, errors = WRITTEN[kind]
+
+    @FUZZING
+    @given(strategy)
+    def parses(value: Any) -> None:
+        with contextlib.suppress(errors):
+            parse(value)
+
+    parses()
+
+
+@FUZZING
+@given(some.lists(some.one_of(WORDS, TEXTS)).map(" ".join))
+def test_command_that_was_understood_means_the_same_when_it_is_written_again(text: str) -> None:
+    with contextlib.suppress(pgod.Refused):
+        parsed = pgod.parse_command(text)
+        name, *more = parsed.command.split()
+        again = pgod.parse_command(shlex.join([
+            f"{parsed.service}//{name}", *more, *parsed.words(), "--", *parsed.operands]))
+        assert (again.command, again.options) == (parsed.command, parsed.options)
+        assert again.operands == parsed.operands or parsed.command == "exec"
+
+
+@FUZZING
+@given(some.sampled_from(["state", "current", "good", "keys", "hold", "tracked"]),
+       some.one_of(THINGS, some.dictionaries(some.sampled_from(
+           "failure done announced looks commit keys ignored by since until services".split()),
+           THINGS)))
+def test_state_that_is_damaged_is_no_obstacle(name: str, stored: Any) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        paths = pgod.ServicePaths("a", Path(folder), Path(folder) / "data")
+        paths.own.mkdir(parents=True)
+        (paths.own / f"{name}.json").write_text(json.dumps(stored))
+        store = pgod.Store(paths)
+        store.keys()
+        store.tracked()
+        store.hold()
 
 
 # ---- Files ---------------------------------------------------------------------------------------
