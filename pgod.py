@@ -1363,10 +1363,10 @@ class EngineApi:
             data, _ = self.exchange("GET", path)
         except Fault as fault:
             data = str(fault).encode()
-        text, rest = bytearray(), data
-        while (facts.get("Config") or {}).get("Tty") is False and rest[:1] in (b"\1", b"\2"):
-            size = int.from_bytes(rest[4:8], "big")  # stdout and stderr come in frames
-            text, rest = text + rest[8:8 + size], rest[8 + size:]
+        frames, at = list[bytes](), 0
+        while (facts.get("Config") or {}).get("Tty") is False and data[at:at + 1] in (b"\1", b"\2"):
+            size = int.from_bytes(data[at + 4:at + 8], "big")  # stdout and stderr come in frames
+            frames, at = [*frames[-WORDS_LINES:], data[at + 8:at + 8 + size]], at + 8 + size
         restarts = f", {container.restarts} restarts" if container.restarts else ""
         health = f", {container.health}" if container.health else ""
         return "\n".join([
@@ -1374,7 +1374,7 @@ class EngineApi:
             + restarts,
             *(f"health check: exit status {check.get('ExitCode')}: {check.get('Output')}"
               for check in checks),
-            bytes(text or data)[-WORDS_BYTES:].decode(errors="replace").rstrip()])
+            b"".join(frames or [data])[-WORDS_BYTES:].decode(errors="replace").rstrip()])
 
     def act(self, method: str, path: str, query: Json | None = None,
             body: Any = None, seconds: float = API_SECONDS) -> None:
@@ -3402,7 +3402,7 @@ def not_followed(project: Project, model: Model, tree: Tree) -> Iterator[str]:
     used = {path: mode for source in {*(bind.source for bind in binds_of(model)), *folders}
             for path, (mode, _) in files.at(source)}
     lfs = any(path.rpartition("/")[2] == ".gitattributes" for path in tree)
-    for path, mode in sorted(used.items()):
+    for path, mode in sorted(used.items())[:MODEL_ENTRIES]:
         if mode == "160000":
             yield f"{path} is a submodule, which is not fetched; put its files into the repository"
         elif lfs and mode.startswith("100") and read_beneath(
