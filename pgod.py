@@ -1531,7 +1531,7 @@ class Compose:
                 if not missing or not self.stand_in(missing[1], stack): break
         if result.failed: raise render_fault(result, files)
         export = str(self.paths.export) + "/"
-        warnings = [json.loads(text).replace(export, "") for text in
+        warnings = [json.loads(text).replace(export, "")[:300] for text in
                     re.findall(r'level=warning msg=("(?:[^"\\]|\\[\\"nt])*")', result.stderr)]
         try:
             return dict(json.loads(result.stdout)), [*dict.fromkeys(warnings)][:20]
@@ -3312,13 +3312,12 @@ class Prepared:
     rendered: Model  # its paths are those of the export, for pull and build
 def enforce(project: Project, model: Model, tree: Tree, notes: Iterable[str] = ()) -> None:
     """Raises Refused with every violation; those of root's repositories are only logged."""
-    service = project.service
-    export = project.paths.export
-    text = b"\n".join(read_beneath(export, os.path.relpath(file, export), MODEL_TEXT)
-                      for file in project.compose.files(tree)).decode(errors="replace")
-    worktree = str(project.paths.worktree)
-    unset = {os.path.normpath(os.path.join(worktree, path)): name
-             for path, name in unset_paths(text, notes).items()}
+    service, export, unset = project.service, project.paths.export, dict[str, str]()
+    for file in project.compose.files(tree):
+        with suppress(Refused, OSError):  # a link, which compose follows
+            data = read_beneath(export, os.path.relpath(file, export), MODEL_TEXT)
+            unset |= {os.path.normpath(project.paths.worktree / path): name
+                      for path, name in unset_paths(data.decode(errors="replace"), notes).items()}
     context = replace(project.context(tree), unset=unset)
     violations = [v.redacted(service.secrets) for v in check_policy(model, context)]
     project.shared.metrics.set("pgo_service_policy_violations", len(violations),

@@ -3787,6 +3787,16 @@ def test_volume_that_is_a_folder_counts_as_a_bind(lab: Lab) -> None:
     assert not lab.containers(name)
 
 
+def test_compose_file_that_is_a_link_in_the_repository_is_followed(lab: Lab) -> None:
+    name = lab.service("a", {"deploy/web.yaml": compose_file(environment={"A": "${NOWHERE}"})})
+    repository = lab.repositories[name]
+    (repository.work / "compose.yaml").unlink()
+    (repository.work / "compose.yaml").symlink_to("deploy/web.yaml")
+    lab.push(name, {})
+    deployed(lab, name)
+    assert "NOWHERE" in lab.ssh(f"{name}//status").stdout
+
+
 def test_optional_dependency_that_is_not_there_hinders_nothing(lab: Lab) -> None:
     name = lab.service("a", {"compose.yaml": compose_file(
         depends_on={"dbg": {"condition": "service_started", "required": False}},
