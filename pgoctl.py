@@ -301,17 +301,23 @@ def private_file(text: str, stack: contextlib.ExitStack) -> str:
     write_all(descriptor, text.encode())
     return path
 
-def run_child(words: Sequence[str], stdin: bool,
-              started: Callable[[subprocess.Popen[bytes]], None]) -> int:
-    """The one door to other programs: run one on our own streams, and end it when we are ended.
-
-    Returns its status, negative if a signal ended it. It does not get to see our key.
-    """
+def start_child(words: Sequence[str], stdin: bool = False,
+                stdout: int | None = None) -> subprocess.Popen[bytes]:
+    """The one door to other programs. They do not get to see our key."""
     environ = {name: value for name, value in os.environ.items() if name != "PGOCTL_ID"}
     try:
-        child = subprocess.Popen(words, stdin=None if stdin else subprocess.DEVNULL, env=environ)
+        return subprocess.Popen(words, stdin=None if stdin else subprocess.DEVNULL, stdout=stdout,
+                                stderr=stdout, env=environ)
     except OSError as error:
         raise ControlError(f"{words[0]}: {error.strerror}") from None
+
+def run_child(words: Sequence[str], stdin: bool,
+              started: Callable[[subprocess.Popen[bytes]], None]) -> int:
+    """Run a program on our own streams, and end it when we are ended.
+
+    Returns its status, negative if a signal ended it.
+    """
+    child = start_child(words, stdin)
     try:
         started(child)
         return child.wait()
@@ -701,9 +707,10 @@ def configured_port(host: str) -> str:
     with contextlib.ExitStack() as stack:
         text = f"Include {quote_path(config)}\nHost *\nPort {PORT}\n"
         path = private_file(text, stack)
-        done = subprocess.run(["ssh", "-G", "-F", path, "--", host], capture_output=True,
-                              stdin=subprocess.DEVNULL, text=True, errors="replace", check=False)
-    found = re.search(r"(?m)^port (\d+)$", done.stdout)
+        words = ["ssh", "-G", "-F", path, "--", host]
+        with start_child(words, stdout=subprocess.PIPE) as child:
+            output = child.communicate()[0].decode(errors="replace")
+    found = re.search(r"(?m)^port (\d+)$", output)
     return found[1] if found else str(PORT)
 
 def build_request(options: Mapping[str, str], words: Sequence[str],
@@ -714,7 +721,7 @@ def build_request(options: Mapping[str, str], words: Sequence[str],
     host, service, command = parse_target(words[0])
     if not command and words[1:]:
         raise UsageError(f"nothing can follow a host alone: is {host}:SERVICE//{words[1]} meant?")
-    port = options.get("port") or configured_port(host)
+    port = options["port"] if "port" in options else configured_port(host)
     if not re.fullmatch("[0-9]{1,5}", port) or not 0 < int(port) < 65536:
         raise UsageError(f"port {port!r}: a number from 1 to 65535 is needed")
     key_name, key = find_key(options.get("identity"), environ)

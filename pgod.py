@@ -205,10 +205,13 @@ class Service:
     @property
     def secrets(self) -> tuple[str, ...]:
         """What must never be shown. Short values of env and paths would redact half of a line."""
-        tokens = (r.token for r in self.registries)
-        values = (*self.repository.secrets, *tokens, self.webhook,
-                  *(value for _, value in self.env if len(value) >= 6 and value != self.name
-                    and not re.fullmatch(r"\.{0,2}/[\w./-]*", value)))
+        # A path begins with a folder that there is; a token may begin with a slash as well.
+        plain = (value for _, value in self.env if value != self.name and not (
+            value.startswith("./") or (
+                re.match("/[^/]", value) and os.path.isdir("/" + value.split("/")[1]))))
+        known = (*self.repository.secrets, *(r.token for r in self.registries), self.webhook)
+        lines = (line for value in plain for line in (value, *value.splitlines()))
+        values = (*known, *(line for line in lines if len(line) >= 6))
         return tuple({form for value in values for form in (value, json.dumps(value)[1:-1])})
     def digest(self) -> str:
         parts = (self.user, self.repository.url, self.branch, self.compose, self.env,
@@ -266,6 +269,11 @@ def format_duration(seconds: float) -> str:
         count, left = divmod(left, size)
         if count or (unit == "s" and not parts): parts.append(f"{count}{unit}")
     return "".join(parts[:2])
+def short(commit: str) -> str:
+    return commit[:10]
+def format_time(seconds: float) -> str:
+    moment = datetime.datetime.fromtimestamp(seconds, datetime.UTC)
+    return moment.strftime("%Y-%m-%d %H:%M:%SZ")
 def parse_address(text: str) -> tuple[str, int] | None:
     """Host and port of `:2222`, `127.0.0.1:2222` or `[::1]:2222`; None of an empty text."""
     if not text: return None
@@ -295,14 +303,14 @@ def parse_remote(text: str) -> Remote:
     if parts.scheme == "https": return remote_with_token(parts)
     if parts.password: raise ValueError("has a password, which only https can take; use deploy_key")
     return Remote(text)
-def parse_registry(text: str, user: str) -> Registry:
-    """`user:token@registry`, `:token@registry` or `token@registry`; the user defaults to `user`."""
+def parse_registry(text: str) -> Registry:
+    """`user:token@registry`, `:token@registry` or `token@registry`; the user is "" without one."""
     login, at, address = text.rpartition("@")
     name, colon, token = login.partition(":")
     if not colon: name, token = "", login
     if not at or not token or not re.fullmatch(r"[\w.-]+(:\d+)?(/[\w./-]+)?", address):
         raise ValueError("is not a login of the form user:token@registry")
-    return Registry(address, name or user, token)
+    return Registry(address, name, token)
 def parse_reload(text: str) -> Reload:
     """`host:service//exec word word …`, words split as a shell would."""
     match = re.fullmatch(r"(?:[^/\s]*:)?([^/:\s]+)//exec\s+(.+)", text, re.DOTALL)
@@ -327,8 +335,7 @@ def parse_env_lines(text: str) -> tuple[tuple[str, str], ...]:
     pairs = []
     for number, line in enumerate(text.splitlines(), 1):
         line = line.strip().removeprefix("export ")
-        if not line or line.startswith("#"):
-            continue
+        if not line or line.startswith("#"): continue
         name, mark, value = (word.strip() for word in line.partition("="))
         if not mark or not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):
             raise ValueError(f"line {number} is not of the form NAME=VALUE")
@@ -400,12 +407,15 @@ def redact(text: str, secrets: Iterable[str]) -> str:
     return text
 def nearest(word: str, known: Iterable[str]) -> str:
     """` (did you mean "x"?)`, or nothing."""
-    close = difflib.get_close_matches(word, list(known), 1, 0.6)
+    known = [*known]
+    close = [name for name in known if len(word) > 2 and name.startswith(word)] or (
+        difflib.get_close_matches(word, known, 1, 0.6))
     return f' (did you mean "{close[0]}"?)' if close else ""
 
 # What compose and git put before what went wrong: progress, warnings, usage.
 NOISE = re.compile(r"\s*((Container|Network|Volume|Image) \S+ +[A-Z][a-z]+\s*$|#\d+ |warning:|"
-                   r"usage:|time=\S+ level=[^ef]|(see|run) '.* --help'|remote: )", re.IGNORECASE)
+                   r"usage:|time=\S+ level=[^ef]|(see|run) '.* --help'|"
+                   r"remote: (Enumerat|Count|Compress|Total))", re.IGNORECASE)
 
 def one_line(text: str, limit: int = 300) -> str:
     """What matters of a program's words: its last lines, and of them the beginning."""
@@ -444,7 +454,6 @@ def make_folder(path: Path, mode: int, owner: Owner = None, gid: int | None = No
     if not stat.S_ISDIR(path.lstat().st_mode): raise Fault(f"{path} is not a folder; remove it")
     chown(path, owner, gid)
     path.chmod(mode)
-
 def write_atomic(path: Path, data: bytes, mode: int = 0o600, owner: Owner = None,
                  gid: int | None = None) -> None:
     """Old content or new content, never half of it, also after a loss of power."""
@@ -490,7 +499,6 @@ def folder_beneath(root: Path, parts: Sequence[str], make: bool = False) -> Iter
         yield descriptor
     finally:
         os.close(descriptor)
-
 def beneath(path: str, root: str) -> str | None:
     """The path relative to root (`` for root itself), or None if it lies elsewhere."""
     if os.path.normpath(path) != path.rstrip("/") and path != root: return None
@@ -521,8 +529,7 @@ def open_beneath(root: Path, path: str) -> BinaryIO:
     return file
 def read_beneath(root: Path, path: str, limit: int) -> bytes:
     """The content of a regular file beneath root, `limit` bytes of it: it may be endless."""
-    with open_beneath(root, path) as file:
-        return file.read(limit)
+    with open_beneath(root, path) as file: return file.read(limit)
 def replace_beneath(root: Path, path: str, make: Callable[[str, int], None]) -> None:
     """What `make` makes of a temporary name, at root/path. Raises Refused where a folder is."""
     *parts, name = path.split("/")
@@ -552,8 +559,7 @@ def remove_beneath(root: Path, path: str, keep: frozenset[str]) -> None:
     """Unlink a file, and the folders that this leaves empty, but for those in `keep`."""
     *parts, name = path.split("/")
     with suppress(FileNotFoundError, IsADirectoryError, Refused):
-        with folder_beneath(root, parts) as folder:
-            os.unlink(name, dir_fd=folder)
+        with folder_beneath(root, parts) as folder: os.unlink(name, dir_fd=folder)
         while parts and "/".join(parts) not in keep:
             with folder_beneath(root, parts[:-1]) as folder:
                 try:
@@ -598,8 +604,7 @@ class Metrics:
             key = tuple(labels.items())
             self._values[name][key] = self._values[name].get(key, 0) + value
     def set(self, name: str, value: float, /, **labels: str) -> None:
-        with self._lock:
-            self._values[name][tuple(labels.items())] = value
+        with self._lock: self._values[name][tuple(labels.items())] = value
     def replace(self, name: str, service: str, rows: Iterable[tuple[Json, float]]) -> None:
         with self._lock:
             kept = {key: value for key, value in self._values[name].items()
@@ -698,7 +703,6 @@ class Children:
         self.metrics = metrics
         self.mark = mark  # PGOD_RUN=…: what a killed pgod left behind is known by it
         self.stopped_at = 0.0
-
     def start(self, words: Sequence[str], who: RunAs, *, stdin: int = DEVNULL, stdout: int = PIPE,
               stderr: int = PIPE, session: bool = True) -> Child:
         """A running child; whoever starts it must wait for it. Raises Fault if there is none."""
@@ -734,7 +738,6 @@ class Children:
             kill_all(left, signal.SIGKILL)
             time.sleep(0.01)
         child.wait()
-
     def run(self, words: Sequence[str], who: RunAs, *, deadline: float, kind: tuple[str, str],
             stdin: bytes = b"", limit: int = CHILD_OUTPUT,
             on_line: Progress | None = None) -> Result:
@@ -755,7 +758,6 @@ class Children:
                         who.secrets), "" if trouble == LEFT_BEHIND else trouble)
         self.metrics.count_command(who.service, kind, result.failed)
         return result
-
     def _collect(self, child: Child, stdin: bytes, deadline: float, limit: int,
                  on_line: Progress | None, who: RunAs) -> tuple[dict[str, bytearray], str]:
         """Both outputs until their end, the child's or the deadline; and what was wrong."""
@@ -802,10 +804,12 @@ GIT_HINTS = {
     "Host key verification failed": "; the git server's host key changed; if that is right: "
                                     "ssh-keygen -R HOST -f {}/ssh/known_hosts"}
 
+# Files are those of the commit, byte for byte: `ident` makes twelve bytes of one.
+AS_IT_IS = b"* -text -eol -ident -working-tree-encoding -filter\n"
+
 def printable(text: str) -> str:
     """No control characters: what a repository says must not steer a terminal or a log."""
     return "".join(char if char.isprintable() else "?" for char in text)
-
 def taken_over(descriptor: int, gid: int, prefix: str = "") -> dict[str, str]:
     """Give a folder to root, so that no process of the user's can change it; what is in it then."""
     # Root's docker builds from it, and would follow a link. The folder first: then it is at rest.
@@ -958,7 +962,6 @@ class Repository:
             return "", ""
         author, _, subject = text.decode(errors="replace").strip().partition("\0")
         return printable(author)[:80], printable(subject)[:120]
-
     def tree(self, commit: str, spare: bool) -> Tree:
         """What the commit holds. Raises Refused where that is too much, Fault for the disk."""
         tree: Tree = {}
@@ -977,14 +980,12 @@ class Repository:
         if spare and (full := lacks_room(self.paths.own, 2 * (TREE_BYTES - left))):
             raise Fault(full)
         return tree
-
     def export(self, commit: str, spare: bool = False) -> Tree:
         """Put the commit's files where no container reaches; its tree. `spare`s the last space."""
         if self.exported[0] != commit:
             self.exported = ("", {})
             self.exported = (commit, self.repaired(lambda: self._export(commit, spare)))
         return self.exported[1]
-
     def _export(self, commit: str, spare: bool) -> Tree:
         tree = self.tree(commit, spare)
         fresh, index = self.paths.own / "export.new", self.folder / "export.index"
@@ -992,6 +993,8 @@ class Repository:
         for left in (index, index.with_name("export.index.lock")): left.unlink(missing_ok=True)
         make_folder(fresh, 0o750, self.account)
         env = {"GIT_INDEX_FILE": str(index), "GIT_WORK_TREE": str(fresh)}
+        with as_user(self.account):
+            write_beneath(self.folder, "info/attributes", io.BytesIO(AS_IT_IS))
         try:
             self.git("read-tree", commit, env=env)
             self.git("checkout-index", "--all", "--force", f"--prefix={fresh}/", env=env)
@@ -1092,7 +1095,6 @@ def write_entry(root: Path, export: Path, path: str, mode: str) -> None:
     else:
         with (export / path).open("rb") as data:
             write_beneath(root, path, data, 0o755 if mode == "100755" else 0o644)
-
 def update_worktree(root: Path, export: Path, tracked: Tree, new: Tree,
                     keep: frozenset[str]) -> list[str]:
     """Make tracked files those of the commit; why some could not be made so."""
@@ -1103,8 +1105,7 @@ def update_worktree(root: Path, export: Path, tracked: Tree, new: Tree,
 
     def attempt(path: str, act: Callable[[], None]) -> None:
         try:
-            with refuse_on_permission_error(root, path):
-                act()
+            with refuse_on_permission_error(root, path): act()
         except Refused as refused:
             if path not in new or tracked.get(path) != new[path]: failures.append(str(refused))
 
@@ -1139,7 +1140,7 @@ API_NEWEST = (1, 51)  # the newest version of the engine's API that pgod was tri
 API_BYTES = 32 << 20  # of one answer
 API_SECONDS = 60.0
 WORDS_LINES = 200  # that a container wrote last ...
-WORDS_BYTES = 64 << 10  # ... and bytes of them
+WORDS_LENGTH = 64 << 10  # ... and characters of them
 PROJECT_LABEL = "com.docker.compose.project"
 SERVICE_LABEL = "com.docker.compose.service"
 REPLACE_LABEL = "com.docker.compose.replace"
@@ -1208,7 +1209,6 @@ def parse_time(text: str) -> float:
     match = re.fullmatch(r"(\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d)(\.\d{1,6})?\d*(Z|[+-]\d\d:\d\d)", text)
     if not match or text.startswith("0001"): return 0.0
     return datetime.datetime.fromisoformat(match[1] + (match[2] or "") + match[3]).timestamp()
-
 def parse_container(facts: Json) -> Container:
     """A Container of what the engine says of it. Raises KeyError."""
     state, host, config = facts["State"], facts["HostConfig"], facts["Config"]
@@ -1234,6 +1234,12 @@ def parse_container(facts: Json) -> Container:
                          mount["Destination"])
                     for mount in facts.get("Mounts") or () if mount["Type"] == "bind"))
 
+def device_of(volume: Json | None) -> str:
+    """The path of the host that a volume of driver local is bound to; empty where it is none."""
+    volume = volume or {}
+    options = volume.get("driver_opts") or volume.get("Options") or {}
+    bound = options.get("type") in ("none", "bind") and "bind" in str(options.get("o")).split(",")
+    return str(options.get("device") or "") if bound else ""
 def engine_connection(address: tuple[str, int], seconds: float) -> http.client.HTTPConnection:
     """HTTP over the engine's socket. Raises OSError."""
     host, port = address
@@ -1265,7 +1271,6 @@ class EngineApi:
         words = urllib.parse.urlencode({name: json.dumps(value) if isinstance(value, dict)
                                         else value for name, value in query.items()})
         return f"{self._version}{path}?{words}"
-
     def exchange(self, method: str, path: str, body: Any = None,
                  seconds: float = API_SECONDS) -> tuple[bytes, http.client.HTTPMessage]:
         """The answer's body and headers. Raises NotThere, Fault with its words, or EngineGone."""
@@ -1286,7 +1291,6 @@ class EngineApi:
             raise (NotThere if answer.status == 404 else Fault)(
                 one_line(text.decode(errors="replace")) or f"the engine says {answer.status}")
         return text, answer.headers
-
     def ask(self, method: str, path: str, query: Json | None = None,
             body: Any = None, seconds: float = API_SECONDS) -> Any:
         """The answer, parsed; None where there is none."""
@@ -1353,8 +1357,9 @@ class EngineApi:
         """All containers on a network, also stopped ones: names, identities and labels."""
         return list(self.ask("GET", "/containers/json", {
             "all": 1, "filters": {"network": [network]}}))
-    def last_words(self, container: Container) -> str:
+    def last_words(self, container: Container, secrets: Sequence[str]) -> str:
         """The state of a container, what its health checks said, and the end of its logs."""
+        # Redacted before it is cut: half of a secret is not found any more.
         facts = self.facts(f"/containers/{container.identity}/json")
         checks = ((facts.get("State") or {}).get("Health") or {}).get("Log") or ()
         query = {"stdout": 1, "stderr": 1, "tail": WORDS_LINES}
@@ -1369,12 +1374,11 @@ class EngineApi:
             frames, at = [*frames[-WORDS_LINES:], data[at + 8:at + 8 + size]], at + 8 + size
         restarts = f", {container.restarts} restarts" if container.restarts else ""
         health = f", {container.health}" if container.health else ""
-        return "\n".join([
-            f"== {container.name}: {container.status}{health}, exit status {container.exit_code}"
-            + restarts,
-            *(f"health check: exit status {check.get('ExitCode')}: {check.get('Output')}"
-              for check in checks),
-            b"".join(frames or [data])[-WORDS_BYTES:].decode(errors="replace").rstrip()])
+        said = "".join(f"health check: exit status {check.get('ExitCode')}: {check.get('Output')}\n"
+                       for check in checks)
+        wrote = redact(b"".join(frames or [data]).decode(errors="replace").rstrip(), secrets)
+        return (f"== {container.name}: {container.status}{health}, exit status "
+                f"{container.exit_code}{restarts}\n{redact(said, secrets)}{wrote[-WORDS_LENGTH:]}")
 
     def act(self, method: str, path: str, query: Json | None = None,
             body: Any = None, seconds: float = API_SECONDS) -> None:
@@ -1396,7 +1400,6 @@ class EngineApi:
         """All names REPOSITORY:TAG that there are."""
         rows = self.ask("GET", "/images/json", {"filters": {"reference": [repository]}})
         return [name for row in rows for name in row.get("RepoTags") or ()]
-
     def events(self, on_event: Callable[[Json], None], going_on: Callable[[], bool]) -> None:
         """Hand on what happens to containers, until the stream ends. Raises Fault."""
         # `going_on` is asked twice a second. HTTP/1.0, because then lines come as they are.
@@ -1571,11 +1574,11 @@ class Compose:
         except Fault as fault:
             trouble = str(fault)
         words = ("--", *sorted(names))  # a compose service may be called --build
-        run = functools.partial(self.run, "pull", "--quiet", deadline="pull", model="render.json",
-                                disk=disk)
-        result = run(*words)
+        attempt = functools.partial(self.run, "pull", "--quiet", deadline="pull",
+                                    model="render.json", disk=disk)
+        result = attempt(*words)
         if result.status and len(names) > 1:  # compose gave up at the first that failed
-            run("--ignore-pull-failures", *words)
+            attempt("--ignore-pull-failures", *words)
         return trouble or (result.complaint if result.failed else "")
     def build(self, names: Iterable[str], closed: Iterable[str], disk: str) -> None:
         """Build from the export, without the images in `closed`. Raises Refused, or Fault."""
@@ -1636,12 +1639,6 @@ def entries_used(uses: Any, table: Json) -> dict[str, Any]:
 def files_used(uses: Any, table: Json) -> list[str]:
     files = [entry.get("file") for entry in entries_used(uses, table).values()]
     return [str(file) for file in files if file]
-def device_of(volume: Json | None) -> str:
-    """The path of the host that a volume of driver local is bound to; empty where it is none."""
-    volume = volume or {}
-    options = volume.get("driver_opts") or volume.get("Options") or {}
-    bound = options.get("type") in ("none", "bind") and "bind" in str(options.get("o")).split(",")
-    return str(options.get("device") or "") if bound else ""
 def binds_of(model: Model) -> list[Bind]:
     """Every bind mount, also by a volume, and configs and secrets from files."""
     binds, volumes = [], part(model, "volumes")
@@ -1689,13 +1686,23 @@ def normalised(model: Model) -> Model:
 def capabilities(service: Json) -> set[str]:
     """Those that it adds, by their plain names."""
     return {str(name).upper().removeprefix("CAP_") for name in service.get("cap_add") or ()}
-def without_raw_sockets(model: Model) -> Model:
+def among_others(model: Model, listed: Iterable[str]) -> set[str]:
+    """The compose services on networks that others may be on: external, `listed` or docker0."""
+    shared = {key for key, network in part(model, "networks").items()
+              if network and (network.get("external") or network.get("name") in listed)}
+    modes = {name: str(service.get("network_mode") or "")
+             for name, service in compose_services(model).items()}
+    found = {name for name, mode in modes.items() if mode in ("bridge", "default")
+             or shared & {*networks_used(compose_services(model)[name])}}
+    while more := {name for name, mode in modes.items()
+                   if mode.startswith("service:") and mode[8:] in found} - found:
+        found |= more
+    return found
+def without_raw_sockets(model: Model, listed: Iterable[str]) -> Model:
     """The model without NET_RAW where others are on the network: ARP would take their traffic."""
     result = copied(model)
-    for service in compose_services(result).values():
-        external = any(part(model, "networks", key).get("external")
-                       for key in networks_used(service))
-        if external and not capabilities(service) & {"NET_RAW", "ALL"}:  # they need `allow`
+    for service in map(compose_services(result).__getitem__, among_others(model, listed)):
+        if not capabilities(service) & {"NET_RAW", "ALL"}:  # they need `allow`
             service["cap_drop"] = sorted({*(service.get("cap_drop") or ()), "NET_RAW"})
     return result
 def inherits_bind(binds: Iterable[Bind], service: Json, image_volumes: Iterable[str]) -> bool:
@@ -1753,6 +1760,15 @@ def with_value_names(model: Model) -> Model:
     for entry in (*part(result, "configs").values(), *part(result, "secrets").values()):
         if entry.get("environment"): entry["environment"] = VALUE_PREFIX + str(entry["environment"])
     return result
+def with_own_cache(model: Model, name: str) -> Model:
+    """The model whose builds take no cached step from those of others, for one more host's sake."""
+    # The proxies and secrets that a step may read are in no key of BuildKit's cache; hosts are.
+    result = copied(model)
+    for service in compose_services(result).values():
+        if isinstance(build := service.get("build"), dict):
+            build["extra_hosts"] = [*(build.get("extra_hosts") or ()),
+                                    f"{name}.pgod.invalid=127.0.0.1"]
+    return result
 
 class Files:
     """Content and mode of what a commit has at and beneath a path of the work tree."""
@@ -1797,7 +1813,6 @@ def service_facts(model: Model, name: str, files: Files, values: Mapping[str, st
     context = str(build.get("context") or "") if isinstance(build, dict) else ""
     facts.append([build, files.beneath(context) if context else []])
     return facts
-
 def digest_of(facts: Any, key: bytes) -> str:
     """Keyed: labels can be read by many, and some of the facts are secret."""
     text = json.dumps(facts, sort_keys=True).encode(errors="surrogatepass")
@@ -1878,6 +1893,10 @@ class PolicyContext:
     @property
     def name(self) -> str:
         return self.service.name
+    @property
+    def listed(self) -> set[str]:
+        """The networks that others are to use."""
+        return {name for other in self.others for name in other.networks}
     def holds(self, path: str) -> bool:
         """Whether a path lies in the repository or in the service's folder of data."""
         return any(beneath(path, root) is not None for root in (self.worktree, self.data))
@@ -1918,7 +1937,6 @@ class Rule:
     match `harmless`. `allow` is the pattern of what an exception names; "" where it names
     nothing, None where there is none. `example` shows one.
     """
-
     key: str
     why: str = ""
     harmless: str = ""
@@ -1995,9 +2013,14 @@ KNOWN = {place: frozenset(keys.split()) for place, keys in {
         "env-regex cache-disabled cache-max-size cache-max-file cache-compress",
 }.items()}
 
+# Rotating renames each file, and the buffer of each container is the engine's memory.
+LOG_MOST = {"max-file": 100, "cache-max-file": 100, "max-buffer-size": 16 << 20}
+
 def log_settings(value: Any) -> list[Any]:
     options = value.get("options") or {}
     return [value.get("driver"), *({*options} - KNOWN["log"]),
+            *(f"{key}={options[key]}" for key, most in LOG_MOST.items()
+              if key in options and bytes_of(options[key]) > most),
             *(text for text in options.values() if not PLAIN_TEMPLATE.fullmatch(str(text)))]
 def check_container_name(where: str, value: Any, context: PolicyContext) -> Found:
     taken = any(value == other.name or str(value).startswith(other.name + "-")
@@ -2197,8 +2220,8 @@ SERVICE_RULES: dict[str, Rule] = {rule.key: rule for rule in (
     Rule("ipc", "is another's memory", "private|shareable|none|service:.*", ".+", "host"),
     Rule("isolation", HOST, "default", ".+", "process"),
     LABELS,
-    Rule("logging", "is not kept by the engine; use json-file or local", "json-file|local|none",
-         ".+", "syslog", log_settings),
+    Rule("logging", "is no log that the engine keeps; use json-file or local, with max-file to 100 "
+         "and max-buffer-size to 16m", "json-file|local|none", ".+", "syslog", log_settings),
     Rule("models", "runs a program of the host"),
     Rule("network_mode", "is a network that is not its own", "none|bridge|default|service:.*",
          ".+", "host"),
@@ -2263,7 +2286,6 @@ def check_compose_service(where: str, service: Json, context: PolicyContext) -> 
     made_up = f"{context.name}-{where}"
     if not service.get("container_name") and not context.owns(made_up, "-"):
         yield Violation(where, "container_name", f"{made_up}-1", "is a neighbour's name")
-
 def check_networks(model: Model, context: PolicyContext) -> Found:
     """Networks are the project's own bridges, or external ones that are permitted."""
     for key, network in part(model, "networks").items():
@@ -2297,9 +2319,12 @@ def check_networks(model: Model, context: PolicyContext) -> Found:
 
 def check_attachments(model: Model, context: PolicyContext) -> Found:
     """On an external network nobody may answer to a neighbour's name or take an address."""
-    listed_by_others = {name for other in context.others for name in other.networks}
     shared = {key for key, network in part(model, "networks").items()
-              if network and (network.get("external") or network.get("name") in listed_by_others)}
+              if network and (network.get("external") or network.get("name") in context.listed)}
+    for where in sorted(among_others(model, context.listed)):
+        if "NET_RAW" in capabilities(compose_services(model)[where]):
+            yield Violation(where, "cap_add", "NET_RAW", "could take the traffic of neighbours on "
+                            "a network that they are on as well", "cap_add:NET_RAW")
     theirs = {name for other in context.others for name in (other.name, *targets(other))}
     taken = {name.lower() for name in theirs - {context.name, *targets(context.service)}}
     for (where, service), key in ((item, key) for item in compose_services(model).items()
@@ -2309,9 +2334,6 @@ def check_attachments(model: Model, context: PolicyContext) -> Found:
         if attachment.get("driver_opts"):
             yield Violation(where, place, "driver_opts", "reaches into the host's network")
         if key not in shared: continue
-        if "NET_RAW" in capabilities(service):
-            yield Violation(where, "cap_add", "NET_RAW",
-                            f"could take the neighbours' traffic on {key}", "cap_add:NET_RAW")
         for name in sorted(name for name in names_of(where, service, key) if plain(name) in taken):
             yield Violation(where, place, name, "is a neighbour's name on a network that is shared",
                             f"network:{key}_name_{name}")
@@ -2518,6 +2540,16 @@ def as_strings(value: object) -> tuple[str, ...]:
     if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
         raise ValueError("must be a list of strings")
     return tuple(value)
+def every(parse: Callable[[Any], Any], items: Iterable[Any], entry: str = "") -> tuple[Any, ...]:
+    """All of them, parsed. Raises ValueError, a line for each that is wrong; `entry` numbers it."""
+    found, wrong = [], []
+    for number, item in enumerate(items, 1):
+        try:
+            found.append(parse(item))
+        except ValueError as error:
+            wrong.append(f"{entry} {number} {error}" if entry else str(error))
+    if wrong: raise ValueError("\n".join(wrong))
+    return tuple(found)
 def matching(pattern: str, why: str) -> Callable[[object], str]:
     """A parser of strings; `why` ends the sentence about one that the pattern does not match."""
     def parse(value: object) -> str:
@@ -2539,24 +2571,23 @@ as_branch = matching(r"(?!refs/)(?!.*(\.\.|@\{|//|/\.|\.lock(/|$)|[/.]$))"
 
 def as_compose(value: object) -> tuple[str, ...]:
     files = (value,) if isinstance(value, str) else as_strings(value)
-    return tuple(map(as_file_in_repository, files))
-def as_env(value: object) -> tuple[tuple[str, str], ...]:
-    pairs = tuple(text.partition("=")[::2] for text in as_strings(value))
-    for number, text in enumerate(as_strings(value), 1):
-        if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*=[^\0]*", text, re.DOTALL):
-            raise ValueError(f"entry {number} is not of the form NAME=VALUE")
-    return pairs
+    return every(as_file_in_repository, files)
+def as_variable(text: str) -> tuple[str, str]:
+    if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*=[^\0]*", text, re.DOTALL):
+        raise ValueError("is not of the form NAME=VALUE")
+    return text.partition("=")[::2]
+def as_url(item: tuple[str, object]) -> tuple[str, str]:
+    """Host and target; neither can hold what would be a directive of Caddy."""
+    host, target = item
+    if not HOST_PATTERN.fullmatch(host):
+        raise ValueError(f"{host!r} is not a host name; write it like example.org")
+    if (not isinstance(target, str) or not TARGET_PATTERN.fullmatch(target)
+            or int(target.rpartition(":")[2]) > 65535):
+        raise ValueError(f"{target!r} is not a target; write it like pgo:5006")
+    return host, target
 def as_urls(value: object) -> tuple[tuple[str, str], ...]:
-    """A table of host = target; neither can hold what would be a directive of Caddy."""
-    if not isinstance(value, dict):
-        raise ValueError('must be a table like { "example.org" = "pgo:5006" }')
-    for host, target in value.items():
-        if not HOST_PATTERN.fullmatch(host):
-            raise ValueError(f"{host!r} is not a host name; write it like example.org")
-        if (not isinstance(target, str) or not TARGET_PATTERN.fullmatch(target)
-                or int(target.rpartition(":")[2]) > 65535):
-            raise ValueError(f"{target!r} is not a target; write it like pgo:5006")
-    return tuple(sorted(value.items()))
+    if isinstance(value, dict): return every(as_url, sorted(value.items()))
+    raise ValueError('must be a table like { "example.org" = "pgo:5006" }')
 def as_outside_file(value: object) -> str:
     """An absolute path of a file that nobody else can change or lead elsewhere."""
     path = Path(as_string(value))
@@ -2586,54 +2617,39 @@ def as_known_user(value: object) -> str:
         return pwd.getpwnam(as_string(value)).pw_name
     except KeyError:
         raise ValueError(f"{value!r} does not exist; useradd --system {value} makes it") from None
-def as_allow(value: object) -> tuple[str, ...]:
-    """Exceptions that the policy's table has, each with a value where it takes one."""
-    for entry in as_strings(value):
-        kind = entry.partition(":")[0]
-        if kind not in ALLOW:
-            raise ValueError(f"{entry!r} permits nothing{nearest(kind, ALLOW)}; "
-                             f"known are {', '.join(sorted(ALLOW))}")
-        if not permits(entry):
-            example = ":".join(filter(None, (kind, ALLOW[kind].example)))
-            raise ValueError(f"{entry!r} permits nothing; write it like {example!r}")
-    return as_strings(value)
+def as_exception(entry: str) -> str:
+    """One that the policy's table has, with a value where it takes one."""
+    kind = entry.partition(":")[0]
+    if kind not in ALLOW:
+        raise ValueError(f"{entry!r} permits nothing{nearest(kind, ALLOW)}; "
+                         f"known are {', '.join(sorted(ALLOW))}")
+    if not permits(entry):
+        example = ":".join(filter(None, (kind, ALLOW[kind].example)))
+        raise ValueError(f"{entry!r} permits nothing; write it like {example!r}")
+    return entry
+def as_env_file(value: object) -> tuple[tuple[str, str], ...]:
+    path = as_outside_file(value)
+    try:
+        return parse_env_lines(text_of(read_beneath(Path("/"), path[1:], OUTSIDE_BYTES)))
+    except (ValueError, OSError, Refused) as error:
+        raise ValueError(f"{path}: {error}") from None
 
 # The keys of a [[services]] entry and their parsers. What needs two keys is done below.
-SERVICE_KEYS: dict[str, Callable[[object], Any]] = {
-    "name": as_name, "user": as_known_user, "repository": as_string, "branch": as_branch,
-    "registries": as_strings, "compose": as_compose, "env": as_env, "env_file": as_outside_file,
-    "urls": as_urls, "networks": lambda value: tuple(map(as_network, as_strings(value))),
+SERVICE_KEYS: dict[str, Callable[[Any], Any]] = {
+    "name": as_name, "user": as_known_user, "branch": as_branch, "compose": as_compose,
+    "repository": lambda value: parse_remote(as_string(value)),
+    "registries": lambda value: every(parse_registry, as_strings(value), "entry"),
+    "env": lambda value: every(as_variable, as_strings(value), "entry"), "env_file": as_env_file,
+    "urls": as_urls, "networks": lambda value: every(as_network, as_strings(value)),
     "import": as_file_in_repository, "reload": lambda value: parse_reload(as_string(value)),
-    "mount": as_mount, "deploy_key": as_deploy_key, "profiles": as_strings, "allow": as_allow,
-    "webhook": as_secret, "wait": lambda value: parse_duration(as_string(value), 1),
-    "rollback": as_bool,
+    "mount": as_mount, "deploy_key": as_deploy_key, "profiles": as_strings,
+    "allow": lambda value: every(as_exception, as_strings(value)), "webhook": as_secret,
+    "wait": lambda value: parse_duration(str(value), 1), "rollback": as_bool,
 }
 REQUIRED_KEYS = ("name", "user", "repository")
 
-def combine_fields(fields: dict[str, Any], label: str) -> tuple[Service | None, list[str]]:
-    """What needs more than one key, or must not show its value in an error."""
-    errors, env_file = [], fields.pop("env_file", None)
-    try:
-        fields["repository"] = parse_remote(fields["repository"])
-    except ValueError as error:
-        errors.append(f"{label}: repository {error}")
-    try:
-        fields["registries"] = tuple(parse_registry(text, fields["user"])
-                                     for text in fields.get("registries", ()))
-    except ValueError as error:
-        errors.append(f"{label}: registries: an entry {error}")
-    try:
-        text = read_beneath(Path("/"), env_file[1:], OUTSIDE_BYTES) if env_file else b""
-        lines = dict(parse_env_lines(text_of(text)))
-        fields["env"] = tuple((lines | dict(fields.get("env", ()))).items())
-    except (ValueError, OSError, Refused) as error:
-        errors.append(f"{label}: env_file {env_file}: {error}")
-    if fields.get("reload") and not fields.get("import_file"):
-        errors.append(f"{label}: reload needs an import, which is what it announces")
-    return (None, errors) if errors else (Service(**fields), [])
-
-def parse_service(table: Mapping[str, object], label: str) -> tuple[Service | None, list[str]]:
-    """A Service, or None and every reason why not. Values of secrets are in no message."""
+def parse_service(table: Json, label: str) -> tuple[dict[str, Any], list[str]]:
+    """The fields of a Service that are right, and every reason why others are not."""
     errors, fields = [], {}
     for key, value in table.items():
         if key not in SERVICE_KEYS:
@@ -2642,21 +2658,26 @@ def parse_service(table: Mapping[str, object], label: str) -> tuple[Service | No
         try:
             fields["import_file" if key == "import" else key] = SERVICE_KEYS[key](value)
         except ValueError as error:
-            errors.append(f"{label}: {key}: {error}")
+            errors += [f"{label}: {key}: {line}" for line in str(error).splitlines()]
     errors += [f"{label}: {key} is missing" for key in REQUIRED_KEYS if key not in table]
-    return (None, errors) if errors else combine_fields(fields, label)
-def check_services(services: Sequence[Service], names: Iterable[str]) -> list[str]:
-    """What is wrong between services; `names` are also those of the ones that are wrong."""
+    if fields.get("reload") and "import" not in table:
+        errors.append(f"{label}: reload needs an import, which is what it announces")
+    env = dict(fields.pop("env_file", ())) | dict(fields.get("env", ()))
+    fields["env"] = tuple(env.items())
+    fields["registries"] = tuple(replace(login, user=login.user or fields.get("user", ""))
+                                 for login in fields.get("registries", ()))
+    return fields, errors
+def check_services(services: Mapping[str, Json], names: Iterable[str]) -> list[str]:
+    """What is wrong between services, which go by their labels."""
     errors, hosts = list[str](), dict[str, str]()
-    for service in services:
-        for host, _ in service.urls:
-            if (owner := hosts.setdefault(host.lower(), service.name)) != service.name:
-                errors.append(f"service {service.name!r}: urls: {host} belongs to {owner!r}")
-        if service.reload and service.reload.service not in names:
-            errors.append(f"service {service.name!r}: reload: there is no service "
-                          f"{service.reload.service!r}{nearest(service.reload.service, names)}")
+    for label, fields in services.items():
+        for host, _ in fields.get("urls", ()):
+            if (owner := hosts.setdefault(host.lower(), label)) != label:
+                errors.append(f"{label}: urls: {host} belongs to {owner.removeprefix('service ')}")
+        if (reload := fields.get("reload")) and reload.service not in names:
+            errors.append(f"{label}: reload: there is no service {reload.service!r}"
+                          f"{nearest(reload.service, names)}")
     return errors
-
 def parse_configuration(text: str) -> tuple[Service, ...]:
     """The services of a pgo.toml. Raises ConfigurationError with every error at once."""
     try:
@@ -2670,18 +2691,18 @@ def parse_configuration(text: str) -> tuple[Service, ...]:
         raise ConfigurationError("\n".join([*errors, "services must be written as [[services]]"]))
     if not tables and not errors:
         errors.append("has no [[services]]; an empty configuration would take everything down")
-    services = []
+    services = dict[str, dict[str, Any]]()
     for number, table in enumerate(tables, 1):
         name = table.get("name")
-        service, wrong = parse_service(table, f"service {name!r}" if name else f"service {number}")
+        label = f"service {name!r}" if name else f"service {number}"
+        services[label], wrong = parse_service(table, label)
         errors += wrong
-        services += [service] if service else []
     names = Counter(str(table["name"]) for table in tables if "name" in table)
     errors += [f"service {name!r}: the name is used {count} times; names must differ"
                for name, count in names.items() if count > 1]
     errors += check_services(services, names)
     if errors: raise ConfigurationError("\n".join(errors))
-    return tuple(services)
+    return tuple(Service(**fields) for fields in services.values())
 
 def configuration_digest(path: Path) -> str:
     """Changes when pgo.toml does, or an env_file or deploy_key in it. Raises OSError."""
@@ -2704,7 +2725,7 @@ def read_configuration(path: Path) -> Configuration:
         reason = error.strerror if isinstance(error, OSError) else error
         raise ConfigurationError(f"cannot be read: {reason}") from None
     secret = any(s.secrets for s in services)
-    warning = f"{path} holds secrets and everybody can read it: chmod 600 {path}"
+    warning = f"{path} may hold secrets, and everybody can read it: chmod 600 {path}"
     return Configuration(services, digest, (warning,) if others and secret else ())
 
 # ---- Release -----------------------------------------------------------------------------------
@@ -2869,7 +2890,6 @@ def container_facts(release: Release, container: Container, snapshot: Snapshot,
     yield from namespace_facts(container, snapshot)
     yield from (running_facts(container, snapshot.now) if container.status in UP
                 else ended_facts(container, done.get(name), release.job(name)))
-
 def compare(release: Release, snapshot: Snapshot, done: Jobs) -> tuple[Row, ...]:
     """Every difference between what should be and what is. In sync means: none. Pure."""
     changed = changed_networks(release, snapshot)
@@ -2926,8 +2946,7 @@ def plan_cure(release: Release, rows: Iterable[Row], snapshot: Snapshot) -> Cure
     for row in rows: of[row.how.cure].add(row.compose_service)
     anew = of["up"] | of["force"] | of["network"]
     sharers = {name: shared_with(service) for name, service in services.items()}
-    while more := {name for name, shared in sharers.items() if shared & anew} - anew:
-        anew |= more
+    while more := {name for name, shared in sharers.items() if shared & anew} - anew: anew |= more
     again = {name for name, service in services.items()
              if any((how or {}).get("restart") and other in anew
                     for other, how in part(service, "depends_on").items())}
@@ -2938,7 +2957,6 @@ def plan_cure(release: Release, rows: Iterable[Row], snapshot: Snapshot) -> Cure
                 tuple(changed_networks(release, snapshot).values()) if of["network"] else (),
                 tuple(row.container.identity for row in rows
                       if row.how.cure == "remove" and row.container))
-
 def judge(rows: Iterable[Row], before: Mapping[str, int], ill: Iterable[str], now: float,
           over: bool = False) -> tuple[str, str]:
     """One look at a deploy: ("good" | "wait" | "bad", why). Pure."""
@@ -2984,6 +3002,7 @@ class Hold:
         end = f" until {format_time(self.until)}" if self.until else ""
         reason = f": {self.reason}" if self.reason else ""
         verb = "stopped" if self.stops else "held"
+        if self.services: verb = f"{', '.join(self.services)} stopped, and no deploys or heals,"
         return f"{verb} by {self.by} since {format_time(self.since)}{end}{reason}"
 
 @dataclass(frozen=True)
@@ -3010,11 +3029,6 @@ class Decision:
 
 CALM = "in sync"
 
-def short(commit: str) -> str:
-    return commit[:10]
-def format_time(seconds: float) -> str:
-    moment = datetime.datetime.fromtimestamp(seconds, datetime.UTC)
-    return moment.strftime("%Y-%m-%d %H:%M:%SZ")
 def deploy_reason(seen: Situation, target: str) -> str:
     current = seen.current
     if not current: return f"first deploy of {short(target)}"
@@ -3022,7 +3036,6 @@ def deploy_reason(seen: Situation, target: str) -> str:
         return f"new commit {short(target)} (runs: {short(current.commit)})"
     if seen.configuration != current.configuration: return "the configuration changed"
     return "" if current.since else f"the deploy of {short(target)} did not end well yet"
-
 def decide(seen: Situation) -> Decision:
     """The one place where it is decided what is done for a service. Pure."""
     current, failure = seen.current, seen.failure
@@ -3149,8 +3162,7 @@ class Store:
         folder = self.own / "why"
         make_folder(folder, 0o700)
         write_atomic(folder / commit, text.encode())
-        for old in sorted(folder.iterdir(), key=os.path.getmtime)[:-WORDS_KEPT]:
-            old.unlink()
+        for old in sorted(folder.iterdir(), key=os.path.getmtime)[:-WORDS_KEPT]: old.unlink()
     def words(self, commit: str) -> str:
         """Of the commit that begins so, or the last one; empty if there are none."""
         newest = max((self.own / "why").glob(f"{commit}*"), key=os.path.getmtime, default=None)
@@ -3160,7 +3172,6 @@ class Store:
         self.write("history.jsonl", "".join(json.dumps(item) + "\n" for item in lines).encode())
 
     # Holds: each file is replaced or removed as a whole, so any thread may read them.
-
     def hold_file(self, kind: str) -> Path:
         return self.paths.stop if kind == "stop" else self.own / "hold.json"
     def hold_of(self, kind: str) -> Hold | None:
@@ -3223,8 +3234,9 @@ class Project:
         """What the containers said that are not well. Raises Fault."""
         ill = {row.container.identity: row.container for row in rows
                if row.container and (row.how.ill or row.how.waits)}
-        text = "\n".join(map(self.api.last_words, [*ill.values()][:10])).expandtabs()
-        return "\n".join(map(printable, redact(text, self.service.secrets).split("\n")))
+        secrets = self.service.secrets
+        text = "\n".join(self.api.last_words(c, secrets) for c in [*ill.values()][:10])
+        return "\n".join(map(printable, text.expandtabs().split("\n")))
     def say(self, text: str) -> None:
         log.info("%s: %s", self.name, text)
 
@@ -3341,8 +3353,8 @@ def render(project: Project, tree: Tree) -> tuple[Model, list[str]]:
     except RecursionError:
         raise Refused("the compose file is nested too deeply") from None
     moved = normalised(moved)
-    return moved if project.service.trusted else without_raw_sockets(moved), warnings
-
+    listed = project.context(tree).listed
+    return moved if project.service.trusted else without_raw_sockets(moved, listed), warnings
 def read_values(project: Project, model: Model) -> dict[str, str]:
     """The variables that are configs or secrets, by `env`, then .env. Raises Refused."""
     # compose would make the container and not fill it, if one is not set.
@@ -3362,7 +3374,6 @@ def read_values(project: Project, model: Model) -> dict[str, str]:
         raise Refused(f"{', '.join(unset)} is not set: a config or secret takes its value from it; "
                       "set it in env or env_file of pgo.toml, or in .env of the repository")
     return values
-
 def looks_like_file(bind: Bind) -> bool:
     """Whether a missing source was meant to be a file; the engine would make a folder of it."""
     return any(re.search(r"(?i)(.\.(?!d$)[a-z][a-z0-9]{0,9}|^\w+file|^\.(env|ht\w+|\w+rc))$",
@@ -3408,7 +3419,6 @@ def not_followed(project: Project, model: Model, tree: Tree) -> Iterator[str]:
                 project.paths.export, path, 60).startswith(LFS_POINTER):
             yield (f"{path} is in Git LFS, which is not fetched: only its pointer is there; "
                    "put the file itself into the repository")
-
 def foreign_frontends(project: Project, model: Model) -> list[str]:
     """Dockerfiles of the export that another program than docker's own would read."""
     found, files = list[Violation](), dict[str, str]()
@@ -3479,7 +3489,6 @@ def make_release(project: Project, commit: str, model: Model, tree: Tree,
     return Release(commit, project.configuration(), project.name,
                    with_labels(with_value_names(model), digests, adopted), digests,
                    input_digests(model, files, key), values=values, adopted=adopted)
-
 def prepare(project: Project, commit: str) -> Prepared:
     """Export, render and check a commit. Raises Refused."""
     tree = project.git.export(commit, spare=True)
@@ -3487,7 +3496,8 @@ def prepare(project: Project, commit: str) -> Prepared:
     enforce(project, model, tree, notes)
     values = read_values(project, model)
     keys, ignored = project.git.public_keys(tree)
-    notes += (f"key ignored: {why}" for why in ignored)
+    notes += [f"key ignored: {why}" for why in ignored] or (
+        [] if keys else ["no key is in ssh/: nobody can steer this service with pgoctl"])
     notes += itertools.islice(not_followed(project, model, tree), 20)
     wrong = [*unfit(project, model, tree),
              *(f"ssh/ has no usable key: {why}" for why in ignored if not keys),
@@ -3510,11 +3520,11 @@ def prepare_or_give_up(project: Project, commit: str, asked: bool) -> Prepared:
         return prepare(project, commit)
     finally:
         store.note(looks={})
-
 def fetch_images(project: Project, prepared: Prepared, say: Progress) -> Prepared:
     """Pull and build what the release needs. Raises Fault if an image is not there then."""
     services, release = compose_services(prepared.rendered), prepared.release
-    project.compose.write_model("render.json", with_value_names(prepared.rendered))
+    project.compose.write_model("render.json", with_own_cache(
+        with_value_names(prepared.rendered), project.name))
     closed = built_by_others(project)
     if theirs := sorted({*map(tagged, release.image_names.values())} & closed):
         raise Refused(f"image {', '.join(theirs)} was built by another service; an administrator "
@@ -3593,7 +3603,6 @@ def twin_of(project: Project, release: Release) -> str:
     mine = {*part(release.model, "volumes"), *(port for _, port, _ in ports_of(release.model))}
     return next((name for name in images if images[name] == {*release.image_names.items()}
                  and mine & uses[name] and f"beside:{name}" not in project.service.allow), "")
-
 def refuse_what_cannot_be(project: Project, prepared: Prepared, snapshot: Snapshot) -> None:
     """What would fail when half of it is done. Raises Refused, or Fault where it will pass."""
     release, paths = prepared.release, project.paths
@@ -3635,7 +3644,6 @@ def keep_images(project: Project, *releases: Release | None) -> None:
     for name in {*wanted} - have:
         with suppress(NotThere): project.api.tag(wanted[name], name)
     for name in have - {*wanted}: project.api.untag(name)
-
 def restore_images(project: Project, release: Release, wanted: Iterable[str]) -> Release:
     """Have the images of these compose services; the names of what it builds lead to them again."""
     # One that is gone is pulled again by its digest, or built again; the release with what came of
@@ -3650,8 +3658,9 @@ def restore_images(project: Project, release: Release, wanted: Iterable[str]) ->
             continue
         if builders:
             project.git.export(release.commit)
-            project.compose.write_model("render.json", moved_paths(
-                release.model, str(project.paths.worktree), str(project.paths.export)))
+            project.compose.write_model("render.json", with_own_cache(moved_paths(
+                release.model, str(project.paths.worktree), str(project.paths.export)),
+                project.name))
             project.compose.build(builders, built_by_others(project), "")
         elif digest:
             project.compose.login()
@@ -3706,7 +3715,6 @@ class Installation:
         if failures and strict: raise Refused("; ".join(failures[:5]))
         for failure in failures: log.warning("%s: left as it is: %s", project.name, failure)
         if tracked != tree: project.store.set_tracked(tree)
-
     def guard(self, containers: Sequence[Container]) -> None:
         """Nothing is started beside a container that can write above a path that it binds."""
         # It could put a link there, and the next start of the other one would follow it as root.
@@ -3758,7 +3766,6 @@ class Installation:
                 api.act("POST", f"/networks/{network['Id']}/disconnect",
                         body={"Container": container, "Force": True})
             api.act("DELETE", f"/networks/{network['Id']}")
-
     def cure(self, rows: Sequence[Row], snapshot: Snapshot) -> None:
         """Do what removes these rows, and nothing else. Raises Fault."""
         project, cure = self.project, plan_cure(self.release, rows, snapshot)
@@ -3778,7 +3785,6 @@ class Installation:
         if cure.restart:
             project.compose.run("restart", "--no-deps", "--", *cure.restart,
                                 deadline="up").check("restart")
-
     def write_model(self) -> None:
         """The model, for compose, as it fits the networks and names of images that are there."""
         # An image goes by its identity where its name leads to another one by now.
@@ -3919,7 +3925,6 @@ class Reconciler:
             self.cure(rows, say)
         else:
             installation.write_model()
-
     def settle(self, say: Progress, trouble: Fault | None) -> Fault | None:
         """Wait until nothing differs, and cure what comes up meanwhile; why it did not end well."""
         # After a compose that failed, what it made decides: a service that others wait for may have
@@ -3982,7 +3987,6 @@ class Reconciler:
         refused = Refused(f"{short(commit)}: {fault}")
         refused.words = fault.words
         raise refused
-
     def roll_back(self, say: Progress) -> None:
         """Work tree, images and containers of the last good release. Raises Fault."""
         good, current = self.store.good, self.store.current
@@ -4091,7 +4095,6 @@ def take_over(project: Project) -> None:
     aside = project.paths.own / "taken-over.git"
     shutil.rmtree(aside, ignore_errors=True)
     (project.paths.worktree / ".git").rename(aside)
-
 def adopt(project: Project, commit: str) -> None:
     """Take what runs for a good deploy of the commit. Raises Refused where the policy does."""
     tree = project.git.export(commit)
@@ -4139,6 +4142,7 @@ class View:
     keys: tuple[PublicKey, ...] = ()
     ignored: tuple[str, ...] = ()  # lines in ssh/ that are no keys
     remote_error: str = ""  # why the branch's newest commit is not known or cannot be had
+    engine_error: str = ""  # why it is not known what runs
     last_error: str = ""
     failures: int = 0
     next_poll: float = 0.0
@@ -4148,9 +4152,10 @@ class View:
     def in_sync(self) -> bool:
         """Whether the newest commit runs, as it should."""
         release = self.release
-        return bool(release and release.since and release.commit == self.wanted
-                    and release.configuration == self.configuration and not self.rows)
+        return bool(release and release.since and release.commit == self.wanted and not self.rows
+                    and release.configuration == self.configuration and not self.engine_error)
     def why(self, hold: Hold | None) -> str:
+        if self.engine_error: return f"what runs is not known: {self.engine_error}"
         if hold: return str(hold)
         failure = self.failure
         if failure and failure.commit == self.wanted and not self.in_sync: return str(failure)
@@ -4195,8 +4200,8 @@ class Worker(threading.Thread):
         view = self.view
         try:
             snapshot = self.project.snapshot(view.release)
-        except Fault:
-            return view
+        except Fault as fault:
+            return replace(view, containers=(), engine_error=str(fault))
         rows: tuple[Row, ...] = ()
         if view.release:
             hold = self.store.hold()
@@ -4273,8 +4278,11 @@ class Worker(threading.Thread):
             asked = isinstance(error, Held) or (job and job.act in (job_load, job_plan))
             log.log(logging.INFO if asked else logging.ERROR, "%s: %s: %s", self.name,
                     f"{job.command} by {job.by}" if job else "deploy", text)
+            if job and job.act in (job_up, job_pull) and not asked: self.publish(last_error=text)
             return
-        failures, now = self.view.failures + 1, self.shared.clock()
+        # A minute without the engine does not put off the looks at git.
+        failures = self.view.failures + (not isinstance(error, EngineGone))
+        now = self.shared.clock()
         retry = getattr(error, "retry", True)
         later = self.view.next_poll if self.view.next_poll > now else self.next_poll(failures)
         if text != self.view.last_error or not known:
@@ -4312,8 +4320,8 @@ class Worker(threading.Thread):
         if not any(row.how.waits for row in self.reconciler.rows): self.watch_until = -1e9
         if asking and self.view.remote_error and not asked: raise Fault(self.view.remote_error)
         if asking:  # an event must not put polls off
-            self.publish(failures=0, last_error="", last_success=time.time(),
-                         next_poll=self.next_poll(0))
+            self.publish(failures=0, last_success=time.time(), next_poll=self.next_poll(0))
+        if asking or decision.reasons == (CALM,): self.publish(last_error=self.view.remote_error)
         return decision
 
     def end_hold(self) -> Hold | None:
@@ -4323,7 +4331,6 @@ class Worker(threading.Thread):
             self.store.release("hold")
             self.project.say("hold ended: its time is over")
         return hold
-
     def ask_remote(self, say: Callable[..., None]) -> None:
         """Learn the branch's commit; fetch it, and the keys in it, if it is new."""
         git, found = self.project.git, ""
@@ -4342,7 +4349,6 @@ class Worker(threading.Thread):
                 f"the repository cannot be reached: {fault}")
             say(error)
             self.publish(remote_error=error)
-
     def situation(self, hold: Hold | None, asked: bool) -> Situation:
         store, looked = self.store, self.reconciler
         running = frozenset(c.compose_service for c in looked.snapshot.containers
@@ -4373,7 +4379,8 @@ def show_metrics(shared: Shared) -> None:
         counts["healthy"] = sum(c.status == "running" and c.health == "healthy"
                                 for c in view.containers)
         rows: dict[str, list[tuple[dict[str, str], float]]] = {
-            "in_sync": [({}, view.in_sync)], "held": [({}, worker.store.hold() is not None)],
+            "in_sync": [({}, view.in_sync and shared.events_flow.is_set())],
+            "held": [({}, worker.store.hold() is not None)],
             "consecutive_failures": [({}, view.failures)],
             "info": [({"commit": release.commit if release else "", "wanted": view.wanted}, 1)],
             "last_success_timestamp_seconds": [({}, view.last_success)] * bool(view.last_success),
@@ -4394,7 +4401,7 @@ class ParsedCommand:
         """The options as words; `hidden`: without the values of -e."""
         valued = option_names(self.command)
         return [word for name, value in self.options for word in (
-            name, "***" if hidden and name in ("-e", "--env") else value)[:1 + valued[name]]]
+            name, "***" if hidden and name in ("-e", "--env") else value)[:1 + bool(valued[name])]]
     def option(self, *names: str) -> str | None:
         return next((value for name, value in reversed(self.options) if name in names), None)
     @property
@@ -4444,12 +4451,15 @@ def job_start(worker: Worker, job: Job) -> None:
     worker.store.release("stop")
     require_release(worker)
     worker.reconciler.bring_up(job.say)
+    job.say(f"runs {short(require_release(worker).commit)}, healthy")
 def job_restart(worker: Worker, job: Job) -> None:
+    refuse_hold(worker)
     if hold := worker.store.hold(): raise Held(f"{hold}; up or start ends that")
     installation = Installation(worker.project, require_release(worker), job.say)
     worker.reconciler.look()
     installation.guard(worker.reconciler.snapshot.containers)
     run_compose(worker, job)
+    job.say("restarted")
     worker.watch_until = worker.shared.clock() + worker.service.wait
     worker.reconciler.look()
 def job_load(worker: Worker, job: Job) -> None:
@@ -4459,7 +4469,6 @@ def job_load(worker: Worker, job: Job) -> None:
     prepared = prepare(worker.project, worker.view.wanted or (release.commit if release else ""))
     for note in prepared.release.notes: job.say(f"note: {note}")
     job.say(f"{short(worker.view.wanted)}: the policy permits it")
-
 def job_plan(worker: Worker, job: Job) -> None:
     """What would be done now and why; nothing is. Raises Refused with every violation."""
     worker.ask_remote(job.say)
@@ -4531,7 +4540,6 @@ def status_facts(worker: Worker, now: float) -> dict[str, Any]:
         "containers": [{"name": c.name, "service": c.compose_service, "status": c.status,
                         "health": c.health if c.status == "running" else "",
                         "restarts": c.restarts, "started": c.started} for c in view.containers]}
-
 def render_status(facts: Json) -> str:
     now, since = time.time(), facts["since"]
     age = f" since {format_time(since)} ({format_duration(now - since)})" if since else ""
@@ -4550,15 +4558,11 @@ def render_status(facts: Json) -> str:
         restarts = f", {container['restarts']} restarts" if container["restarts"] else ""
         lines.append(f"  {container['name']:<{width}}  {container['status']}{health}{restarts}")
     return "\n".join(lines)
-
 def answer_status(worker: Worker, command: ParsedCommand, by: str) -> str:
     facts = status_facts(worker, time.time())
     return render_status(facts) if command.option("--json") is None else json.dumps(facts)
 def answer_history(worker: Worker, command: ParsedCommand, by: str) -> str:
-    count = command.option("-n") or "20"
-    if not re.fullmatch("[0-9]{1,6}", count):
-        raise Refused(f"history: -n takes a number, not {printable(count)!r}")
-    lines = worker.store.history()[::-1][:int(count)]
+    lines = worker.store.history()[::-1][:int(command.option("-n") or 20)]
     if command.option("--json") is not None: return json.dumps(lines)
     return "\n".join(
         f"{format_time(line['time'])}  {short(line['commit'])}  {line['outcome']:<8} "
@@ -4607,7 +4611,8 @@ COMMANDS: dict[str, Command] = {
                   "-d|--detach --wait", job=job_up),
     "down": Command("remove the containers, until up or start; volumes stay",
                     f"{TIMEOUT} --remove-orphans", job=job_stop),
-    "stop": Command("stop the containers, until up or start", TIMEOUT, "[SERVICE...]", job_stop),
+    "stop": Command("stop containers, and all deploys and heals, until up or start", TIMEOUT,
+                    "[SERVICE...]", job_stop),
     "start": Command("bring up what was deployed last, without a fetch", job=job_start),
     "restart": Command("restart the containers", f"{TIMEOUT} --no-deps", "[SERVICE...]",
                        job_restart),
@@ -4644,18 +4649,24 @@ DROPPED_OPTIONS = frozenset(("-T", "--no-TTY", "-i", "--interactive", "-t", "--t
 AUDIT_BYTES = 64 << 20  # of the audit log and of the one before it
 USAGE_STATUS, DENIED_STATUS = 2, 1
 
-def option_names(command: str) -> dict[str, bool]:
-    return {name: "=" in text for text in COMMANDS[command].options.split()
-            for name in text.partition("=")[0].split("|")}
+# What an option takes: its form, and the words for that.
+VALUE_FORMS = {"LINES": ("[0-9]{1,9}|all", "a number or all"), "COUNT": ("[0-9]{1,6}", "a number"),
+               "NUMBER": ("[0-9]{1,6}", "a number"), "SECONDS": ("-?[0-9]{1,6}", "whole seconds"),
+               "FORMAT": (PLAIN_TEMPLATE.pattern, "table, json or fields as {{.Name}}")}
 
+def option_names(command: str) -> dict[str, str]:
+    """The options of a command, with the name of what each takes."""
+    return {name: text.partition("=")[2] for text in COMMANDS[command].options.split()
+            for name in text.partition("=")[0].split("|")}
 def parse_options(command: str, arguments: Sequence[str]
                   ) -> tuple[tuple[tuple[str, str], ...], tuple[str, ...]]:
     """Options by the table, and the operands. Raises Refused."""
     # All that follows exec's first operand belongs to the command that it runs.
     table = option_names(command)
-    short_ones = "".join(name[1] + ":" * valued for name, valued in table.items()
+    short_ones = "".join(name[1] + ":" * bool(valued) for name, valued in table.items()
                          if not name.startswith("--"))
-    long_ones = [name[2:] + "=" * valued for name, valued in table.items() if name.startswith("--")]
+    long_ones = [name[2:] + "=" * bool(valued) for name, valued in table.items()
+                 if name.startswith("--")]
     split = getopt.getopt if command == "exec" else getopt.gnu_getopt
     try:
         found, operands = split([*arguments], short_ones, long_ones)
@@ -4663,8 +4674,9 @@ def parse_options(command: str, arguments: Sequence[str]
         known = f"; it takes {', '.join(table)}" if table else "; it takes no options"
         raise Refused(f"{command}: {printable(error.msg)[:200]}{known}") from None
     for name, value in found:
-        if name == "--format" and not PLAIN_TEMPLATE.fullmatch(value):
-            raise Refused(f"{command}: --format takes table, json or fields as {{{{.Name}}}}")
+        form, words = VALUE_FORMS.get(table[name], (r"[\s\S]*", ""))
+        if not re.fullmatch(form, value):
+            raise Refused(f"{command}: {name} takes {words}, not {printable(value)[:40]!r}")
     return (tuple((name, value) for name, value in found
                   if command != "exec" or name not in DROPPED_OPTIONS), tuple(operands))
 
@@ -4680,7 +4692,6 @@ def check_operands(command: ParsedCommand) -> ParsedCommand:
         if not re.fullmatch(r"[A-Za-z0-9._-]+", operand) or operand.startswith("-"):
             raise Refused(f"{name}: {printable(operand)!r} is not a compose service")
     return command
-
 def parse_command(text: str) -> ParsedCommand:
     """An exec request, `service//command argument…`. Raises Refused with what is wrong."""
     if len(text) > SSH_COMMAND_BYTES or "\0" in text:
@@ -4700,7 +4711,6 @@ def parse_command(text: str) -> ParsedCommand:
     if len(arguments) > SSH_ARGUMENTS: raise Refused(f"more than {SSH_ARGUMENTS} arguments")
     options, operands = parse_options(command, arguments)
     return check_operands(ParsedCommand(service, command, options, operands))
-
 def compose_command(command: ParsedCommand, terminal: bool) -> list[str]:
     """The words of compose for a command: its options, then --, then the operands."""
     fixed = ["-T"] if command.command == "exec" and not terminal else []
@@ -4850,7 +4860,6 @@ class SshServer:
             asyncio.run_coroutine_threadsafe(self._listen(address), self.loop).result()
         except (OSError, ValueError, self.asyncssh.Error) as error:
             raise Fault(f"SSH cannot listen on {address[0]}:{address[1]}: {error}") from None
-
     async def _listen(self, address: tuple[str, int]) -> None:
         server = self
 
@@ -4892,7 +4901,6 @@ class SshServer:
         return sorted(name for name, worker in self.shared.workers.items()
                       if any(hmac.compare_digest(key.fingerprint, fingerprint)
                              for key in worker.view.keys))
-
     def admit(self, connection: Any) -> None:
         """Limits for clients that have proven nothing, and the proof itself."""
         # A key counts when its signature was verified. That it was offered, or that some key was
@@ -4949,12 +4957,10 @@ class SshServer:
             self.tell(process, "an error of pgod, see its log")
         finally:
             with suppress(OSError, self.asyncssh.Error): process.exit(min(status, 255))
-
     def tell(self, process: Any, text: str, stream: Any = None) -> None:
         text = "\n".join(printable(line) for line in text.expandtabs().split("\n"))
         with suppress(OSError, self.asyncssh.Error):
             (stream or process.stderr).write(f"{text}\n".encode())
-
     async def handle_exec(self, process: Any, client: Client) -> int:
         """Parse, permit, audit and carry out; the exit status."""
         mine, text = self.services_of(client.key), process.command or ""
@@ -5042,7 +5048,6 @@ class SshServer:
                                  lambda: worker.name in self.services_of(key))
         self.shared.metrics.count_command(worker.name, ("compose", command.command), status != 0)
         return 128 - status if status < 0 else status
-
     async def pump(self, process: Any, child: Child, streams: Mapping[str, Any], mark: str,
                    permitted: Callable[[], bool]) -> int:
         """Pump until the child ends, the client goes or its key does; flow control holds both."""
@@ -5126,7 +5131,6 @@ class HttpHandler(http.server.BaseHTTPRequestHandler):
             self.answer(202, "looks at the repository\n")
         else:
             self.answer(403, "the signature is wrong, or this service has no webhook\n")
-
     def answer(self, status: int, text: str, kind: str = "text/plain") -> None:
         data = text.encode()
         self.send_response(status)
@@ -5163,8 +5167,7 @@ class HttpServer(http.server.ThreadingHTTPServer):
             self.open[request] = now, network_of(client_address[0])
         super().process_request(request, client_address)
     def shutdown_request(self, request: Any) -> None:
-        with self.guard:
-            self.open.pop(request, None)
+        with self.guard: self.open.pop(request, None)
         super().shutdown_request(request)
     def handle_error(self, request: Any, client_address: Any) -> None:
         log.debug("HTTP: %s: %s", client_address[0], sys.exc_info()[1])
@@ -5202,7 +5205,6 @@ def take_lock(directory: Path) -> str:
     os.pwrite(descriptor, f"{os.getpid()}\n{mark}\n".encode(), 0)
     os.fsync(descriptor)
     return mark
-
 def follow_events(shared: Shared) -> None:
     """Wake the service whose container changed, as the engine's events tell; until the end."""
     def going_on() -> bool:
@@ -5241,7 +5243,6 @@ def remove_service(shared: Shared, path: Path) -> None:
     path.rename(aside / "state")
     (shared.settings.directory / f"{name}.stop").unlink(missing_ok=True)
     log.info("%s: removed, for pgo.toml lacks it; its files: %s; volumes stay", name, aside)
-
 def remove_stale(shared: Shared) -> None:
     """Take down what is in .pgod/ and not in pgo.toml; volumes stay, the folder is set aside."""
     followed = {service.name for service in shared.configuration.services}
@@ -5262,7 +5263,6 @@ class Daemon:
         self.read_before = configuration.digest
         self.complained = ""
         self.ssh: SshServer | None = None
-
     def run(self) -> int:
         """The exit status: 0 after TERM, 2 after HUP or a new configuration. Raises Fault."""
         asyncssh = import_asyncssh() if self.settings.ssh else None
@@ -5283,7 +5283,6 @@ class Daemon:
             return self.watch()
         finally:
             self.end()
-
     def start(self, asyncssh: Any) -> None:
         """Servers and threads; then systemd is told that all is ready."""
         for service in self.configuration.services:
@@ -5303,7 +5302,6 @@ class Daemon:
         for worker in self.shared.workers.values(): worker.start()
         log.info("pgod %s follows %d services", VERSION, len(self.shared.workers))
         notify("READY=1")
-
     def watch(self) -> int:
         while True:
             with suppress(queue.Empty):
@@ -5363,7 +5361,7 @@ After=network-online.target docker.service
 
 [Service]
 Type=notify
-ExecStart={python} {program} {words} --config {config} --dir {directory}
+ExecStart={python} {program} {words}
 ExecReload=/bin/kill -HUP $MAINPID
 SyslogIdentifier=pgod
 Restart=on-failure
@@ -5461,16 +5459,20 @@ def check_identity(configuration: Configuration) -> None:
     if os.geteuid() == 0:
         os.setgroups([])
         os.umask(0o022)
-
 def main(words: Sequence[str]) -> int:
     settings, options = parse_arguments(words)
     if options.version:
         print(f"pgod {VERSION}")
         return 0
     if options.unit:
+        paths = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+        paths.add_argument("--unit", action="store_true")
+        for names in ("-c --config", "-d --dir", "--datadir"): paths.add_argument(*names.split())
+        rest = paths.parse_known_args(words)[1]
         print(UNIT.format(python=sys.executable, program=Path(__file__).resolve(),
-                          words=shlex.join(word for word in words if word != "--unit"),
-                          config=settings.config, directory=settings.directory), end="")
+                          words=shlex.join([*rest, *(f"--{name}={path}" for name, path in (
+                              ("config", settings.config), ("dir", settings.directory),
+                              ("datadir", settings.datadir)))])), end="")
         return 0
     handler = logging.StreamHandler()
     handler.setFormatter(LogFormatter("JOURNAL_STREAM" in os.environ))

@@ -36,6 +36,7 @@ import time
 import urllib.error
 import urllib.parse
 import urllib.request
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -314,10 +315,10 @@ class Lab:
                 ("container", ["rm", "-f", "-v"], ["ps", "-a", "--format", "{{.Names}}"]),
                 ("network", ["network", "rm"], ["network", "ls", "--format", "{{.Name}}"]),
                 ("volume", ["volume", "rm", "-f"], ["volume", "ls", "--format", "{{.Name}}"]),
-                ("image", ["rmi", "-f"], ["image", "ls", "--digests", "--format",
-                                          "{{.Repository}}:{{.Tag}}@{{.Digest}}"])):
-            names = [n.replace(":<none>", "").removesuffix("@<none>")
-                     for n in docker(*listing).splitlines() if self.name in n]
+                ("image", ["rmi", "-f"], ["image", "ls", "--digests", "--format", "{{.Repository}}:"
+                                          "{{.Tag}} {{.Repository}}@{{.Digest}}"])):
+            names = [n for n in docker(*listing).split()
+                     if self.name in n and "<none>" not in n]
             if names:
                 docker(*remove, *names, check=kind != "container")
         labels = [f"pgotest={self.name}", *(f"com.docker.compose.project={name}"
@@ -664,6 +665,17 @@ def quiet(machine: None) -> Iterator[Lab]:
 # ---- Values --------------------------------------------------------------------------------------
 
 
+def test_token_that_begins_with_a_slash_is_hidden_and_a_path_is_shown() -> None:
+    token = "/9j4Ab" + base64.b64encode(b"x" * 24).decode().replace("=", "")
+    key = "-----BEGIN X-----\nc2VjcmV0LWxpbmU\n-----END X-----"
+    env = (("TOKEN", token), ("DATA", "/srv/shop/media"), ("NEAR", "./data/web"), ("KEY", key),
+           ("MODE", "fast"), ("NAME", "shop-front"))
+    service = pgod.Service("shop-front", "ann", pgod.Remote("/r"), env=env)
+    text = f"{token} /srv/shop/media ./data/web c2VjcmV0LWxpbmU fast shop-front"
+    shown = "*** /srv/shop/media ./data/web *** fast shop-front"
+    assert pgod.redact(text, service.secrets) == shown
+
+
 def test_secret_in_a_violation_is_hidden_however_long_it_is() -> None:
     secret = "s$" * 150
     found = pgod.Violation("web", "cap_add", secret.replace("$", "$$"), "is wrong")
@@ -737,7 +749,7 @@ WRITTEN: dict[str, tuple[Any, Callable[[Any], object], type[Exception]]] = {
     "addresses": (TEXTS, pgod.parse_address, ValueError),
     "remotes": (TEXTS, pgod.parse_remote, ValueError),
     "urls": (some.from_regex(r"(https?|ssh|git|file)://[^ ]{0,60}"), pgod.parse_remote, ValueError),
-    "registries": (TEXTS, lambda text: pgod.parse_registry(text, "user"), ValueError),
+    "registries": (TEXTS, pgod.parse_registry, ValueError),
     "reloads": (some.from_regex(r"[a-z]*:[a-z]+//exec .{0,50}"), pgod.parse_reload, ValueError),
     "env files": (some.lists(some.from_regex(r"(export )?[A-Z]* ?= ?.{0,20}", fullmatch=True)).map(
         "\n".join), pgod.parse_env_lines, ValueError),
@@ -1249,6 +1261,22 @@ def test_a_clone_that_failed_half_way_is_begun_anew(lab: Lab) -> None:
     assert (worktree / "untracked").read_text() == "data"
 
 
+def test_files_are_those_of_the_commit_byte_for_byte(lab: Lab) -> None:
+    """What attributes would make of them may be many times as large."""
+    files = {"id": "$Id$\n" * 100, "utf": "text\n", "lines": "one\ntwo\n"}
+    name = lab.service("a", {".gitattributes": "id ident\nutf working-tree-encoding=UTF-32\n"
+                             "lines text eol=crlf\n"})
+    repository = lab.repositories[name]
+    for file, text in files.items():
+        blob = run("git", "-C", repository.work, "hash-object", "-w", "--no-filters", "--stdin",
+                   input=text).stdout.strip()
+        repository.git("update-index", "--add", "--cacheinfo", f"100644,{blob},{file}")
+    repository.git("commit", "-q", "-m", "attributes")
+    repository.send()
+    deployed(lab, name)
+    assert {file: (lab.directory / name / file).read_bytes().decode() for file in files} == files
+
+
 def test_filter_planted_in_the_work_tree_is_not_run(lab: Lab) -> None:
     pwned = lab.folder / "pwned"
     name = lab.service("a", {".gitattributes": "* filter=evil\n", "file": "1",
@@ -1486,6 +1514,8 @@ class Engine:
             run("umount", "-l", mount)
 
     def clean(self) -> None:
+        if self.process.poll() is not None:  # a test that failed left it ended
+            self.start()
         if names := self.docker("ps", "-aq"):
             self.docker("rm", "-f", *names.split())
         self.docker("network", "prune", "-f")
@@ -1508,6 +1538,26 @@ def test_engine_that_ends_in_the_middle_of_a_deploy_leaves_no_duplicates(lab: La
           == [f"{name}-db-1", f"{name}-web-1"], "both run")
     project = f"label=com.docker.compose.project={name}"
     assert len(engine.docker("ps", "-aq", "--filter", project).split()) == 2
+
+
+def test_engine_that_is_away_is_said_and_puts_off_no_look_at_git(lab: Lab) -> None:
+    engine = Engine(lab)
+    name = lab.service("a")
+    lab.duration = "300ms"
+    lab.start(env={"DOCKER_HOST": engine.host})
+    lab.runs(name, lab.repositories[name].head())
+    in_sync = f'pgo_service_in_sync{{service="{name}"}} '
+    until(lambda: in_sync + "1" in lab.metrics(), "in sync")
+    engine.stop(signal.SIGTERM)
+    until(lambda: in_sync + "0" in lab.metrics(), "not in sync")
+    status = lab.ssh(f"{name}//status", check=True).stdout
+    assert "no: what runs is not known: the engine does not answer" in status
+    assert f"{name}-web-1" not in status, "nobody knows whether it is there"
+    more_polls(lab, name, 8)  # a pause that doubles each time would take a minute
+    assert 'failures{service="' + name + '"} 0' in lab.metrics()
+    engine.start()
+    until(lambda: in_sync + "1" in lab.metrics(), "in sync again")
+    until(lambda: "last error" not in lab.ssh(f"{name}//status").stdout, "the error is over")
 
 
 # ---- Model ---------------------------------------------------------------------------------------
@@ -1975,7 +2025,16 @@ ATTACKS: tuple[tuple[str, str, str], ...] = (
     (web("volumes: ['vol:/v', './d/sub:/s']") + "\nvolumes: {vol: {driver_opts: {type: none, "
      "o: bind, device: /lib/app/d}}}", "lies beneath", ""),
     (web("networks: [n], cap_add: [NET_RAW], cap_drop: [ALL]")
-     + "\nnetworks: {n: {external: true}}", "neighbours' traffic", "cap_add:NET_RAW"),
+     + "\nnetworks: {n: {external: true}}", "traffic of neighbours", "cap_add:NET_RAW"),
+    (web("network_mode: bridge, cap_add: [NET_RAW], cap_drop: [ALL]"), "traffic of neighbours",
+     "cap_add:NET_RAW"),
+    ("services: {a: {image: x, networks: [n]}, b: {image: x, network_mode: 'service:a', "
+     "cap_add: [net_raw]}}\nnetworks: {n: {external: true}}", "b: cap_add: NET_RAW: could take",
+     "cap_add:NET_RAW"),
+    (web("logging: {options: {mode: non-blocking, max-buffer-size: 700m}}"),
+     "max-buffer-size=700m", "logging:max-buffer-size"),
+    (web("logging: {options: {max-size: '1', max-file: '1000000'}}"), "max-file to 100",
+     "logging:max-file"),
     (web("networks: [n]") + "\nnetworks: {n: {driver_opts: {com.docker.network.driver.mtu: '1400', "
      "com.docker.network.bridge.name: br0}}}", "host's network", "network:n_driver_opts"),
     (web("secrets: [{source: s, target: /x, mode: 0444}]") + "\nsecrets: {s: {file: ../x/s}}",
@@ -2039,7 +2098,7 @@ def test_attack_is_refused_unless_the_administrator_allows_it(tmp_path: Path, co
     assert any(violation.allow == allow or violation.allow.startswith(f"{allow}=")
                for violation in found)
     entries = sorted({violation.allow for violation in found} - {""})
-    assert pgod.as_allow(entries) == tuple(entries), "an entry is offered that would be refused"
+    assert [*map(pgod.as_exception, entries)] == entries, "an entry that would be refused"
     left = judged(model, tree, allow=tuple(entries))
     assert not {violation.allow for violation in left} - {""}, "an entry that permits nothing"
     assert (words in "\n".join(map(str, left))) == (not allow)
@@ -2082,11 +2141,9 @@ def test_files_that_are_bound_again_and_again_are_not_counted_forever() -> None:
             {"type": "bind", "source": f"/l/{source}", "target": f"/t{number}"}
             for number, source in enumerate(sources)]}}}
 
-    before = time.process_time()
     assert pgod.input_digests(model(*["a"] * 500), files, b"")
     with pytest.raises(pgod.Refused, match="bind mounts have over"):
         pgod.input_digests(model(*(folder[:end] for end in range(1, 119, 2))), files, b"")
-    assert time.process_time() - before < 10, "it took minutes, and gigabytes"
 
 
 def test_unset_variables_are_found_in_linear_time() -> None:
@@ -2211,6 +2268,7 @@ secrets: {password: {file: ./password.txt}}
     "names": web("hostname: web.example.org, domainname: example.org, dns: [1.1.1.1], dns_search: "
                  "example.org, dns_opt: [ndots:1], extra_hosts: ['a.internal:host-gateway']"),
     "logging": web("logging: {driver: json-file, options: {max-size: 10m, max-file: '3'}}"),
+    "non-blocking logging": web("logging: {options: {mode: non-blocking, max-buffer-size: 4m}}"),
     "local logging": web("logging: {driver: local}"),
     "commands": web("command: [a, b], entrypoint: /x.sh, working_dir: /srv, tty: true, stdin_open: "
                     "true, stop_signal: SIGINT, stop_grace_period: 1m30s, expose: ['80', 81-82]"),
@@ -2304,7 +2362,7 @@ def test_what_compose_takes_it_takes_from_pgod_too(tmp_path: Path, name: str) ->
     model, _ = rendered(tmp_path, ORDINARY.get(name, DISKS), FILES)
     services = pgod.compose_services(model)
     run_from = pgod.with_labels(pgod.with_value_names(pgod.without_raw_sockets(
-        pgod.normalised(model))), dict.fromkeys(services, "digest"), {})
+        pgod.normalised(model), ())), dict.fromkeys(services, "digest"), {})
     (tmp_path / "model.json").write_text(json.dumps(run_from))
     done = run("docker", "compose", "--project-name", "app", "--project-directory", tmp_path,
                "--file", tmp_path / "model.json", "config", "--format", "json",
@@ -2360,7 +2418,7 @@ def test_exception_for_one_value_permits_no_other(kind: str, one: dict[str, Any]
         return {"services": {"web": {"image": "x"}}, kind: {"n": value | {"name": "app_n"}}}
 
     allow = tuple(violation.allow for violation in judged(model(one), {}))
-    assert allow and pgod.as_allow([*allow]) == allow
+    assert allow and tuple(map(pgod.as_exception, allow)) == allow
     assert not judged(model(one), {}, allow=allow)
     assert judged(model(other), {}, allow=allow)
 
@@ -2393,13 +2451,14 @@ def test_container_makes_no_packets_of_its_own_on_a_network_of_others(lab: Lab) 
     name = lab.service("a", {"compose.yaml": compose_file(
         networks=["shared"], top=top, services={"inner": {
             "image": IMAGE, "command": "sleep 100000", "init": True, "stop_grace_period": "1s",
-            "healthcheck": HEALTHY}})})
+            "healthcheck": HEALTHY}, "sharer": sleeper(network_mode="service:web"),
+            "bridged": sleeper(network_mode="bridge")})})
     lab.start()
     lab.runs(name, lab.repositories[name].head())
     told = {service: run("docker", "exec", f"{name}-{service}-1", "arping", "-c1", "-w1", "-I",
-                         "eth0", "10.1.2.3", check=False).stderr for service in ("web", "inner")}
-    assert "not permitted" in told["web"]
-    assert "not permitted" not in told["inner"]
+                         "eth0", "10.1.2.3", check=False).stderr
+            for service in ("web", "inner", "sharer", "bridged")}
+    assert [name for name, said in told.items() if "not permitted" not in said] == ["inner"]
     assert "yes" in lab.ssh(f"{name}//status").stdout
 
 
@@ -2690,6 +2749,7 @@ def configuration_errors(text: str) -> str:
     ("[[services]]\nuser = 'root'", ["service 1", "name is missing", "repository is missing"]),
     (ENTRY + ENTRY, ["'app'", "2 times"]),
     (ENTRY + "branche = 'x'", ["'app'", "'branche'", '"branch"']),
+    (ENTRY + "repo = '/r'", ["unknown key 'repo'", '"repository"']),
     (ENTRY + "color = 1", ["'app'", "unknown key 'color'"]),
     (ENTRY.replace('"app"', '"My App"'), ["name", "'My App'", "a-z"]),
     (ENTRY.replace('"app"', '"../x"'), ["name", "'../x'"]),
@@ -2743,7 +2803,7 @@ def configuration_errors(text: str) -> str:
     (ENTRY + "allow = ['ports:http']", ["allow", "'ports:http'", "'ports:80'"]),
     (ENTRY + "wait = '2 minutes'", ["wait", "'2 minutes'", "90s"]),
     (ENTRY + "wait = '0s'", ["wait", "1s"]),
-    (ENTRY + "wait = 120", ["wait", "string"]),
+    (ENTRY + "wait = 120", ["wait", "'120'", "90s"]),
     (ENTRY + "rollback = 'no'", ["rollback", "true or false"]),
 ])
 def test_wrong_configuration_says_what_and_where(text: str, told: list[str]) -> None:
@@ -2753,11 +2813,20 @@ def test_wrong_configuration_says_what_and_where(text: str, told: list[str]) -> 
 
 
 def test_all_errors_of_a_configuration_come_at_once() -> None:
-    text = (ENTRY + "brnch = 'x'\nwait = 1\n" + ENTRY.replace("app", "two") + "compose = ''\n"
-            + "[[services]]\nname = 'three'\n")
+    text = (ENTRY + "brnch = 'x'\nwait = 1\nallow = ['ports:x', 'bind', 'size:4g']\n"
+            "env = ['A', 'B=1', 'C']\nregistries = ['geheim']\nurls = {x = 'y', z = 1}\n"
+            "networks = ['a b', 'c d']\nreload = 'localhost:nobody//exec x'\n"
+            + ENTRY.replace("app", "two").replace("/srv", "srv") + "compose = ['', '/x']\n"
+            + "urls = {a = 'b:1'}\n[[services]]\nname = 'three'\nurls = {a = 'b:1'}\n")
     lines = configuration_errors(text).splitlines()
-    assert [line.split(":")[0] for line in lines] == [
-        "service 'app'", "service 'app'", "service 'two'", "service 'three'", "service 'three'"]
+    assert Counter(":".join(line.split(":")[:2]) for line in lines) == {
+        "service 'app': unknown key 'brnch' (did you mean \"branch\"?)": 1,
+        "service 'app': wait": 1, "service 'app': allow": 2, "service 'app': env": 2,
+        "service 'app': registries": 1, "service 'app': urls": 2, "service 'app': networks": 2,
+        "service 'app': reload needs an import, which is what it announces": 1,
+        "service 'app': reload": 1, "service 'two': repository": 1, "service 'two': compose": 2,
+        "service 'three': urls": 1, "service 'three': user is missing": 1,
+        "service 'three': repository is missing": 1}
 
 
 def entry(**keys: Any) -> pgod.Service:
@@ -3468,15 +3537,20 @@ def test_build_reads_the_commit_and_not_what_a_container_put_there(lab: Lab) -> 
 
 
 def test_builds_of_two_services_share_no_cache(lab: Lab) -> None:
-    lines = {"a": "echo secret > /c/file", "b": "ls /c > /seen"}
+    """Neither what RUN keeps between builds, nor a step that read a secret or a proxy's login."""
+    lines = {"a": "echo a > /c/file", "b": "ls /c > /seen"}
+    deployed(lab, *map(lab.service, lines))
     for short, line in lines.items():
-        text = f"FROM {IMAGE}\nLABEL pgotest={lab.name}\nRUN --mount=type=cache,target=/c {line}\n"
-        name = lab.service(short, {"compose.yaml": compose_file(image=None, build="."),
-                                   "Dockerfile": text})
-    lab.start()
-    for name in lab.services:
-        lab.runs(name, lab.repositories[name].head())
-    assert docker("exec", f"{name}-web-1", "cat", "/seen") == ""
+        text = (f"FROM {IMAGE}\nLABEL pgotest={lab.name}\nRUN echo $http_proxy > /proxy\n"
+                "RUN --mount=type=secret,id=s,mode=0444 cat /run/secrets/s > /secret\n"
+                f"RUN --mount=type=cache,target=/c {line}\n")
+        name = f"{lab.name}-{short}"
+        lab.push(name, {"s": short, "Dockerfile": text, "compose.yaml": compose_file(
+            image=None, top={"secrets": {"s": {"file": "./s"}}}, build={
+                "context": ".", "secrets": ["s"], "args": {"http_proxy": f"http://{short}"}})})
+        lab.ssh(f"{name}//up", check=True)
+    for file, text in {"seen": "", "proxy": "http://b", "secret": "b"}.items():
+        assert docker("exec", f"{name}-web-1", "cat", f"/{file}") == text
 
 
 def test_profiles_of_the_repository_count_where_the_administrator_names_none(lab: Lab) -> None:
@@ -3561,7 +3635,9 @@ def test_refusal_says_what_is_wrong_and_offers_no_trap(lab: Lab) -> None:
      "unknown flag: --x"),
     ("#12 [web 2/2] RUN false\n#12 ERROR: x\nfailed to solve: exit code: 1",
      "failed to solve: exit code: 1"),
-    ("warning: redirecting\nfatal: repository not found", "fatal: repository not found")])
+    ("warning: redirecting\nfatal: repository not found", "fatal: repository not found"),
+    ("remote: Counting objects: 100% (3/3)\nremote: This project is archived.\nfatal: read error",
+     "remote: This project is archived. / fatal: read error")])
 def test_words_of_a_program_keep_their_point(text: str, line: str) -> None:
     assert pgod.one_line(text) == line
 
@@ -3591,17 +3667,18 @@ def test_warnings_of_compose_and_what_is_not_followed_are_told(lab: Lab) -> None
                    f"160000,{repository.head()},files/module")
     repository.git("commit", "-q", "-m", "module")
     repository.send()
+    lab.duration = "1h"
     deployed(lab, name)
     notes = ["NOWHERE_SET", "compose.override.yaml is not read", "files/large.bin is in Git LFS",
              "files/module is a submodule"]
+    repository.git("commit", "-q", "--allow-empty", "-m", "again")
+    repository.send()
     for command in ("load", "plan", "up", "status", "status --json"):
         done = lab.ssh(f"{name}//{command}", check=True)
-        for note in notes if command != "plan" else ():
+        for note in notes:
             assert (done.stdout + done.stderr).count(note) == 1, (command, note)
         assert str(lab.directory) not in done.stdout, "the export's path helps nobody"
-    lab.push(name, {"file": "x"})
-    lab.ssh(f"{name}//hold", check=True)
-    assert lab.daemon.log().count("NOWHERE_SET") <= 3, "once each deploy"
+    assert lab.daemon.log().count("NOWHERE_SET") == 2, "once each deploy"
 
 
 def test_env_file_that_is_not_committed_is_what_the_administrator_says(lab: Lab) -> None:
@@ -3643,11 +3720,12 @@ def test_what_the_world_lacks_stops_nothing_and_is_tried_again(lab: Lab) -> None
 
 
 def test_last_words_of_what_failed_are_kept(lab: Lab) -> None:
-    secret = "geheim-word-1"
-    name = lab.service("a", {"file": "1"}, env=[f"SECRET={secret}"])
+    secret = "geheim-word\t1"
+    name, other = lab.service("a", {"file": "1"}, env=[f"SECRET={secret}"]), lab.service("b")
     deployed(lab, name)
     bad = lab.push(name, {"compose.yaml": compose_file(
-        ["sh", "-c", "for n in $$(seq 300); do echo line $$n; done; echo ${SECRET} >&2; exit 3"])})
+        ["sh", "-c", "for n in $$(seq 300); do echo line $$n; done; "
+         "echo '${SECRET}' >&2; exit 3"])})
     answer = lab.ssh(f"{name}//up")
     assert answer.returncode == 1
     assert "line 300" in answer.stderr
@@ -3663,16 +3741,29 @@ def test_last_words_of_what_failed_are_kept(lab: Lab) -> None:
     assert "exit status 3" in why
     assert "line 300" in why
     assert 199 <= len(re.findall("^line [0-9]+$", why, re.MULTILINE)) <= 200, "of two streams"
-    assert secret not in why + answer.stderr + json.dumps(line)
+    assert "geheim" not in why + answer.stderr + json.dumps(line)
     assert lab.ssh(f"{name}//why 0123abcd").returncode == 1
     assert lab.ssh(f"{name}//why x").returncode == 2
-    assert "no container" in lab.ssh(f"{lab.service('b')}//why").stderr + "no container"
+    lab.runs(other, lab.repositories[other].head())
+    done = lab.ssh(f"{other}//why")
+    assert (done.returncode, done.stderr) == (1, "no container has failed\n")
     folder = lab.directory / ".pgod" / name / "why"
     assert {file.name for file in folder.iterdir()} == {bad, ill}
     store = pgod.Store(pgod.ServicePaths(name, lab.directory, lab.datadir))
     for number in range(20):
         store.keep_words(f"{number:040}", "x")
     assert len([*folder.iterdir()]) == pgod.WORDS_KEPT
+
+
+def test_last_words_are_cut_after_they_are_redacted(lab: Lab) -> None:
+    """Of a secret that the cut halves, the second half would be shown."""
+    name, secret = f"{lab.name}-words", "geheim-word-1"
+    fill = pgod.WORDS_LENGTH - 7
+    identity = docker("run", "-d", "--name", name, IMAGE, "sh", "-c",
+                      f"printf {secret}; head -c {fill} /dev/zero | tr '\\0' x")
+    docker("wait", name)
+    words = pgod.EngineApi().last_words(pgod.Container(identity, "web", name, "exited"), [secret])
+    assert words.endswith("***" + "x" * fill)
 
 
 def test_last_words_of_what_crashes_without_a_deploy_are_shown(lab: Lab) -> None:
@@ -3694,7 +3785,8 @@ def test_log_has_a_line_a_change_and_errors_for_what_failed(lab: Lab) -> None:
     log = lab.daemon.log()
     assert "Container" not in log
     assert re.search(rf"ERROR {name}: up by id@test", log)
-    assert max(map(log.splitlines().count, log.splitlines())) < 3
+    lines = [line.split(" ", 1)[1] for line in log.splitlines()]
+    assert Counter(lines).most_common(1)[0][1] < 3, "two deploys, a line each"
 
 
 def test_lines_in_ssh_that_are_no_keys_are_told_and_lock_nobody_out(lab: Lab) -> None:
@@ -3721,6 +3813,7 @@ def test_lines_in_ssh_that_are_no_keys_are_told_and_lock_nobody_out(lab: Lab) ->
     lab.runs(name, lab.push(name, {path: None for path in (
         "ssh/id.pub", "ssh/two.pub", "ssh/three.pub", "ssh/empty")}))
     assert lab.ssh(f"{name}//ping").returncode == 255, "without ssh/ nobody steers"
+    assert "no key is in ssh/: nobody can steer this service" in lab.daemon.log()
 
 
 def test_stranger_is_told_when_a_key_counts(shared: Lab) -> None:
@@ -4594,9 +4687,11 @@ def test_hold_ends_when_its_time_is_over(lab: Lab) -> None:
     name = lab.service("a")
     lab.duration = "300ms"
     deployed(lab, name)
-    assert "lunch" in lab.ssh(f"{name}//hold lunch --for 3s", check=True).stdout
+    assert "lunch" in lab.ssh(f"{name}//hold lunch --for 5s", check=True).stdout
     commit = lab.push(name, {"compose.yaml": compose_file("sleep 321")})
-    assert lab.ssh(f"{name}//up").returncode == 1
+    for command in ("up", "start", "restart"):
+        done = lab.ssh(f"{name}//{command}")
+        assert (done.returncode, "release it first" in done.stderr) == (1, True), command
     lab.runs(name, commit)
 
 
@@ -4702,7 +4797,8 @@ REFUSED_ORDERS = (
     "a//restart -- -v", "a//stop ../x", "a//exec web", "a//exec -- --privileged id", "a//ping x",
     "a//git", "a//git push", "a//git hash x", "a//nothing", "a/ping", "//ping", "a//", "", " ",
     "a//ps --format '{{pad .Name 1000000000 0}}'", "a//ps --format={{range}}",
-    "a//history -n x y",
+    "a//history -n x y", "a//logs --tail x", "a//logs -n -1", "a//logs --index x", "a//down -t x",
+    "a//restart --timeout=1s", "a//history -n 5x", "a//exec --index . web id",
     "a//exec web 'x", "a//exec web " + "x " * 300, "a//exec web " + "x" * 70_000,
 )
 
@@ -4752,6 +4848,16 @@ def test_no_order_smuggles_an_option_to_compose() -> None:
     assert accepted > 500
 
 
+@pytest.mark.parametrize(("text", "told"), [
+    ("a//stat", 'did you mean "status"?'), ("a//restrat", 'did you mean "restart"?'),
+    ("a//logs --tail x", "logs: --tail takes a number or all, not 'x'"),
+    ("a//stop -t 1s", "stop: -t takes whole seconds, not '1s'"),
+    ("a//history -n x", "history: -n takes a number, not 'x'")])
+def test_order_that_is_wrong_says_what_is_right(text: str, told: str) -> None:
+    with pytest.raises(pgod.Refused, match=re.escape(told)):
+        pgod.parse_command(text)
+
+
 @pytest.mark.parametrize("text", [
     f"a//exec -e A={SECRET} web id", f"a//exec -eA={SECRET} web id",
     f"a//exec --env A={SECRET} web id", f"a//exec --env=A={SECRET} web id"])
@@ -4778,6 +4884,10 @@ def test_an_unknown_compose_service_is_named_and_nothing_is_held(lab: Lab, comma
     assert "'wbe'" in answer.stderr
     assert "stopped" not in lab.ssh(f"{name}//status", check=True).stdout
     assert lab.ssh(f"{name}//{command} -t 0 web").returncode == 0
+    status = lab.ssh(f"{name}//status", check=True).stdout
+    assert ("web stopped, and no deploys or heals, by" in status) == (command == "stop")
+    started = lab.ssh(f"{name}//start", check=True)
+    assert f"runs {lab.commit(name)[:10]}, healthy\n" in started.stderr
 
 
 def test_what_a_repository_says_does_not_steer_the_terminal(lab: Lab) -> None:
@@ -5318,12 +5428,14 @@ def test_service_that_left_the_configuration_ends_without_losing_data(lab: Lab) 
 
 def test_unit_is_one_that_systemd_takes(tmp_path: Path) -> None:
     unit = tmp_path / "pgod.service"
-    words = ["-s", "127.0.0.1:2223", "-m", "", "--duration=1m", "--datadir", "/srv/a b"]
+    words = ["-s", "127.0.0.1:2223", "-m", "", "--duration=1m", "--datadir", "/srv/a b", "-c", "x"]
     unit.write_text(run(sys.executable, HERE / "pgod.py", *words, "--unit").stdout)
     parser = configparser.ConfigParser(strict=False, interpolation=None)
     parser.optionxform = str  # type: ignore[assignment,method-assign]
     parser.read(unit)
     assert parser["Service"]["Type"] == "notify"
+    assert parser["Service"]["ExecStart"].count("--datadir") == 1
+    assert "--unit" not in parser["Service"]["ExecStart"]
     started = shlex.split(parser["Service"]["ExecStart"])[2:]
     assert pgod.parse_arguments(started)[0] == pgod.parse_arguments(words)[0]
     if shutil.which("systemd-analyze"):
@@ -5473,6 +5585,13 @@ def test_port_of_the_ssh_configuration_counts(shared: Lab) -> None:
     assert run(*words, "-p", "1", target, env=env, check=False).returncode == 255
     (home / ".ssh" / "config").write_text("Host other\n Port 1\n")
     assert "port 2222" in run(*words, target, env=env, check=False).stderr
+    assert "port ''" in run(*words, "-p", "", target, env=env, check=False).stderr
+    (home / ".ssh" / "config").write_text(
+        f'Match exec "env > {home}/seen"\n Port {shared.ssh_port}\n')
+    key = {"PGOCTL_ID": shared.key().read_text()}
+    assert run(*words[:2], target, env=env | key).stdout == "pong\n"
+    assert "HOME=" in (home / "seen").read_text()
+    assert "PRIVATE KEY" not in (home / "seen").read_text(), "no other program sees the key"
 
 
 def test_transport_that_is_not_installed_is_said(lab: Lab) -> None:
