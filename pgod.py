@@ -454,10 +454,12 @@ def make_folder(path: Path, mode: int, owner: Owner = None, gid: int | None = No
     if not stat.S_ISDIR(path.lstat().st_mode): raise Fault(f"{path} is not a folder; remove it")
     chown(path, owner, gid)
     path.chmod(mode)
+UNFINISHED = ".pgod-new"  # begins the name of what is not whole yet; a kill may leave it
+
 def write_atomic(path: Path, data: bytes, mode: int = 0o600, owner: Owner = None,
                  gid: int | None = None) -> None:
     """Old content or new content, never half of it, also after a loss of power."""
-    descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    descriptor, temporary = tempfile.mkstemp(prefix=UNFINISHED, dir=path.parent)
     try:
         with os.fdopen(descriptor, "wb") as file:
             file.write(data)
@@ -533,17 +535,17 @@ def read_beneath(root: Path, path: str, limit: int) -> bytes:
 def replace_beneath(root: Path, path: str, make: Callable[[str, int], None]) -> None:
     """What `make` makes of a temporary name, at root/path. Raises Refused where a folder is."""
     *parts, name = path.split("/")
-    temporary = f".pgod-{os.getpid()}-{threading.get_ident()}"
     with folder_beneath(root, parts, make=True) as folder:
         try:
-            make(temporary, folder)
+            with suppress(FileNotFoundError): os.unlink(UNFINISHED, dir_fd=folder)
+            make(UNFINISHED, folder)
             with suppress(OSError):  # an empty folder gives way, as in git
                 os.rmdir(name, dir_fd=folder)
-            os.rename(temporary, name, src_dir_fd=folder, dst_dir_fd=folder)
+            os.rename(UNFINISHED, name, src_dir_fd=folder, dst_dir_fd=folder)
         except IsADirectoryError:
             raise Refused(f"{root}/{path} is a folder, not a file; move or remove it") from None
         finally:
-            with suppress(FileNotFoundError): os.unlink(temporary, dir_fd=folder)
+            with suppress(FileNotFoundError): os.unlink(UNFINISHED, dir_fd=folder)
 def write_beneath(root: Path, path: str, data: BinaryIO, mode: int = 0o644) -> None:
     """A regular file beneath root, by a temporary name; a folder in its place is Refused."""
     def make(temporary: str, folder: int) -> None:
@@ -726,7 +728,6 @@ class Children:
                                     umask=0o022, bufsize=0)
         except (OSError, subprocess.SubprocessError) as error:
             raise Fault(f"{words[0]} cannot be started: {error}") from None
-
     def end(self, child: Child, grace: float = 3.0) -> None:
         """End the child's whole session: TERM, then KILL."""
         kill_all(session_processes(child.pid), signal.SIGTERM)
@@ -1007,7 +1008,6 @@ class Repository:
         shutil.rmtree(self.paths.export, ignore_errors=True)
         fresh.rename(self.paths.export)
         return tree
-
     def take_over(self) -> str:
         # upload-pack is made for repositories that are not trusted: it runs nothing of theirs.
         there = str(self.paths.worktree / ".git")
@@ -1081,9 +1081,9 @@ def worktree_conflicts(root: Path, export: Path, tracked: Tree, new: Tree) -> li
         with (refuse_on_permission_error(root, path),
               suppress(FileNotFoundError, Refused),
               folder_beneath(root, folder.split("/") if folder else ()) as descriptor):
-            name = f".pgod-{os.getpid()}-{threading.get_ident()}"
-            os.mkdir(name, 0o700, dir_fd=descriptor)
-            os.rmdir(name, dir_fd=descriptor)
+            with suppress(FileNotFoundError): os.unlink(UNFINISHED, dir_fd=descriptor)
+            os.symlink(".", UNFINISHED, dir_fd=descriptor)
+            os.unlink(UNFINISHED, dir_fd=descriptor)
     return conflicts
 def write_entry(root: Path, export: Path, path: str, mode: str) -> None:
     """What the export has at `path`, to the work tree, if that is not there already."""
@@ -1233,7 +1233,6 @@ def parse_container(facts: Json) -> Container:
         binds=tuple(Bind(compose_service, "bind", mount["Source"], not mount["RW"],
                          mount["Destination"])
                     for mount in facts.get("Mounts") or () if mount["Type"] == "bind"))
-
 def device_of(volume: Json | None) -> str:
     """The path of the host that a volume of driver local is bound to; empty where it is none."""
     volume = volume or {}
@@ -1379,7 +1378,6 @@ class EngineApi:
         wrote = redact(b"".join(frames or [data]).decode(errors="replace").rstrip(), secrets)
         return (f"== {container.name}: {container.status}{health}, exit status "
                 f"{container.exit_code}{restarts}\n{redact(said, secrets)}{wrote[-WORDS_LENGTH:]}")
-
     def act(self, method: str, path: str, query: Json | None = None,
             body: Any = None, seconds: float = API_SECONDS) -> None:
         """Do something to what may be gone meanwhile. Raises Fault."""
@@ -2117,7 +2115,6 @@ def check_build_paths(where: str, build: Json, context: PolicyContext) -> Found:
         for item in build.get(key) or ():
             if not re.fullmatch(CACHES, str(item)):
                 yield Violation(where, f"build.{key}", str(item), "uses files of the host")
-
 def repository_of(name: str) -> str:
     name = name.partition("@")[0]
     head, mark, tag = name.rpartition(":")
@@ -2913,7 +2910,6 @@ def compare(release: Release, snapshot: Snapshot, done: Jobs) -> tuple[Row, ...]
                  "is of no compose service of the commit", container)
              for containers in have.values() for container in containers]
     return tuple(rows)
-
 def note_done(release: Release, snapshot: Snapshot, done: Jobs) -> dict[str, DoneJob]:
     """The jobs that are done: their containers may be pruned. Not to be asked after a stop."""
     noted = {name: job for name, job in done.items() if name in release.digests}
@@ -3002,8 +2998,9 @@ class Hold:
         end = f" until {format_time(self.until)}" if self.until else ""
         reason = f": {self.reason}" if self.reason else ""
         verb = "stopped" if self.stops else "held"
-        if self.services: verb = f"{', '.join(self.services)} stopped, and no deploys or heals,"
-        return f"{verb} by {self.by} since {format_time(self.since)}{end}{reason}"
+        only = f"; {', '.join(self.services)} alone, with no deploys or heals of the others"
+        return (f"{verb} by {self.by} since {format_time(self.since)}{end}{reason}"
+                f"{only if self.services else ''}")
 
 @dataclass(frozen=True)
 class Situation:
@@ -3059,7 +3056,6 @@ def decide(seen: Situation) -> Decision:
         return Decision("heal", current.commit if current else "", tuple(str(row) for row in cures))
     if reason and failure: return Decision("nothing", reasons=(str(failure),))
     return Decision("nothing", reasons=tuple(str(row) for row in seen.rows) or (CALM,))
-
 def retry_delay(interval: float, failures: int, chance: float) -> float:
     """Seconds to the next look: the interval and up to half of it, doubled at each failure."""
     if not failures: return interval * (1 + chance / 2)
@@ -3510,7 +3506,6 @@ def prepare(project: Project, commit: str) -> Prepared:
     # Built is from the export alone, also where the file names the work tree itself.
     rendered = moved_paths(model, str(project.paths.worktree), str(project.paths.export))
     return Prepared(release, tree, rendered)
-
 def prepare_or_give_up(project: Project, commit: str, asked: bool) -> Prepared:
     """As `prepare`. Raises Refused, also where pgod was killed at it twice, unless `asked`."""
     store, times = project.store, 0 if asked else project.store.looks.get(commit, 0)
@@ -4071,7 +4066,6 @@ def set_up(project: Project) -> None:
         with suppress(EngineGone):
             Installation(project, project.store.current, log.debug).write_model()
     if (paths.worktree / ".git").is_dir(): take_over(project)
-
 def follow_user(project: Project) -> None:
     """Where `user` is another one than before: files of the commit and of git go to him."""
     root, git, account = project.paths.worktree, project.git.folder, project.account
@@ -4679,7 +4673,6 @@ def parse_options(command: str, arguments: Sequence[str]
             raise Refused(f"{command}: {name} takes {words}, not {printable(value)[:40]!r}")
     return (tuple((name, value) for name, value in found
                   if command != "exec" or name not in DROPPED_OPTIONS), tuple(operands))
-
 def check_operands(command: ParsedCommand) -> ParsedCommand:
     """Names of compose services where the table has them. Raises Refused."""
     name, syntax = command.command, COMMANDS[command.command].operands
@@ -5012,7 +5005,6 @@ class SshServer:
                       comment=comment, service=command.service, command=command.audited()[:4096],
                       status=status)
         return status
-
     async def run_job(self, process: Any, command: ParsedCommand, worker: Worker,
                       act: Callable[[Worker, Job], None], by: str) -> int:
         """Queue it, tell what happens while it happens; it goes on when the client leaves."""
@@ -5269,8 +5261,11 @@ class Daemon:
         for folder in (self.settings.directory, self.settings.datadir):
             if not folder.exists(): make_folder(folder, 0o755)
         make_folder(self.settings.directory / ".pgod", 0o711)
-        metrics = Metrics()
-        children = Children(metrics, take_lock(self.settings.directory))
+        metrics, folder = Metrics(), self.settings.directory
+        children = Children(metrics, take_lock(folder))
+        for place in ("", ".pgod/", ".pgod/*/", ".pgod/*/*/"):
+            for left in folder.glob(f"{place}{UNFINISHED}*"):
+                with suppress(OSError): left.unlink()
         self.shared = Shared(self.settings, self.configuration, children, metrics,
                              compose_program(children), EngineApi())
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):

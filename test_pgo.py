@@ -168,11 +168,11 @@ class Pgod:
     """A running pgod."""
 
     def __init__(self, lab: Lab, *options: str, env: Mapping[str, str] | None = None,
-                 python: str = sys.executable) -> None:
+                 python: str = sys.executable, program: Path = HERE / "pgod.py") -> None:
         self.lab = lab
         self.log_file = lab.folder / "pgod.log"
         self.start = self.log_file.stat().st_size if self.log_file.exists() else 0
-        words = [python, str(HERE / "pgod.py"), "--config", str(lab.config), "--dir",
+        words = [python, str(program), "--config", str(lab.config), "--dir",
                  str(lab.directory), "--datadir", str(lab.datadir), "--ssh",
                  f"127.0.0.1:{lab.ssh_port}", "--metric", f"127.0.0.1:{lab.metric_port}",
                  "--duration", lab.duration, *options]
@@ -4213,9 +4213,9 @@ def test_image_that_cannot_be_pulled_takes_nothing_down(lab: Lab, image: str) ->
 def test_end_at_any_moment_of_a_deploy_converges(lab: Lab, number: int) -> None:
     name = lab.service("a", {"compose.yaml": compose_file(services=TWO)}, **WAIT)
     deployed(lab, name)
-    seed = os.environ.get("PGO_SEED", lab.name)
+    seed = os.environ.get("PGOD_SEED", lab.name)
     chance, db = random.Random(seed), lab.containers(name)[f"{name}-db-1"]
-    print(f"the same moments again: PGO_SEED={seed}")
+    print(f"the same moments again: PGOD_SEED={seed}")
     for turn in range(5):
         commit = lab.push(name, {"compose.yaml": compose_file(f"sleep 1000{turn}", services=TWO)})
         time.sleep(chance.uniform(0, 4))  # the moment is what is tried
@@ -4885,7 +4885,7 @@ def test_an_unknown_compose_service_is_named_and_nothing_is_held(lab: Lab, comma
     assert "stopped" not in lab.ssh(f"{name}//status", check=True).stdout
     assert lab.ssh(f"{name}//{command} -t 0 web").returncode == 0
     status = lab.ssh(f"{name}//status", check=True).stdout
-    assert ("web stopped, and no deploys or heals, by" in status) == (command == "stop")
+    assert ("; web alone, with no deploys or heals of the others" in status) == (command == "stop")
     started = lab.ssh(f"{name}//start", check=True)
     assert f"runs {lab.commit(name)[:10]}, healthy\n" in started.stderr
 
@@ -5733,6 +5733,222 @@ def test_output_that_nobody_reads_ends_quietly(steered: tuple[Lab, str], transpo
     client.wait(30)
     assert b"Traceback" not in client.stderr.read()
     client.stderr.close()
+
+
+# ---- Steps ---------------------------------------------------------------------------------------
+# A history is done once to learn its steps, and then again and again with a fault at one of them.
+
+STEP_FAULTS = ("kill", "kill in the middle", "kill with the child", "end", "fail", "engine gone",
+               "container removed")
+
+
+class History:
+    """A service that runs, of which something is asked while pgod is down; what must come of it."""
+
+    def __init__(self, lab: Lab) -> None:
+        self.lab, self.turn = lab, 0
+        self.name, self.base, self.commit = "", "", ""
+        lab.duration = "500ms"
+
+    def files(self, command: str | list[str] = "", **keys: Any) -> dict[str, str]:
+        return dict.fromkeys(("bound", "folder/file"), str(self.turn)) | {
+            "compose.yaml": compose_file(
+                command or f"sleep 1{self.turn:05}", services=TWO, volumes=[
+                    "./bound:/bound:ro", "./folder:/folder:ro", "kept:/kept"],
+                top={"volumes": {"kept": {}}}, **keys)}
+
+    def begin(self) -> None:
+        """What all turns start from: a commit that runs, with data."""
+        self.name = self.lab.service(f"s{self.turn}", self.files(), wait="20s")
+        self.base = self.lab.repositories[self.name].head()
+        self.lab.start()
+        self.lab.runs(self.name, self.base)
+        self.keep_data()
+        self.lab.daemon.stop()
+
+    def keep_data(self) -> None:
+        docker("exec", f"{self.name}-web-1", "sh", "-c", "echo precious > /kept/data")
+        (self.lab.directory / self.name / "untracked").write_text("precious")
+
+    def act(self) -> None:
+        """Change something; `commit` is what the branch has then."""
+        self.commit = self.base
+
+    def expected(self) -> str:
+        """The commit that must run in the end."""
+        return self.commit
+
+    def over(self, fault: str) -> bool:
+        """Whether what runs is what must run in the end."""
+        runs, failed = self.lab.commit(self.name), self.lab.failure(self.name).get("commit")
+        right = runs == self.expected() and failed == (self.commit if runs != self.commit else None)
+        given_up = fault == "fail" and runs == self.base and failed == self.commit
+        return (right or given_up) and self.healthy()
+
+    def healthy(self) -> bool:
+        rows = [line.split() for line in docker(
+            "ps", "-a", "--filter", f"label=com.docker.compose.project={self.name}", "--format",
+            "{{.Names}} {{.State}} {{.Status}}").splitlines()]
+        return sorted(row[:2] + row[-1:] for row in rows) == [
+            [f"{self.name}-{name}-1", "running", "(healthy)"] for name in ("db", "web")]
+
+    def check(self, before: Mapping[str, Any]) -> None:
+        """What no fault may have touched, and what it may not leave."""
+        lab, own = self.lab, self.lab.directory / ".pgod" / self.name
+
+        def told() -> bool:
+            facts = json.loads(lab.ssh(f"{self.name}//status --json", check=True).stdout)
+            newest = facts["commit"] == self.commit
+            return bool(lab.commit(self.name) == facts["commit"] and newest == facts["in_sync"])
+
+        until(told, "status says what runs")
+        lab.daemon.stop()
+        assert self.untouched() == before
+        assert docker("exec", f"{self.name}-web-1", "cat", "/kept/data") == "precious"
+        assert docker("exec", f"{self.name}-web-1", "cat", "/folder/file") == (
+            lab.directory / self.name / "folder" / "file").read_text()
+        assert (lab.directory / self.name / "untracked").read_text() == "precious"
+        assert docker("network", "ls", "--format", "{{.Name}}", "--filter",
+                      f"label=com.docker.compose.project={self.name}") == f"{self.name}_default"
+        keep = [name for name in docker("image", "ls", "--format", "{{.Repository}}:{{.Tag}}",
+                                        pgod.KEEP_NAME).splitlines() if f":{self.name}." in name]
+        assert len(keep) == 1
+        left = [str(path) for folder in (own, lab.directory / self.name)
+                for path in folder.rglob("*") if path.name.startswith((".pgod-", "export.new"))
+                or re.fullmatch(r"\..*\.\w{8}|git\.(new|old)|.*\.lock", path.name)]
+        assert not left
+        assert not [pid for pid in filter(str.isdigit, os.listdir("/proc"))
+                    if str(lab.directory) in command_line(pid)], "processes are left"
+
+    def untouched(self) -> dict[str, Any]:
+        """The compose service that nothing was asked of: never stopped, never made anew."""
+        facts = json.loads(docker("inspect", f"{self.name}-db-1"))[0]
+        return {"id": facts["Id"], "started": facts["State"]["StartedAt"]}
+
+
+def command_line(pid: str) -> str:
+    with contextlib.suppress(OSError):
+        return Path("/proc", pid, "cmdline").read_bytes().decode(errors="replace")
+    return ""
+
+
+class GoodPush(History):
+    """A compose service, a bound file and a folder change."""
+
+    def act(self) -> None:
+        self.commit = self.lab.push(self.name, self.files())
+
+
+class BadPush(GoodPush):
+    """What is pushed cannot run, so that the former commit does."""
+
+    def expected(self) -> str:
+        return self.base
+
+
+class Crash(BadPush):
+    def act(self) -> None:
+        status = self.turn % 9 + 1
+        self.commit = self.lab.push(self.name, self.files(["sh", "-c", f"exit {status}"]))
+
+
+class HalfWay(BadPush):
+    """The engine refuses to create a container, after others were created."""
+
+    def act(self) -> None:
+        self.commit = self.lab.push(self.name, self.files(cpuset="4000"))
+
+
+class Forbidden(BadPush):
+    def act(self) -> None:
+        self.commit = self.lab.push(self.name, self.files(privileged=True))
+
+
+class Heal(History):
+    def act(self) -> None:
+        super().act()
+        docker("rm", "-f", f"{self.name}-web-1")
+
+
+class NewConfiguration(History):
+    """Nothing is to be recreated, but all of it is looked at anew."""
+
+    def act(self) -> None:
+        super().act()
+        self.former = self.lab.stored(self.name)["configuration"]
+        self.lab.services[self.name]["env"] = [f"UNUSED={self.turn}"]
+        self.lab.write_config()
+
+    def over(self, fault: str) -> bool:
+        return super().over(fault) and self.lab.stored(self.name)["configuration"] != self.former
+
+
+class OneGoesOneComes(History):
+    """A service leaves pgo.toml, and another one is deployed for the first time."""
+
+    def act(self) -> None:
+        self.left = self.name
+        self.lab.services.clear()
+        self.name = self.lab.service(f"s{self.turn}", self.files(), wait="20s")
+        self.base = self.commit = self.lab.repositories[self.name].head()
+
+    def over(self, fault: str) -> bool:
+        gone = not self.lab.containers(self.left)
+        return super().over(fault) and gone
+
+    def check(self, before: Mapping[str, Any]) -> None:
+        self.keep_data()
+        super().check(self.untouched())
+        docker("volume", "inspect", f"{self.left}_kept")
+        assert not (self.lab.directory / ".pgod" / self.left).exists()
+        docker("volume", "rm", f"{self.left}_kept")
+
+
+HISTORIES = (GoodPush, Crash, HalfWay, Forbidden, Heal, NewConfiguration, OneGoesOneComes)
+
+
+def one_turn(history: History, at: int, fault: str) -> list[str]:
+    """Do the history with a fault at a step (-1: none); the steps that there were."""
+    lab, log = history.lab, history.lab.folder / "steps.log"
+    log.write_text("")
+    before = history.untouched()
+    history.turn += 1
+    history.act()
+    plan = {"log": str(log), "at": at, "fault": fault, "threads": [history.name, "MainThread"],
+            "commands": {"container removed": ["docker", "rm", "-f", f"{history.name}-web-1"]}}
+    daemon = lab.start(ready=False, program=HERE / ".ci" / "steps.py",
+                       env={"PGOD_STEPS": json.dumps(plan)})
+    def ended() -> bool:
+        """It ends a moment after such a step."""
+        reached = 0 <= at < len(log.read_text().splitlines())
+        if reached and fault.startswith(("kill", "end")):
+            daemon.process.wait(60)
+        return daemon.process.poll() is not None
+
+    until(lambda: ended() or ("follows" in daemon.log() and history.over(fault)), "the end of it")
+    if ended():
+        lab.start()
+        until(lambda: history.over(fault), "recovered")
+    history.check(before)
+    history.base = lab.commit(history.name)
+    return log.read_text().splitlines()
+
+
+@pytest.mark.parametrize("kind", HISTORIES, ids=lambda kind: kind.__name__)
+def test_fault_at_any_step_loses_nothing_and_is_made_good(lab: Lab, kind: type[History]) -> None:
+    seconds = float(os.environ.get("PGOD_STEPS_SECONDS", "20"))
+    seed = os.environ.get("PGOD_SEED", lab.name)
+    print(f"the same steps again: PGOD_SEED={seed}")
+    history, until_then = kind(lab), time.monotonic() + seconds
+    history.begin()
+    steps = one_turn(history, -1, "")
+    turns = [(at, fault) for fault in STEP_FAULTS for at in range(len(steps))]
+    random.Random(seed).shuffle(turns)
+    for at, fault in turns:
+        if time.monotonic() > until_then:
+            break
+        print(f"step {at}, {fault}: {steps[at]}")
+        one_turn(history, at, fault)
 
 
 # ---- Project -------------------------------------------------------------------------------------

@@ -117,6 +117,8 @@ def clean(folder):
 
 
 def main():
+    if run("docker", "ps", "-aq", "--filter", "label=com.docker.compose.project=demo"):
+        sys.exit("demo: there is a compose project called demo already: take it down first")
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     folder = Path(tempfile.mkdtemp(prefix="pgod-demo-"))
     folder.chmod(0o755)
