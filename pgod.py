@@ -1540,7 +1540,6 @@ class Compose:
             raise Refused("compose rendered the compose file to something else than JSON") from None
         except RecursionError:
             raise Refused("the compose file is nested too deeply") from None
-
     def stand_in(self, path: str, stack: ExitStack) -> bool:
         """Make an env file that the commit lacks, of the names in pgo.toml, until `stack` ends."""
         # A name without a value takes that of compose's environment: no secret is in the file.
@@ -1760,10 +1759,12 @@ def with_value_names(model: Model) -> Model:
     return result
 def with_own_cache(model: Model, name: str) -> Model:
     """The model whose builds take no cached step from those of others, for one more host's sake."""
-    # The proxies and secrets that a step may read are in no key of BuildKit's cache; hosts are.
+    # What proxies and secrets a step may read is in no key of BuildKit's cache; hosts are. What
+    # cache_from brings, true or not, it would keep for the builds of all.
     result = copied(model)
     for service in compose_services(result).values():
         if isinstance(build := service.get("build"), dict):
+            build.pop("cache_from", None)
             build["extra_hosts"] = [*(build.get("extra_hosts") or ()),
                                     f"{name}.pgod.invalid=127.0.0.1"]
     return result
@@ -2089,6 +2090,7 @@ def outside_commit(path: str, context: PolicyContext) -> str:
     relative = beneath(path, context.worktree)
     return "lies outside the repository" if relative is None else link_above(relative, context.tree)
 
+USUAL_FRONTEND = re.compile(r"docker/dockerfile(-upstream)?([:@].*)?")
 CACHES = (r"[^=,\"\s]+|type=(registry|gha|inline)(,(ref|mode|scope|compression|oci-mediatypes|"
           r"image-manifest|ignore-error)=[^=,\"\s]+)*")
 
@@ -2126,7 +2128,7 @@ def check_built_image(where: str, image: str, context: PolicyContext) -> Found:
     users = [name for name, model in context.models for key, service in
              compose_services(model).items() if image_of(name, key, service) == image]
     if {f"image:{image}", f"image:{repository}"} & {*context.service.allow}: return
-    if not context.owns(image, "-", "/"):
+    if not context.owns(image, "-", "/") or USUAL_FRONTEND.fullmatch(image):
         yield Violation(where, "image", image, "is built here and may be what others use; "
                         f"call it {context.name}-… or {context.name}/…", f"image:{repository}")
     elif users and not context.owns(image, "-"):
@@ -2136,7 +2138,6 @@ def check_built_image(where: str, image: str, context: PolicyContext) -> Found:
 # As BuildKit finds it: # syntax=, // syntax= or JSON, at the start; or a whole file of JSON.
 FRONTEND = re.compile(r'^[^\S\n]*(?:#|//|")[^\S\n]*syntax"?[^\S\n]*[=:][^\S\n]*"?([^\s"]*)|\A\s*\{',
                       re.IGNORECASE | re.MULTILINE)
-USUAL_FRONTEND = re.compile(r"docker/dockerfile(-upstream)?([:@].*)?")
 FRONTEND_WHY = "is a program that may read what the builds of others keep"
 
 def check_frontend(where: str, dockerfile: str) -> Found:
@@ -2319,9 +2320,13 @@ def check_attachments(model: Model, context: PolicyContext) -> Found:
     shared = {key for key, network in part(model, "networks").items()
               if network and (network.get("external") or network.get("name") in context.listed)}
     for where in sorted(among_others(model, context.listed)):
-        if "NET_RAW" in capabilities(compose_services(model)[where]):
+        service = compose_services(model)[where]
+        if "NET_RAW" in capabilities(service):
             yield Violation(where, "cap_add", "NET_RAW", "could take the traffic of neighbours on "
                             "a network that they are on as well", "cap_add:NET_RAW")
+        if service.get("network_mode") and (fixed := service.get("mac_address")):
+            yield Violation(where, "mac_address", str(fixed), "may be a neighbour's",
+                            f"network:{where}_mac_address={exact(fixed)}")
     theirs = {name for other in context.others for name in (other.name, *targets(other))}
     taken = {name.lower() for name in theirs - {context.name, *targets(context.service)}}
     for (where, service), key in ((item, key) for item in compose_services(model).items()
@@ -2700,7 +2705,6 @@ def parse_configuration(text: str) -> tuple[Service, ...]:
     errors += check_services(services, names)
     if errors: raise ConfigurationError("\n".join(errors))
     return tuple(Service(**fields) for fields in services.values())
-
 def configuration_digest(path: Path) -> str:
     """Changes when pgo.toml does, or an env_file or deploy_key in it. Raises OSError."""
     text = path.read_bytes()
@@ -3624,7 +3628,6 @@ def refuse_what_cannot_be(project: Project, prepared: Prepared, snapshot: Snapsh
     if paused := [c.name for c in snapshot.containers if c.status == "paused"]:
         raise Fault(f"{', '.join(paused)} is paused by hand; once docker unpause has ended "
                     "that, it is tried again")
-
 def refuse_taken_names(project: Project, release: Release) -> None:
     """A neighbour may have taken a name since the policy looked. Raises Refused."""
     taken = [str(v) for v in check_inner_names(release.model, project.context({}))
@@ -4007,7 +4010,6 @@ class Reconciler:
         self.store.set_current(replace(current, since=good.since, ill=()), good=True)
         self.project.shared.metrics.add("pgo_service_rollbacks_total", service=self.project.name)
         log.warning("%s: rolled back to %s", self.project.name, short(good.commit))
-
     def append_history(self, commit: str, by: str, began: float, outcome: str, reason: str,
                        words: Sequence[str] = ()) -> None:
         author, subject = self.project.git.describe(commit)
@@ -4231,7 +4233,6 @@ class Worker(threading.Thread):
             for waiting in self._jobs:
                 waiting.say("pgod is ending; try again in a moment")
                 waiting.done.set_result(1)
-
     def _next(self) -> tuple[Job | None, set[str]]:
         """The next job, or what it was woken by; sleeps until there is something."""
         with self._condition:
@@ -4980,7 +4981,6 @@ class SshServer:
             return await self.audited(process, client, parsed)
         finally:
             self.sessions[parsed.service] -= 1
-
     async def audited(self, process: Any, client: Client, command: ParsedCommand) -> int:
         """A job of the service's thread, an answer at once, or a command of compose."""
         worker, entry = self.shared.workers[command.service], COMMANDS[command.command]

@@ -2031,6 +2031,8 @@ ATTACKS: tuple[tuple[str, str, str], ...] = (
     ("services: {a: {image: x, networks: [n]}, b: {image: x, network_mode: 'service:a', "
      "cap_add: [net_raw]}}\nnetworks: {n: {external: true}}", "b: cap_add: NET_RAW: could take",
      "cap_add:NET_RAW"),
+    (web("network_mode: bridge, mac_address: '02:42:ac:11:00:02'"), "mac_address",
+     "network:web_mac_address"),
     (web("logging: {options: {mode: non-blocking, max-buffer-size: 700m}}"),
      "max-buffer-size=700m", "logging:max-buffer-size"),
     (web("logging: {options: {max-size: '1', max-file: '1000000'}}"), "max-file to 100",
@@ -2491,6 +2493,22 @@ def test_name_that_is_looked_up_inside_is_not_answered_from_outside(
         "/data/app", models=(("other", other),)))
     both = {key for key, *_, inner in pgod.name_clashes(one, context) if not inner}
     assert both == ({"proxy"} if "web" in mine else set())
+
+
+def test_no_build_takes_a_cache_from_elsewhere() -> None:
+    """BuildKit would keep what it says for the builds of everybody."""
+    model = {"services": {"web": {"build": {"context": "/x", "cache_from": ["a", "type=gha"]}},
+                          "db": {"image": "x"}}}
+    assert pgod.with_own_cache(model, "app")["services"] == {
+        "web": {"build": {"context": "/x", "extra_hosts": ["app.pgod.invalid=127.0.0.1"]}},
+        "db": {"image": "x"}}
+
+
+def test_nobody_builds_the_frontend_of_others() -> None:
+    model = {"services": {"web": {"build": {"context": "/l", "dockerfile": "/l/D"},
+                                  "image": "docker/dockerfile:1"}}}
+    around = pgod.PolicyContext(pgod.Service("docker", "ann", pgod.Remote("/r")), (), "/l", "/d")
+    assert "may be what others use" in "\n".join(map(str, pgod.check_policy(model, around)))
 
 
 def test_nobody_builds_under_the_name_of_an_image_that_a_neighbour_runs() -> None:
