@@ -205,10 +205,9 @@ class Service:
     @property
     def secrets(self) -> tuple[str, ...]:
         """What must never be shown. Short values of env and paths would redact half of a line."""
-        # A path begins with a folder that there is; a token may begin with a slash as well.
-        plain = (value for _, value in self.env if value != self.name and not (
-            value.startswith("./") or (
-                re.match("/[^/]", value) and os.path.isdir("/" + value.split("/")[1]))))
+        # A path begins with a plain folder, as /srv; a token may begin with a slash as well.
+        plain = (value for _, value in self.env if value != self.name and not re.fullmatch(
+            r"(\.{1,2}|/[a-z]{2,12}\d{0,2})(/[\w./-]*)?", value))
         known = (*self.repository.secrets, *(r.token for r in self.registries), self.webhook)
         lines = (line for value in plain for line in (value, *value.splitlines()))
         values = (*known, *(line for line in lines if len(line) >= 6))
@@ -253,7 +252,6 @@ class PublicKey:
 
 # ---- Parsing -----------------------------------------------------------------------------------
 DURATION_UNITS = {"h": 3600.0, "m": 60.0, "s": 1.0, "ms": 0.001}
-
 def parse_duration(text: str, least: float = 0.0) -> float:
     """Seconds of a duration in Go's notation, 90s, 5m0s, 1h30m or 1.5h; not under `least`."""
     parts = re.findall(r"(\d+(?:\.\d+)?)(ms|h|m|s)", text)
@@ -329,7 +327,6 @@ def text_of(data: bytes) -> str:
 # As compose reads the files of --env-file, but for $, which is no variable here.
 ENV_VALUE = re.compile(r"""'(?P<plain>[^']*)'.*|"(?P<quoted>(?:[^"\\]|\\.)*)".*|(?P<bare>.*)""")
 ESCAPES = {"n": "\n", "r": "\r", "t": "\t"}
-
 def parse_env_lines(text: str) -> tuple[tuple[str, str], ...]:
     """The NAME=VALUE lines of an env_file; blank ones and those with # in front are skipped."""
     pairs = []
@@ -367,7 +364,6 @@ def rsa_bits(blob: bytes) -> int:
 
 KEY_TYPES = ("ssh-ed25519", "ecdsa-sha2-nistp256", "ecdsa-sha2-nistp384", "ecdsa-sha2-nistp521",
              "sk-ssh-ed25519@openssh.com", "sk-ecdsa-sha2-nistp256@openssh.com", "ssh-rsa")
-
 def key_fingerprint(blob: bytes) -> str:
     """As `ssh-keygen -l` shows it."""
     return "SHA256:" + base64.b64encode(hashlib.sha256(blob).digest()).decode().rstrip("=")
@@ -416,7 +412,6 @@ def nearest(word: str, known: Iterable[str]) -> str:
 NOISE = re.compile(r"\s*((Container|Network|Volume|Image) \S+ +[A-Z][a-z]+\s*$|#\d+ |warning:|"
                    r"usage:|time=\S+ level=[^ef]|(see|run) '.* --help'|"
                    r"remote: (Enumerat|Count|Compress|Total))", re.IGNORECASE)
-
 def one_line(text: str, limit: int = 300) -> str:
     """What matters of a program's words: its last lines, and of them the beginning."""
     lines = [line.strip() for line in text.splitlines() if line.strip() and not NOISE.match(line)]
@@ -442,7 +437,6 @@ def as_user(account: Account) -> Iterator[None]:
         _libc.setfsgid(0)
 
 Owner = Account | None  # None: root
-
 def chown(path: Path | int, account: Owner, gid: int | None = None) -> None:
     """Give a path or descriptor to the account, where pgod may."""
     if os.geteuid() == 0:
@@ -455,7 +449,6 @@ def make_folder(path: Path, mode: int, owner: Owner = None, gid: int | None = No
     chown(path, owner, gid)
     path.chmod(mode)
 UNFINISHED = ".pgod-new"  # begins the name of what is not whole yet; a kill may leave it
-
 def write_atomic(path: Path, data: bytes, mode: int = 0o600, owner: Owner = None,
                  gid: int | None = None) -> None:
     """Old content or new content, never half of it, also after a loss of power."""
@@ -678,7 +671,6 @@ def kill_all(processes: Iterable[int], number: int) -> None:
 
 Child = subprocess.Popen[bytes]
 PIPE, DEVNULL = subprocess.PIPE, subprocess.DEVNULL
-
 def feed_lines(data: bytearray, on_line: Progress, secrets: Sequence[str]) -> bytearray:
     """Hand on the whole lines in `data`; what is left of it."""
     *lines, rest = data.split(b"\n")
@@ -688,7 +680,6 @@ def feed_lines(data: bytearray, on_line: Progress, secrets: Sequence[str]) -> by
 
 LEFT_BEHIND = "something that it left behind holds its pipes"
 FULL = "No space left for it on the disk"
-
 def lacks_room(folder: str | Path, need: int = 0) -> str:
     """Why there is no room for so many bytes, or nothing."""
     disk = shutil.disk_usage(folder)
@@ -807,7 +798,6 @@ GIT_HINTS = {
 
 # Files are those of the commit, byte for byte: `ident` makes twelve bytes of one.
 AS_IT_IS = b"* -text -eol -ident -working-tree-encoding -filter\n"
-
 def printable(text: str) -> str:
     """No control characters: what a repository says must not steer a terminal or a log."""
     return "".join(char if char.isprintable() else "?" for char in text)
@@ -1611,7 +1601,6 @@ MAX_BYTES = 1 << 30  # of the host's memory, for a tmpfs or shared memory
 VALUE_PREFIX = "PGOD_VALUE_"  # names of variables are the repository's: DOCKER_HOST is one, too
 # Keys of a compose service that do not shape its containers.
 NOT_SHAPING = frozenset(("build", "pull_policy", "profiles", "depends_on", "scale", "develop"))
-
 def copied(model: Model) -> Model:
     return dict(json.loads(json.dumps(model)))
 def moved_paths(value: Any, old: str, new: str) -> Any:
@@ -1669,8 +1658,9 @@ def normalised(model: Model) -> Model:
                     {name.lower(): item for name, item in limit.items()} for limit in limits]
         mounts = service.get("tmpfs") or []
         for place, mount in enumerate(mounts):
-            if not re.search("[:,]size=", mount):
-                mounts[place] = f"{mount}{',' if ':' in mount else ':'}size={MAX_BYTES}"
+            path, _, options = mount.partition(":")
+            if not re.search("(^|,)size=", options):
+                mounts[place] = f"{path}:{options + ',' if options else ''}size={MAX_BYTES}"
         for volume in (v for v in service.get("volumes") or () if isinstance(v, dict)):
             if volume.get("type") == "tmpfs":
                 volume["tmpfs"] = {"size": str(MAX_BYTES)} | (volume.get("tmpfs") or {})
@@ -1818,11 +1808,14 @@ def digest_of(facts: Any, key: bytes) -> str:
     return hmac.new(key, text, "sha256").hexdigest()[:32]
 def input_digests(model: Model, files: Files, key: bytes) -> dict[str, str]:
     """Of all that is in the folders that each compose service binds. Raises Refused."""
-    found = defaultdict[str, list[Any]](list)
-    for bind in dict.fromkeys(replace(bind, target="") for bind in binds_of(model)):
-        if bind.kind == "bind": found[bind.compose_service] += files.beneath(bind.source)
-        if sum(map(len, found.values())) > INPUTS:
-            raise Refused(f"its bind mounts have over {INPUTS} files, counted where they are bound")
+    found, left = defaultdict[str, list[Any]](list), INPUTS
+    binds = dict.fromkeys(replace(bind, target="") for bind in binds_of(model))
+    for name, source in (*((b.compose_service, b.source) for b in binds if b.kind == "bind"), *(
+            ("", part(service, "build").get("context")) for service in model["services"].values())):
+        there = files.beneath(str(source or ""))
+        if (left := left - len(there)) < 0:
+            raise Refused(f"its builds and bind mounts have over {INPUTS} files, each counted")
+        if name: found[name] += there
     return {name: digest_of(entries, key) for name, entries in found.items()}
 def network_digests(project: str, model: Model) -> dict[str, str]:
     return {name: digest_of(network, b"")
@@ -1915,7 +1908,6 @@ MAX_CONTAINERS = 100  # of one project
 # processes of root's.
 MOST = {"volumes": 500, "configs": 500, "secrets": 500, "ports": 50, "networks": 8}
 NOTHING: tuple[Any, ...] = (None, False, "", [], {})
-
 def shown(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value, sort_keys=True)
 def exact(value: Any) -> str:
@@ -1972,7 +1964,6 @@ def bytes_of(value: Any) -> float:
 GRACE = r"(\d+(\.\d+)?(h|ms?|s))+"
 LEAST_INTERVAL = 0.2  # seconds between two health checks: each is a process, and events for all
 LABEL_TEXT = 64 << 10  # that come with every event of a container
-
 def seconds_of(value: Any) -> float:
     """A duration as compose renders it; unknown forms are too long."""
     return parse_duration(value) if re.fullmatch(GRACE, str(value)) else math.inf
@@ -1985,7 +1976,6 @@ check_grace = at_most("stop_grace_period", "stop_grace_period", 120.0, seconds_o
 LABELS = Rule("labels", "is compose's or pgod's own",
               r"(?i)(?!com\.docker\.compose\.|io\.pgod\.)[\s\S]*", ".+",
               "com.docker.compose.x", named)
-
 def unknown_keys(where: str, prefix: str, value: Json | None, known: Iterable[str]) -> Found:
     for key, item in (value or {}).items():
         if key not in known and not key.startswith("x-") and item not in NOTHING:
@@ -2014,7 +2004,6 @@ KNOWN = {place: frozenset(keys.split()) for place, keys in {
 
 # Rotating renames each file, and the buffer of each container is the engine's memory.
 LOG_MOST = {"max-file": 100, "cache-max-file": 100, "max-buffer-size": 16 << 20}
-
 def log_settings(value: Any) -> list[Any]:
     options = value.get("options") or {}
     return [value.get("driver"), *({*options} - KNOWN["log"]),
@@ -2051,6 +2040,9 @@ def check_ports(where: str, value: Any, context: PolicyContext) -> Found:
             continue
         text = f"{first}-{last}" if last > first else f"{first}"
         yield Violation(where, "ports", text, why, f"ports:{text}")
+# Not nr_blocks, which takes the limit of size away.
+TMPFS_OPTION = (r"|r[ow]|(no)?(exec|suid|dev|atime|diratime|relatime)|strictatime|mode=[0-7]{1,4}|"
+                r"[ug]id=\d{1,10}|nr_inodes=[1-9]\d{0,5}k?")
 def check_tmpfs(where: str, value: Any, context: PolicyContext) -> Found:
     for item in listed(value or []):
         for option in str(item).partition(":")[2].split(","):
@@ -2058,6 +2050,8 @@ def check_tmpfs(where: str, value: Any, context: PolicyContext) -> Found:
                 yield Violation(where, "tmpfs", option, "is a share; write it like size=512m")
             elif option.startswith("size="):
                 yield from check_tmpfs_size(where, option[5:], context)
+            elif not re.fullmatch(TMPFS_OPTION, option):
+                yield Violation(where, "tmpfs", option, "is no option of a tmpfs that is known")
 def check_healthcheck(where: str, value: Any, context: PolicyContext) -> Found:
     for key in ("interval", "start_interval"):
         text = str((value or {}).get(key) or "0s")
@@ -2093,7 +2087,6 @@ def outside_commit(path: str, context: PolicyContext) -> str:
 USUAL_FRONTEND = re.compile(r"docker/dockerfile(-upstream)?([:@].*)?")
 CACHES = (r"[^=,\"\s]+|type=(registry|gha|inline)(,(ref|mode|scope|compression|oci-mediatypes|"
           r"image-manifest|ignore-error)=[^=,\"\s]+)*")
-
 def check_build_paths(where: str, build: Json, context: PolicyContext) -> Found:
     """Everything that the build reads lies in the commit, by no link."""
     folder = str(build.get("context", ""))
@@ -2139,13 +2132,12 @@ def check_built_image(where: str, image: str, context: PolicyContext) -> Found:
 FRONTEND = re.compile(r'^[^\S\n]*(?:#|//|")[^\S\n]*syntax"?[^\S\n]*[=:][^\S\n]*"?([^\s"]*)|\A\s*\{',
                       re.IGNORECASE | re.MULTILINE)
 FRONTEND_WHY = "is a program that may read what the builds of others keep"
-
 def check_frontend(where: str, dockerfile: str) -> Found:
     """What reads the Dockerfile is docker's own: another one need not separate the caches."""
     if len(dockerfile) > MODEL_TEXT:
         yield Violation(where, "dockerfile", "", f"has over {MODEL_TEXT >> 10} KiB")
         return
-    for match in FRONTEND.finditer(dockerfile.lstrip("\ufeff")):
+    for match in FRONTEND.finditer(re.sub(r"\A\ufeff*(#!.*)?\s*\ufeff*", "", dockerfile)):
         if not USUAL_FRONTEND.fullmatch(match[1] or ""):
             yield Violation(where, "syntax", match[0].strip()[:80], FRONTEND_WHY, "build:syntax")
 def check_build(where: str, value: Any, context: PolicyContext) -> Found:
@@ -2161,6 +2153,7 @@ def check_build(where: str, value: Any, context: PolicyContext) -> Found:
         yield Violation(where, "build.args", "BUILDKIT_SYNTAX", FRONTEND_WHY, "build:syntax")
     for tag in build.get("tags") or (): yield from check_built_image(where, str(tag), context)
     yield from check_shm(where, build.get("shm_size"), context)
+    yield from SERVICE_RULES["ulimits"].violations(where, build.get("ulimits"), context)
     yield from check_build_paths(where, build, context)
 def check_mounts(where: str, value: Any, context: PolicyContext) -> Found:
     """What a mount is; the paths of bind mounts are looked at all together below."""
@@ -2262,7 +2255,6 @@ ALLOW: dict[str, Rule] = {rule.key: rule for rule in (
     Rule("size", allow=r"\d+[kmg]?", example="4g"),
     Rule("volume", allow=".+", example="shared_data"),
 )}
-
 def permits(entry: str) -> bool:
     kind, _, text = entry.partition(":")
     return kind in ALLOW and re.fullmatch(ALLOW[kind].allow or "", text) is not None
@@ -2270,7 +2262,6 @@ def permits(entry: str) -> bool:
 HARMLESS_OPTIONS = frozenset(("com.docker.network.driver.mtu",
                               "com.docker.network.bridge.enable_icc"))
 ENGINE_NETWORKS = ("host", "bridge", "none", "default", "ingress")
-
 def check_compose_service(where: str, service: Json, context: PolicyContext) -> Found:
     """The table's rules on one compose service, and what needs two of its keys."""
     yield from unknown_keys(where, "", service, SERVICE_RULES)
@@ -2345,7 +2336,6 @@ def check_attachments(model: Model, context: PolicyContext) -> Found:
                 yield Violation(where, f"{place}.{fixed}", shown(attachment[fixed]),
                                 "is a fixed address on a network that is shared",
                                 f"network:{key}_{fixed}={exact(attachment[fixed])}")
-
 def name_clashes(model: Model, context: PolicyContext) -> Iterator[tuple[str, str, str, bool]]:
     """Network, name and neighbour, where both answer to it; whether one of them knows it inside."""
     # The engine asks all networks of a container for a name, in an order that nobody chooses.
@@ -2381,7 +2371,7 @@ def check_volumes(model: Model, context: PolicyContext) -> Found:
             yield Violation("volumes", key, shown(driver), "has a driver or driver_opts",
                             f"volume:{key}_driver={exact(driver)}")
 def check_size(model: Model, context: PolicyContext) -> Found:
-    count = sum(max(0, replicas) for replicas in expected_replicas(model).values())
+    count = sum(max(1, replicas) for replicas in expected_replicas(model).values())
     if count > allowed("replicas", MAX_CONTAINERS, int, context):
         yield Violation("services", "replicas", str(count), f"is more than {MAX_CONTAINERS} "
                         "containers in all", f"replicas:{count}")
@@ -2409,7 +2399,6 @@ CLOCK_BINDS = (("/etc/localtime", True), ("/etc/timezone", True))
 
 SYSTEM_FOLDERS = ("/bin", "/boot", "/dev", "/etc", "/lib", "/proc", "/root", "/run", "/sbin",
                   "/sys", "/usr", "/var/lib")
-
 def unset_paths(text: str, warnings: Iterable[str]) -> dict[str, str]:
     """The paths in a compose file that lack a variable which compose warns of, and that one."""
     found = {}
@@ -2441,6 +2430,7 @@ def written(source: str, context: PolicyContext) -> str:
 def bind_trouble(bind: Bind, context: PolicyContext) -> tuple[str, bool]:
     """Why a path may not be bound, or nothing; whether an exception is offered."""
     source, relative = bind.source, beneath(bind.source, context.worktree)
+    if len(source) > 2 * PATH_LENGTH: return "is too long", False
     if os.path.normpath(source) != (source.rstrip("/") or "/") or "$" in source:
         return "must be written without . and .. and $", False
     if relative is None: return outside(source, context)
@@ -2459,10 +2449,12 @@ def bind_allowed(bind: Bind, service: Service) -> bool:
     return False
 def nested_binds(binds: Iterable[Bind], writers: Sequence[Bind]) -> Iterator[tuple[Bind, Bind]]:
     """Each bind that lies beneath one that a container can write, and that one."""
+    writable = {above.source.rstrip("/"): above for above in writers if not above.read_only}
     for bind in binds:
-        for above in writers:
-            root = above.source.rstrip("/") + "/"
-            if not above.read_only and bind.source.rstrip("/").startswith(root): yield bind, above
+        path = bind.source.rstrip("/")
+        while path:
+            path = path.rpartition("/")[0]
+            if path in writable: yield bind, writable[path]
 def check_nested_binds(binds: Sequence[Bind], context: PolicyContext) -> Found:
     """No source beneath one that a container can write: it could put a link to /etc there."""
     # Also where `allow` has the upper one: only an entry for the very path is the administrator's
@@ -2495,7 +2487,6 @@ def check_build_secrets(model: Model, context: PolicyContext) -> Found:
 
 TOO_LARGE = (f"is over {MODEL_DEPTH} deep, or has over {MODEL_ENTRIES} entries, "
              f"{MODEL_TEXT >> 10} KiB of text or names of {MODEL_KEY} characters")
-
 def check_budget(model: Model) -> Found:
     """A model that is so large that looking at it takes long is not looked at."""
     left: list[tuple[Any, str, int]] = [(model, "the compose file", 1)]
@@ -2512,7 +2503,6 @@ def check_budget(model: Model) -> Found:
 
 MODEL_CHECKS = (check_top_level, check_networks, check_attachments, check_inner_names,
                 check_volumes, check_binds, check_build_secrets)
-
 def check_policy(model: Model, context: PolicyContext) -> list[Violation]:
     """Every violation of a model whose paths are those of the work tree. Pure."""
     # One that is too large is not read any further: it may be made to take minutes.
@@ -2533,7 +2523,6 @@ HOST_PATTERN = re.compile(
     r"(https?://)?(\*\.)?[a-z0-9]([a-z0-9-]*[a-z0-9])?(\.[a-z0-9]([a-z0-9-]*[a-z0-9])?)*(:\d{1,5})?",
     re.IGNORECASE)
 TARGET_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*:[1-9]\d{0,4}")
-
 def as_string(value: object) -> str:
     if not isinstance(value, str) or not value or "\0" in value:
         raise ValueError("must be a string that is not empty")
@@ -2570,7 +2559,6 @@ as_name = matching(NAME_PATTERN.pattern, "is not a name; use a-z 0-9 _ - (60 at 
 as_branch = matching(r"(?!refs/)(?!.*(\.\.|@\{|//|/\.|\.lock(/|$)|[/.]$))"
                      r"[^-/.\x00-\x20~^:?*\[\\\x7f][^\x00-\x20~^:?*\[\\\x7f]*",
                      "is not the name of a branch; write it like main")
-
 def as_compose(value: object) -> tuple[str, ...]:
     files = (value,) if isinstance(value, str) else as_strings(value)
     return every(as_file_in_repository, files)
@@ -2649,7 +2637,6 @@ SERVICE_KEYS: dict[str, Callable[[Any], Any]] = {
     "wait": lambda value: parse_duration(str(value), 1), "rollback": as_bool,
 }
 REQUIRED_KEYS = ("name", "user", "repository")
-
 def parse_service(table: Json, label: str) -> tuple[dict[str, Any], list[str]]:
     """The fields of a Service that are right, and every reason why others are not."""
     errors, fields = [], {}
@@ -2844,7 +2831,6 @@ def lost_network(container: Container, wanted: Iterable[str], snapshot: Snapshot
     return next((name for name in wanted if name not in on), "")
 
 Facts = Iterator[tuple[object, str, str]]  # whether it is so, the kind of its row, the text
-
 def namespace_facts(container: Container, snapshot: Snapshot) -> Facts:
     """What shares a namespace has it no longer when the other one is made or started anew."""
     there = {other.identity: other for other in snapshot.containers}
@@ -3029,7 +3015,6 @@ class Decision:
     services: tuple[str, ...] = ()
 
 CALM = "in sync"
-
 def deploy_reason(seen: Situation, target: str) -> str:
     current = seen.current
     if not current: return f"first deploy of {short(target)}"
@@ -3069,7 +3054,6 @@ def retry_delay(interval: float, failures: int, chance: float) -> float:
 # ---- Store -------------------------------------------------------------------------------------
 HISTORY_LINES = 200
 WORDS_KEPT = 10  # failed deploys, of which it is known what the containers said
-
 def load_json(path: Path, default: Any, parse: Callable[[Any], Any] = lambda value: value) -> Any:
     """A JSON file of pgod's, parsed; as the default would be, where it is missing or damaged."""
     with suppress(OSError, ValueError, TypeError, AttributeError, KeyError):
@@ -3399,7 +3383,6 @@ def unfit(project: Project, model: Model, tree: Tree) -> list[str]:
 
 LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 OVERRIDES = tuple(name.replace(".y", ".override.y") for name in COMPOSE_FILES)
-
 def not_followed(project: Project, model: Model, tree: Tree) -> Iterator[str]:
     """What looks as if it counted, and does not, and what to do."""
     read = [os.path.relpath(file, project.paths.export) for file in project.compose.files(tree)]
@@ -3425,8 +3408,8 @@ def foreign_frontends(project: Project, model: Model) -> list[str]:
     for name, service in compose_services(model).items():
         build = service.get("build") or {}
         found += check_frontend(name, str(build.get("dockerfile_inline") or ""))
-        file = str(build.get("dockerfile") or "Dockerfile")
-        for path in (file, file.lower()) if build else ():  # docker takes either
+        folder, file = os.path.split(str(build.get("dockerfile") or "Dockerfile"))
+        for path in (os.path.join(folder, name) for name in {file, file.lower()} if build):
             at = os.path.normpath(os.path.join(str(build.get("context", "")), path))
             files[beneath(at, str(project.paths.worktree)) or ""] = name
     for inside, name in files.items():
@@ -3483,12 +3466,13 @@ def make_release(project: Project, commit: str, model: Model, tree: Tree,
     """The release of a checked model; its images are not known yet."""
     generated = {path: digest_of(text, b"") for path, text in import_of(project).items()}
     files, key = Files(tree, str(project.paths.worktree), generated), project.store.digest_key()
+    inputs = input_digests(model, files, key)
     digests = {name: digest_of(service_facts(model, name, files, values), key)
                for name in compose_services(model)}
     adopted = adopted or run_by_hand(project, model, digests)
     return Release(commit, project.configuration(), project.name,
                    with_labels(with_value_names(model), digests, adopted), digests,
-                   input_digests(model, files, key), values=values, adopted=adopted)
+                   inputs, values=values, adopted=adopted)
 def prepare(project: Project, commit: str) -> Prepared:
     """Export, render and check a commit. Raises Refused."""
     tree = project.git.export(commit, spare=True)
@@ -3548,7 +3532,6 @@ def fetch_images(project: Project, prepared: Prepared, say: Progress) -> Prepare
               if repository_of(digest).endswith(repository_of(name))}
     return replace(prepared, release=replace(
         release, images={name: str(found["Id"]) for name, found in facts.items()}, pulled=pulled))
-
 def attached_to(project: Project, network: Json) -> list[str]:
     """The project's containers on a network. Raises Refused where those of others are on it."""
     attached = project.api.attached(str(network["Id"]))
@@ -3669,7 +3652,6 @@ def restore_images(project: Project, release: Release, wanted: Iterable[str]) ->
         if not images[name]: raise Fault(f"image {name} is gone and cannot be had again")
         project.say(f"image {name} was gone, and is there again")
     return replace(release, images=images)
-
 def make_binds(project: Project, model: Model, say: Progress) -> None:
     """Look at every bound path, by no link; make missing folders, as the user. Raises Refused."""
     for bind, root in itertools.product(binds_of(model), project.paths.roots):
@@ -3725,9 +3707,10 @@ class Installation:
                        for bind, above in nested_binds(beneath, writers))
 
         containers = [self.project.api.with_devices(container) for container in containers]
-        theirs = [bind for container in containers for bind in container.binds]
-        racing = sorted(c.identity for c in containers if race([*binds, *theirs], c.binds)
-                        or race(c.binds, [*binds, *theirs]))
+        known = [*binds, *(bind for container in containers for bind in container.binds)]
+        every_bind = [*{(bind.source, bind.read_only): bind for bind in known}.values()]
+        racing = sorted(c.identity for c in containers if race(every_bind, c.binds)
+                        or race(c.binds, every_bind))
         self.project.api.stop(racing)
         self.project.api.remove(racing)
         make_binds(self.project, self.release.model, self.say)
@@ -3891,7 +3874,6 @@ class Reconciler:
             self.fail(commit, trouble, say, by, began, changed, [*changes])
         self.record_success(by, began)
         say(f"runs {short(commit)}, healthy after {time.monotonic() - began:.1f} s")
-
     def ill_before(self) -> tuple[str, ...]:
         """The containers that are ill before a deploy. Where one was cut short, before that one."""
         current = self.store.current
@@ -3951,7 +3933,6 @@ class Reconciler:
                 say(f"waits: {why}")
                 told = why
             self.pause(1.0)
-
     def record_success(self, by: str, began: float) -> None:
         release, good = self.store.current, self.store.good
         assert release
@@ -4318,7 +4299,6 @@ class Worker(threading.Thread):
             self.publish(failures=0, last_success=time.time(), next_poll=self.next_poll(0))
         if asking or decision.reasons == (CALM,): self.publish(last_error=self.view.remote_error)
         return decision
-
     def end_hold(self) -> Hold | None:
         """The hold in force; one whose time is over is removed."""
         hold = self.store.hold()
@@ -4491,7 +4471,6 @@ def job_plan(worker: Worker, job: Job) -> None:
     for image in sorted({image for name, image in release.image_names.items()
                          if image not in snapshot.images and not services[name].get("build")}):
         job.say(f"  image to pull: {image}")
-
 def require_release(worker: Worker) -> Release:
     if not worker.view.release: raise Refused("nothing was deployed yet; up does it")
     return worker.view.release
@@ -4648,7 +4627,6 @@ USAGE_STATUS, DENIED_STATUS = 2, 1
 VALUE_FORMS = {"LINES": ("[0-9]{1,9}|all", "a number or all"), "COUNT": ("[0-9]{1,6}", "a number"),
                "NUMBER": ("[0-9]{1,6}", "a number"), "SECONDS": ("-?[0-9]{1,6}", "whole seconds"),
                "FORMAT": (PLAIN_TEMPLATE.pattern, "table, json or fields as {{.Name}}")}
-
 def option_names(command: str) -> dict[str, str]:
     """The options of a command, with the name of what each takes."""
     return {name: text.partition("=")[2] for text in COMMANDS[command].options.split()
@@ -5167,7 +5145,6 @@ class HttpServer(http.server.ThreadingHTTPServer):
 # ---- Daemon --------------------------------------------------------------------------------------
 CONFIGURATION_SECONDS = 2.0  # between two looks at pgo.toml and at what lives
 SSH_SILENCE = 120.0  # seconds; it is asked for a sign of life at each look
-
 def notify(text: str) -> None:
     """Tell systemd, if it asked to be told (sd_notify(3))."""
     address = os.environ.get("NOTIFY_SOCKET", "")
@@ -5381,7 +5358,6 @@ SystemCallErrorNumber=EPERM
 [Install]
 WantedBy=multi-user.target
 """
-
 def bool_word(text: str) -> bool:
     if text.lower() not in ("true", "false", "1", "0", "t", "f"):
         raise argparse.ArgumentTypeError(f"{text!r} is neither true nor false")
@@ -5418,7 +5394,6 @@ OPTIONS: tuple[tuple[str, str, dict[str, Any], str], ...] = (
     ("check", "--check", FLAG, "check the configuration and exit"),
     ("unit", "--unit", FLAG, "print a systemd unit"),
 )
-
 def parse_arguments(words: Sequence[str]) -> tuple[Settings, argparse.Namespace]:
     """The command line; exits with 2 and a message where it is wrong."""
     parser = argparse.ArgumentParser(
@@ -5487,7 +5462,6 @@ def main(words: Sequence[str]) -> int:
     except Fault as fault:
         print(f"pgod: {fault}", file=sys.stderr)
     return 1
-
 def run() -> NoReturn:
     sys.exit(main(sys.argv[1:]))
 

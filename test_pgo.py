@@ -38,7 +38,9 @@ import urllib.parse
 import urllib.request
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -1564,11 +1566,12 @@ def test_engine_that_is_away_is_said_and_puts_off_no_look_at_git(lab: Lab) -> No
 
 
 def test_memory_disk_without_a_limit_gets_one(tmp_path: Path) -> None:
-    model, _ = rendered(tmp_path, web("tmpfs: ['/a', '/b:mode=1777', '/c:size=5m'], volumes: ["
-                                      "{type: tmpfs, target: /d}, {type: tmpfs, target: /e, "
-                                      "tmpfs: {size: 5m}}]"))
+    model, _ = rendered(tmp_path, web("tmpfs: ['/a', '/b:mode=1777', '/c:size=5m', '/d,size=1:rw']"
+                                      ", volumes: [{type: tmpfs, target: /d}, {type: tmpfs, "
+                                      "target: /e, tmpfs: {size: 5m}}]"))
     limited = pgod.normalised(model)["services"]["web"]
-    assert limited["tmpfs"] == ["/a:size=1073741824", "/b:mode=1777,size=1073741824", "/c:size=5m"]
+    assert limited["tmpfs"] == ["/a:size=1073741824", "/b:mode=1777,size=1073741824", "/c:size=5m",
+                                "/d,size=1:rw,size=1073741824"]
     assert [v["tmpfs"]["size"] for v in limited["volumes"]] == ["1073741824", "5242880"]
     assert judged({"services": {"web": limited}}, {}) == []
 
@@ -1926,6 +1929,9 @@ ATTACKS: tuple[tuple[str, str, str], ...] = (
     # Sizes and numbers.
     (web("tmpfs: /t:size=99999m"), "tmpfs", "size:99999m"),
     (web("tmpfs: ['/t:mode=700,size=90%']"), "tmpfs", ""),
+    (web("tmpfs: ['/t:size=1m,nr_blocks=0']"), "tmpfs: nr_blocks=0", ""),
+    (web("tmpfs: ['/t:rshared']"), "tmpfs: rshared", ""),
+    ("services: {web: {build: {context: ., ulimits: {rtprio: 98}}}}", "rtprio", "ulimits:rtprio"),
     (web("tmpfs: ['/t:size=1k,size=9g']"), "tmpfs: 9g", "size:9g"),
     (web("shm_size: 5000000000"), "shm_size", "size:5000000000"),
     (web("shm_size: -1"), "shm_size", ""),
@@ -2154,6 +2160,29 @@ def test_unset_variables_are_found_in_linear_time() -> None:
     found = pgod.unset_paths(text, ['The "A" variable is not set. Defaulting to a blank string.'])
     assert found["x" * 100_000 + "/data"] == "A"
     assert time.process_time() - before < 5
+
+
+def test_builds_that_read_much_are_refused_before_they_are_read_again() -> None:
+    files = pgod.Files({f"{n}": ("100644", "0" * 40) for n in range(50_000)}, "/l", {})
+    model = {"services": {f"s{n}": {"build": {"context": "/l"}} for n in range(9)}}
+    with pytest.raises(pgod.Refused, match="builds and bind mounts have over"):
+        pgod.input_digests(model, files, b"")
+
+
+def test_services_without_containers_count() -> None:
+    model = {"services": {f"s{n}": {"image": "x", "scale": 0} for n in range(101)}}
+    assert [violation.allow for violation in judged(model, {})] == ["replicas:101"]
+
+
+def test_paths_are_compared_in_linear_time() -> None:
+    """1,500 binds of each of 20 containers, as `guard` compares them, took minutes."""
+    binds = [pgod.Bind("web", "bind", f"/data/app/{n}/{'y' * 900}", n % 2 > 0)
+             for n in range(30_000)]
+    binds += [replace(binds[0], source=binds[0].source + "/x")]
+    before = time.process_time()
+    found = [(one.source, above.source) for one, above in pgod.nested_binds(binds, binds)]
+    assert found == [(binds[-1].source, binds[0].source)]
+    assert time.process_time() - before < 5, "it is a matter of milliseconds"
 
 
 def test_many_binds_are_refused_before_they_are_compared(tmp_path: Path) -> None:
@@ -2606,10 +2635,25 @@ def test_image_that_a_neighbour_built_is_not_run(lab: Lab, image: str) -> None:
 @pytest.mark.parametrize("text", [
     "# syntax=evil/frontend\nFROM x", "#!/x\n#syntax = evil\nFROM x", "// syntax=evil\n",
     '{"syntax": "evil"}', '\ufeff# syntax=evil', '{\n "syntax": "evil"\n}',
-    "# escape=`\n# SYNTAX=evil"])
+    "# escape=`\n# SYNTAX=evil", '#!/bin/x\n{ "syntax": "evil", "x": "" }',
+    '\ufeff#!/x\n\ufeff{"x": "", "syntax": "evil"}'])
 def test_only_the_usual_frontend_reads_a_dockerfile(text: str) -> None:
     assert [violation.allow for violation in pgod.check_frontend("web", text)]
     assert not [*pgod.check_frontend("web", "# syntax=docker/dockerfile:1.7\nFROM x\n# a {\n")]
+
+
+@pytest.mark.parametrize(("dockerfile", "there"), [
+    ("Sub/Dockerfile", "Sub/dockerfile"), ("Sub/Dockerfile", "Sub/Dockerfile"),
+    ("", "dockerfile"), ("My.File", "my.file")])
+def test_dockerfile_of_any_spelling_is_looked_at(tmp_path: Path, dockerfile: str,
+                                                 there: str) -> None:
+    (tmp_path / there).parent.mkdir(exist_ok=True)
+    (tmp_path / there).write_text("# syntax=evil\nFROM x\n")
+    service = pgod.Service("app", "ann", pgod.Remote("/r"))
+    paths = SimpleNamespace(worktree="/l/app", export=tmp_path)
+    project: Any = SimpleNamespace(service=service, paths=paths)
+    build = {"context": "/l/app"} | ({"dockerfile": dockerfile} if dockerfile else {})
+    assert pgod.foreign_frontends(project, {"services": {"web": {"build": build}}})
 
 
 @pytest.mark.parametrize("text", ["\n", " ", "#\n", "# ", "#syntax", "# syntax=\n", '"', "{",
