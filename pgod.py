@@ -1150,7 +1150,8 @@ class Bind:
     kind: str  # bind, config or secret
     source: str
     read_only: bool
-    target: str = ""  # known of a container's
+    target: str = ""
+    volume: bool = False  # it is by a volume of driver local, which is judged with the volumes
 
 @dataclass(frozen=True)
 class Container:
@@ -1634,7 +1635,7 @@ def binds_of(model: Model) -> list[Bind]:
             device = device_of(volumes.get(source)) if mount.get("type") == "volume" else ""
             if mount.get("type") == "bind" or device:
                 binds.append(Bind(name, "bind", device or source, mount.get("read_only") is True,
-                                  str(mount.get("target", ""))))
+                                  str(mount.get("target", "")), bool(device)))
         for kind in ("config", "secret"):
             files = files_used(service.get(f"{kind}s"), part(model, f"{kind}s"))
             binds += [Bind(name, kind, file, True) for file in files]
@@ -1673,10 +1674,12 @@ def normalised(model: Model) -> Model:
 def capabilities(service: Json) -> set[str]:
     """Those that it adds, by their plain names."""
     return {str(name).upper().removeprefix("CAP_") for name in service.get("cap_add") or ()}
-def among_others(model: Model, listed: Iterable[str]) -> set[str]:
-    """The compose services on networks that others may be on: external, `listed` or docker0."""
-    shared = {key for key, network in part(model, "networks").items()
-              if network and (network.get("external") or network.get("name") in listed)}
+def shared_networks(model: Model, shares: Callable[[str], bool]) -> set[str]:
+    return {key for key, network in part(model, "networks").items()
+            if network and (network.get("external") or shares(str(network.get("name") or "")))}
+def among_others(model: Model, shares: Callable[[str], bool]) -> set[str]:
+    """The compose services on networks that others may be on: external, shared or docker0."""
+    shared = shared_networks(model, shares)
     modes = {name: str(service.get("network_mode") or "")
              for name, service in compose_services(model).items()}
     found = {name for name, mode in modes.items() if mode in ("bridge", "default")
@@ -1685,10 +1688,10 @@ def among_others(model: Model, listed: Iterable[str]) -> set[str]:
                    if mode.startswith("service:") and mode[8:] in found} - found:
         found |= more
     return found
-def without_raw_sockets(model: Model, listed: Iterable[str]) -> Model:
+def without_raw_sockets(model: Model, shares: Callable[[str], bool]) -> Model:
     """The model without NET_RAW where others are on the network: ARP would take their traffic."""
     result = copied(model)
-    for service in map(compose_services(result).__getitem__, among_others(model, listed)):
+    for service in map(compose_services(result).__getitem__, among_others(model, shares)):
         if not capabilities(service) & {"NET_RAW", "ALL"}:  # they need `allow`
             service["cap_drop"] = sorted({*(service.get("cap_drop") or ()), "NET_RAW"})
     return result
@@ -1723,9 +1726,17 @@ def names_on(project: str, model: Model, network: str) -> tuple[set[str], set[st
             if ((entry or {}).get("name") or f"{project}_{key}") == network}
     on = {name for name, service in services.items() if keys & {*networks_used(service)}}
     near = {key for name in on for key in networks_used(services[name])}
-    names = [(False, {str(link).partition(":")[2] for name in on
+    replicas = expected_replicas(model)
+    def known(name: str, key: str) -> set[str]:
+        return names_of(name, services[name], key) | {
+            f"{project}-{name}-{number + 1}" for number in range(max(1, replicas[name]))}
+    # The engine asks all networks for NAME.NETWORK as a whole before it splits it.
+    scoped = {f"{text}.{part(model, 'networks', key).get('name') or f'{project}_{key}'}"
+              for name in services for key in (near - keys) & {*networks_used(services[name])}
+              for text in known(name, key)}
+    names = [(False, scoped), (False, {str(link).partition(":")[2] for name in on
                       for link in services[name].get("links") or ()} - {""}), *(
-        (name in on, names_of(name, service, key) | {f"{project}-{name}-1"})
+        (name in on, known(name, key))
         for name, service in services.items()
         for key in (keys if name in on else near) & {*networks_used(service)})]
     return ({plain(text) for outside, found in names for text in found if outside},
@@ -1885,10 +1896,10 @@ class PolicyContext:
     @property
     def name(self) -> str:
         return self.service.name
-    @property
-    def listed(self) -> set[str]:
-        """The networks that others are to use."""
-        return {name for other in self.others for name in other.networks}
+    def shares(self, network: str) -> bool:
+        """Whether others may be on a network of that name."""
+        listed = any(network in other.networks for other in self.others)
+        return bool(network) and (listed or not self.owns(network, "_"))
     def holds(self, path: str) -> bool:
         """Whether a path lies in the repository or in the service's folder of data."""
         return any(beneath(path, root) is not None for root in (self.worktree, self.data))
@@ -2006,7 +2017,8 @@ KNOWN = {place: frozenset(keys.split()) for place, keys in {
 LOG_MOST = {"max-file": 100, "cache-max-file": 100, "max-buffer-size": 16 << 20}
 def log_settings(value: Any) -> list[Any]:
     options = value.get("options") or {}
-    return [value.get("driver"), *({*options} - KNOWN["log"]),
+    return [value.get("driver"),
+            *(f"{key}={exact(options[key])}" for key in sorted({*options} - KNOWN["log"])),
             *(f"{key}={options[key]}" for key, most in LOG_MOST.items()
               if key in options and bytes_of(options[key]) > most),
             *(text for text in options.values() if not PLAIN_TEMPLATE.fullmatch(str(text)))]
@@ -2115,7 +2127,7 @@ def repository_of(name: str) -> str:
     head, mark, tag = name.rpartition(":")
     return head if mark and "/" not in tag else name
 def tagged(name: str) -> str:
-    return name if re.search("[:@][^/]*$", name) else f"{name}:latest"
+    return name if re.search("[:@]", name.rpartition("/")[2]) else f"{name}:latest"
 def check_built_image(where: str, image: str, context: PolicyContext) -> Found:
     repository = repository_of(image)
     users = [name for name, model in context.models for key, service in
@@ -2139,7 +2151,7 @@ def check_frontend(where: str, dockerfile: str) -> Found:
         return
     for match in FRONTEND.finditer(re.sub(r"\A\ufeff*(#!.*)?\s*\ufeff*", "", dockerfile)):
         if not USUAL_FRONTEND.fullmatch(match[1] or ""):
-            yield Violation(where, "syntax", match[0].strip()[:80], FRONTEND_WHY, "build:syntax")
+            yield Violation(where, "syntax", match[0].strip(), FRONTEND_WHY, "build:syntax")
 def check_build(where: str, value: Any, context: PolicyContext) -> Found:
     build = value if isinstance(value, dict) else {"context": value}
     yield from unknown_keys(where, "build.", build, KNOWN["build"])
@@ -2167,12 +2179,15 @@ def check_mounts(where: str, value: Any, context: PolicyContext) -> Found:
             yield Violation(where, "volumes", shown(item), "relabels files of the host")
         if bind.get("propagation") not in (None, "", "private", "rprivate"):
             yield Violation(where, "volumes", shown(item), "propagates mounts to the host")
+        if bind.get("recursive") not in (None, "", "enabled", "disabled", "readonly"):
+            yield Violation(where, "volumes", shown(item), "leaves what is mounted in it writable")
         yield from unknown_keys(where, "volumes.", item, KNOWN["mount"])
         yield from unknown_keys(where, "volumes.bind.", bind, KNOWN["bind"])
         yield from check_tmpfs_size(where, (item.get("tmpfs") or {}).get("size"), context)
 def check_image(where: str, value: Any, context: PolicyContext) -> Found:
     if str(value).startswith("pgod.invalid/"):
         yield Violation(where, "image", str(value), "is a name that pgod keeps images by")
+    if len(str(value)) > 2 * MODEL_KEY: yield Violation(where, "image", str(value), "is too long")
 
 # Of those that every container has, what Kubernetes' baseline lets one ask for by name.
 USUAL_CAPABILITIES = ("(?i)(cap_)?(audit_write|chown|dac_override|fowner|fsetid|kill|mknod|"
@@ -2294,7 +2309,7 @@ def check_networks(model: Model, context: PolicyContext) -> Found:
                 yield refuse(name, "is the engine's own", name)
             continue
         if not context.owns(name, "_"):
-            yield refuse(name, f"must be called {context.name}_…; leave name: out", name)
+            yield refuse(name, f"must be called {context.name}_…; leave name: out", f"own={name}")
         driver, options, ipam = (network.get(k) for k in ("driver", "driver_opts", "ipam"))
         if driver not in (None, "", "bridge", "default"):
             yield refuse(driver, "is not driver bridge", f"{key}_driver={exact(driver)}")
@@ -2308,9 +2323,8 @@ def check_networks(model: Model, context: PolicyContext) -> Found:
 
 def check_attachments(model: Model, context: PolicyContext) -> Found:
     """On an external network nobody may answer to a neighbour's name or take an address."""
-    shared = {key for key, network in part(model, "networks").items()
-              if network and (network.get("external") or network.get("name") in context.listed)}
-    for where in sorted(among_others(model, context.listed)):
+    shared = shared_networks(model, context.shares)
+    for where in sorted(among_others(model, context.shares)):
         service = compose_services(model)[where]
         if "NET_RAW" in capabilities(service):
             yield Violation(where, "cap_add", "NET_RAW", "could take the traffic of neighbours on "
@@ -2318,7 +2332,8 @@ def check_attachments(model: Model, context: PolicyContext) -> Found:
         if service.get("network_mode") and (fixed := service.get("mac_address")):
             yield Violation(where, "mac_address", str(fixed), "may be a neighbour's",
                             f"network:{where}_mac_address={exact(fixed)}")
-    theirs = {name for other in context.others for name in (other.name, *targets(other))}
+    theirs = {name for other in context.others for name in (
+        other.name, *targets(other), *(host.rpartition("/")[2] for host, _ in other.urls))}
     taken = {name.lower() for name in theirs - {context.name, *targets(context.service)}}
     for (where, service), key in ((item, key) for item in compose_services(model).items()
                                   for key in networks_used(item[1])):
@@ -2339,8 +2354,8 @@ def check_attachments(model: Model, context: PolicyContext) -> Found:
 def name_clashes(model: Model, context: PolicyContext) -> Iterator[tuple[str, str, str, bool]]:
     """Network, name and neighbour, where both answer to it; whether one of them knows it inside."""
     # The engine asks all networks of a container for a name, in an order that nobody chooses.
-    for key, network in part(model, "networks").items():
-        name = str((network or {}).get("name") or f"{context.name}_{key}")
+    for name, key in {str((network or {}).get("name") or f"{context.name}_{key}"): key
+                      for key, network in part(model, "networks").items()}.items():
         mine, inside = names_on(context.name, model, name)
         for other, theirs in context.models:
             their, within = names_on(other, theirs, name)
@@ -2430,7 +2445,8 @@ def written(source: str, context: PolicyContext) -> str:
 def bind_trouble(bind: Bind, context: PolicyContext) -> tuple[str, bool]:
     """Why a path may not be bound, or nothing; whether an exception is offered."""
     source, relative = bind.source, beneath(bind.source, context.worktree)
-    if len(source) > 2 * PATH_LENGTH: return "is too long", False
+    if len(source) > 2 * PATH_LENGTH or source.count("/") > 2 * PATH_DEPTH:
+        return "is too long", False
     if os.path.normpath(source) != (source.rstrip("/") or "/") or "$" in source:
         return "must be written without . and .. and $", False
     if relative is None: return outside(source, context)
@@ -2466,9 +2482,9 @@ def check_nested_binds(binds: Sequence[Bind], context: PolicyContext) -> Found:
                             "it from elsewhere, or that one read-only")
 def check_binds(model: Model, context: PolicyContext) -> Found:
     """Where bind mounts, configs and secrets may come from."""
-    binds, devices = binds_of(model), {*map(device_of, part(model, "volumes").values())}
+    binds = binds_of(model)
     for bind in binds:
-        judged = bind.source in devices and not context.holds(bind.source)  # with the volumes
+        judged = bind.volume and not context.holds(bind.source)
         clock = (bind.source, bind.read_only) in CLOCK_BINDS
         why, offered = bind_trouble(bind, context)
         if why and not (judged or clock or bind_allowed(bind, context.service)):
@@ -3337,8 +3353,8 @@ def render(project: Project, tree: Tree) -> tuple[Model, list[str]]:
     except RecursionError:
         raise Refused("the compose file is nested too deeply") from None
     moved = normalised(moved)
-    listed = project.context(tree).listed
-    return moved if project.service.trusted else without_raw_sockets(moved, listed), warnings
+    shares = project.context(tree).shares
+    return moved if project.service.trusted else without_raw_sockets(moved, shares), warnings
 def read_values(project: Project, model: Model) -> dict[str, str]:
     """The variables that are configs or secrets, by `env`, then .env. Raises Refused."""
     # compose would make the container and not fill it, if one is not set.
@@ -3408,7 +3424,7 @@ def foreign_frontends(project: Project, model: Model) -> list[str]:
     for name, service in compose_services(model).items():
         build = service.get("build") or {}
         found += check_frontend(name, str(build.get("dockerfile_inline") or ""))
-        folder, file = os.path.split(str(build.get("dockerfile") or "Dockerfile"))
+        folder, file = os.path.split(os.path.normpath(build.get("dockerfile") or "Dockerfile"))
         for path in (os.path.join(folder, name) for name in {file, file.lower()} if build):
             at = os.path.normpath(os.path.join(str(build.get("context", "")), path))
             files[beneath(at, str(project.paths.worktree)) or ""] = name
@@ -3416,7 +3432,8 @@ def foreign_frontends(project: Project, model: Model) -> list[str]:
         with suppress(FileNotFoundError):
             data = read_beneath(project.paths.export, inside, 4 * MODEL_TEXT)
             found += check_frontend(name, data.decode(errors="replace"))
-    return [str(violation) for violation in found if violation.allow not in project.service.allow]
+    return [str(violation.redacted(project.service.secrets)) for violation in found
+            if violation.allow not in project.service.allow]
 def built_by_others(project: Project) -> set[str]:
     """The images that others built here, or are to build; root's repositories read them."""
     if project.service.trusted: return set()

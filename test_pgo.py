@@ -1846,9 +1846,9 @@ ATTACKS: tuple[tuple[str, str, str], ...] = (
     (NETWORKED.format(uses="[n]", network="{ipam: {config: [{subnet: 10.0.0.0/8}]}}"), "addresses",
      "network:n_ipam"),
     (NETWORKED.format(uses="[n]", network="{name: other_default}"), "other_default",
-     "network:other_default"),
+     "network:own=other_default"),
     (NETWORKED.format(uses="[n]", network="{name: app_c_default}"), "app_c_default",
-     "network:app_c_default"),
+     "network:own=app_c_default"),
     (NETWORKED.format(uses="[n]", network="{external: true, name: host}"), "host", "network:host"),
     (NETWORKED.format(uses="{n: {aliases: [other]}}", network="{external: true, name: proxy}"),
      "neighbour's name", "network:n_name_other"),
@@ -1931,6 +1931,10 @@ ATTACKS: tuple[tuple[str, str, str], ...] = (
     (web("tmpfs: ['/t:mode=700,size=90%']"), "tmpfs", ""),
     (web("tmpfs: ['/t:size=1m,nr_blocks=0']"), "tmpfs: nr_blocks=0", ""),
     (web("tmpfs: ['/t:rshared']"), "tmpfs: rshared", ""),
+    (web("volumes: [{type: bind, source: /srv/m, target: /m, read_only: true, bind: {recursive: "
+         "writable}}]"), "leaves what is mounted in it writable", ""),
+    (web("logging: {driver: syslog, options: {syslog-address: 'unix:///run/x.sock'}}"),
+     "syslog-address", "logging:syslog-address=unix:///run/x.sock"),
     ("services: {web: {build: {context: ., ulimits: {rtprio: 98}}}}", "rtprio", "ulimits:rtprio"),
     (web("tmpfs: ['/t:size=1k,size=9g']"), "tmpfs: 9g", "size:9g"),
     (web("shm_size: 5000000000"), "shm_size", "size:5000000000"),
@@ -1972,7 +1976,7 @@ ATTACKS: tuple[tuple[str, str, str], ...] = (
      "network:n_driver"),
     (NETWORKED.format(uses="[n]", network="{ipam: {driver: dhcp}}"), "addresses",
      "network:n_ipam"),
-    (NETWORKED.format(uses="[n]", network="{name: host}"), "must be called", "network:host"),
+    (NETWORKED.format(uses="[n]", network="{name: host}"), "must be called", "network:own=host"),
     (NETWORKED.format(uses="[n]", network="{external: true, name: bridge}"), "engine's own",
      "network:bridge"),
     (NETWORKED.format(uses="[n]", network="{external: true, name: ingress}"), "engine's own",
@@ -1980,7 +1984,7 @@ ATTACKS: tuple[tuple[str, str, str], ...] = (
     ("services: {web: {image: x}}\nnetworks: {default: {driver: host}}", "driver bridge",
      "network:default_driver"),
     ("services: {web: {image: x}}\nnetworks: {default: {name: other_default}}", "must be called",
-     "network:other_default"),
+     "network:own=other_default"),
     (NETWORKED.format(uses="{n: {aliases: [www, SHOP]}}", network="{external: true, name: p}"),
      "neighbour's name", "network:n_name_SHOP"),
     (NETWORKED.format(uses="{n: {aliases: [other.]}}", network="{external: true, name: p}"),
@@ -2152,6 +2156,13 @@ def test_files_that_are_bound_again_and_again_are_not_counted_forever() -> None:
     assert pgod.input_digests(model(*["a"] * 500), files, b"")
     with pytest.raises(pgod.Refused, match="bind mounts have over"):
         pgod.input_digests(model(*(folder[:end] for end in range(1, 119, 2))), files, b"")
+
+
+def test_name_of_an_image_is_short_and_looked_at_in_linear_time() -> None:
+    name = "x" + ":" * 131_000 + "/"
+    assert pgod.tagged(name) == f"{name}:latest"
+    assert [found.why for found in judged({"services": {"web": {"image": name}}}, {})] == [
+        "is too long"]
 
 
 def test_unset_variables_are_found_in_linear_time() -> None:
@@ -2393,7 +2404,7 @@ def test_what_compose_takes_it_takes_from_pgod_too(tmp_path: Path, name: str) ->
     model, _ = rendered(tmp_path, ORDINARY.get(name, DISKS), FILES)
     services = pgod.compose_services(model)
     run_from = pgod.with_labels(pgod.with_value_names(pgod.without_raw_sockets(
-        pgod.normalised(model), ())), dict.fromkeys(services, "digest"), {})
+        pgod.normalised(model), lambda name: not name)), dict.fromkeys(services, "digest"), {})
     (tmp_path / "model.json").write_text(json.dumps(run_from))
     done = run("docker", "compose", "--project-name", "app", "--project-directory", tmp_path,
                "--file", tmp_path / "model.json", "config", "--format", "json",
@@ -2454,6 +2465,27 @@ def test_exception_for_one_value_permits_no_other(kind: str, one: dict[str, Any]
     assert judged(model(other), {}, allow=allow)
 
 
+def test_exception_for_a_volume_permits_no_bind_of_its_path() -> None:
+    volume = {"name": "app_v", "driver_opts": {"type": "none", "o": "bind,ro", "device": "/srv/m"}}
+    mounts = [{"type": "volume", "source": "v", "target": "/v"}]
+    model: pgod.Model = {"services": {"web": {"image": "x", "volumes": mounts}},
+                         "volumes": {"v": volume}}
+    allow = tuple(violation.allow for violation in judged(model, {}))
+    assert not judged(model, {}, allow=allow)
+    mounts.append({"type": "bind", "source": "/srv/m", "target": "/m"})
+    assert [found.allow for found in judged(model, {}, allow=allow)] == ["bind:/srv/m"]
+
+
+def test_network_of_another_name_counts_as_shared() -> None:
+    model: pgod.Model = {"services": {"web": {
+        "image": "x", "cap_add": ["NET_RAW"], "networks": {"n": {"ipv4_address": "10.0.0.2"}}}},
+        "networks": {"n": {"name": "shop_default"}}}
+    found = judged(model, {}, allow=("network:own=shop_default",))
+    assert {violation.allow.partition("=")[0] for violation in found} == {
+        "cap_add:NET_RAW", "network:n_ipv4_address"}
+    assert judged(model, {}, allow=("network:shop_default",))
+
+
 def nested(depth: int) -> dict[str, Any]:
     return {"x": nested(depth - 1)} if depth else {}
 
@@ -2503,6 +2535,9 @@ NEIGHBOURS_ON = {"proxy": {"external": True, "name": "proxy"}, "default": {"name
     ({"web": ["proxy"]}, {"web": ["proxy"]}, []),
     ({"app": ["proxy"], "db": ["default"]}, {"db": ["proxy"]}, []),
     ({"shop-db-1": ["proxy"]}, {"app": ["proxy", "default"], "db": ["default"]}, []),
+    ({"db.other_default": ["proxy"]}, {"app": ["proxy", "default"], "db": ["default"]},
+     ["db.other_default"]),
+    ({"app.other_default": ["proxy"]}, {"app": ["proxy", "default"]}, ["app.other_default"]),
     ({"other-db-1": ["proxy"]}, {"app": ["proxy", "default"], "db": ["default"]}, ["other-db-1"]),
     ({"app": ["proxy", "default"], "db": ["default"]}, {"db": ["default"]}, [])])
 def test_name_that_is_looked_up_inside_is_not_answered_from_outside(
@@ -2644,7 +2679,8 @@ def test_only_the_usual_frontend_reads_a_dockerfile(text: str) -> None:
 
 @pytest.mark.parametrize(("dockerfile", "there"), [
     ("Sub/Dockerfile", "Sub/dockerfile"), ("Sub/Dockerfile", "Sub/Dockerfile"),
-    ("", "dockerfile"), ("My.File", "my.file")])
+    ("", "dockerfile"), ("My.File", "my.file"), ("Sub/Dockerfile/.", "Sub/dockerfile"),
+    ("Dockerfile/", "dockerfile")])
 def test_dockerfile_of_any_spelling_is_looked_at(tmp_path: Path, dockerfile: str,
                                                  there: str) -> None:
     (tmp_path / there).parent.mkdir(exist_ok=True)
