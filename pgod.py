@@ -1724,6 +1724,7 @@ def names_on(project: str, model: Model, network: str) -> tuple[set[str], set[st
     services = compose_services(model)
     keys = {key for key, entry in part(model, "networks").items()
             if ((entry or {}).get("name") or f"{project}_{key}") == network}
+    if not keys: return set(), set()
     on = {name for name, service in services.items() if keys & {*networks_used(service)}}
     near = {key for name in on for key in networks_used(services[name])}
     replicas = expected_replicas(model)
@@ -1917,7 +1918,8 @@ MAX_REPLICAS = 20
 MAX_CONTAINERS = 100  # of one project
 # In all of one project. The engine's usual pool holds 31 networks; each published port is two
 # processes of root's.
-MOST = {"volumes": 500, "configs": 500, "secrets": 500, "ports": 50, "networks": 8}
+MOST = {"volumes": 500, "configs": 500, "secrets": 500, "ports": 50, "networks": 8,
+        "aliases": 1_000}
 NOTHING: tuple[Any, ...] = (None, False, "", [], {})
 def shown(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value, sort_keys=True)
@@ -2264,7 +2266,7 @@ ALLOW: dict[str, Rule] = {rule.key: rule for rule in (
     Rule("beside", allow=".+", example="old"),
     Rule("bind", allow=r"/[^:]*(:ro)?", example="/srv/media:ro"),
     Rule("key", allow="[a-z_]+", example="new_key"),
-    Rule("most", allow=r"(volumes|configs|secrets|ports|networks)=\d+", example="ports=100"),
+    Rule("most", allow=rf"({'|'.join(MOST)})=\d+", example="ports=100"),
     Rule("network", allow=".+", example="macvlan_driver"),
     Rule("replicas", allow=r"\d+", example="50"),
     Rule("size", allow=r"\d+[kmg]?", example="4g"),
@@ -2332,9 +2334,12 @@ def check_attachments(model: Model, context: PolicyContext) -> Found:
         if service.get("network_mode") and (fixed := service.get("mac_address")):
             yield Violation(where, "mac_address", str(fixed), "may be a neighbour's",
                             f"network:{where}_mac_address={exact(fixed)}")
-    theirs = {name for other in context.others for name in (
-        other.name, *targets(other), *(host.rpartition("/")[2] for host, _ in other.urls))}
-    taken = {name.lower() for name in theirs - {context.name, *targets(context.service)}}
+    def names(service: Service) -> set[str]:
+        hosts = (host.rpartition("/")[2] for host, _ in service.urls)
+        return {name.lower() for name in (service.name, *targets(service), *hosts)}
+
+    mine = names(context.service)
+    taken = {name for other in context.others for name in names(other)} - mine
     for (where, service), key in ((item, key) for item in compose_services(model).items()
                                   for key in networks_used(item[1])):
         attachment, place = part(part(service, "networks"), key), f"networks.{key}"
@@ -2342,9 +2347,12 @@ def check_attachments(model: Model, context: PolicyContext) -> Found:
         if attachment.get("driver_opts"):
             yield Violation(where, place, "driver_opts", "reaches into the host's network")
         if key not in shared: continue
-        for name in sorted(name for name in names_of(where, service, key) if plain(name) in taken):
-            yield Violation(where, place, name, "is a neighbour's name on a network that is shared",
-                            f"network:{key}_name_{name}")
+        for name in sorted(names_of(where, service, key)):
+            why = "is a neighbour's name" if plain(name) in taken else (
+                "may be a host of the world" if "." in plain(name) else "")
+            if why and plain(name) not in mine:
+                yield Violation(where, place, name, f"{why} on a network that is shared",
+                                f"network:{key}_name_{name}")
         attachment = {"mac_address": service.get("mac_address"), **attachment}
         for fixed in ("ipv4_address", "ipv6_address", "link_local_ips", "mac_address"):
             if attachment.get(fixed):
@@ -2394,6 +2402,10 @@ def check_size(model: Model, context: PolicyContext) -> Found:
     counts = {key: sum(len(service.get(key) or ()) for service in services)
               for key in ("volumes", "configs", "secrets", "ports")}
     counts["networks"] = len(part(model, "networks"))
+    counts["aliases"] = sum(
+        len((attachment or {}).get("aliases") or ()) for service in services
+        for attachment in part(service, "networks").values()) + sum(
+            len(service.get("links") or ()) for service in services)
     for key, most in MOST.items():
         permitted = [int(entry.rpartition("=")[2]) for entry in context.service.allow
                      if entry.startswith(f"most:{key}=")]
