@@ -1092,16 +1092,13 @@ def update_worktree(root: Path, export: Path, tracked: Tree, new: Tree,
     # user. In the way may be a link, a folder with untracked files, or a container that keeps the
     # user out; what the commit does not change may well be a container's by now.
     failures = []
-
     def attempt(path: str, act: Callable[[], None]) -> None:
         try:
             with refuse_on_permission_error(root, path): act()
         except Refused as refused:
             if path not in new or tracked.get(path) != new[path]: failures.append(str(refused))
-
     def remove(path: str) -> None:
         attempt(path, lambda: remove_beneath(root, path, keep))
-
     gone = sorted(set(tracked) - set(new))
     folders = {folder for path in new for folder in folders_of(path)}
     replaced = defaultdict[str, list[str]](list)  # a folder that becomes a file
@@ -1446,9 +1443,17 @@ def render_fault(result: Result, files: Sequence[str]) -> Fault:
 def source_rules(images: Iterable[str], addresses: bool) -> list[Json]:
     """What a build may not read, as BuildKit's source policies say it: these images, addresses."""
     # An address is fetched by the engine, which reaches what listens on the host's loopback.
-    denied = [f"docker-image://{start}{name}*" for name in images for start in ("", "*/")]
+    denied = [f"docker-image://{start}{text}*" for name in images
+              for text in (name, f"{repository_of(name)}@") for start in ("", "*/")]
     denied += [] if addresses else ["http://*", "https://*", "git://*"]
     return [{"action": "DENY", "selector": {"identifier": text}} for text in denied]
+
+# A registry may send the engine to any address; what it is told there, these words alone come from.
+PULL_TROUBLE = re.compile(
+    "manifest unknown|not found|denied|unauthorized|no basic auth credentials|no matching manifest|"
+    "no such host|connection refused|no route to host|network is unreachable|timeout|x509|EOF|"
+    "server gave HTTP response to HTTPS client|too ?many ?requests|no space left|deadline exceeded",
+    re.IGNORECASE)
 
 @dataclass
 class Compose:
@@ -1510,7 +1515,7 @@ class Compose:
         # As the user, without the docker group, with limits.
         words = [word for name in files for word in ("--file", name)]
         env = {"PWD": self.folder, **self.environment(), "GIT_ALLOW_PROTOCOL": "none",
-               "DOCKER_CONFIG": "/nonexistent", "GOMAXPROCS": "2"}
+               "DOCKER_CONFIG": str(self.paths.own / "none"), "GOMAXPROCS": "2"}
         with ExitStack() as stack:
             for _ in range(STAND_INS):
                 result = self.children.run(
@@ -1567,7 +1572,8 @@ class Compose:
         result = attempt(*words)
         if result.status and len(names) > 1:  # compose gave up at the first that failed
             attempt("--ignore-pull-failures", *words)
-        return trouble or (result.complaint if result.failed else "")
+        told = result.trouble or ", ".join(dict.fromkeys(PULL_TROUBLE.findall(result.stderr)))
+        return trouble or (told or "docker pull on the server says why" if result.failed else "")
     def build(self, names: Iterable[str], closed: Iterable[str], disk: str) -> None:
         """Build from the export, without the images in `closed`. Raises Refused, or Fault."""
         # All builds of the engine share what `RUN --mount=type=cache` keeps, but for this.
@@ -1576,8 +1582,10 @@ class Compose:
         rules = source_rules(closed, "build:address" in self.service.allow or self.service.trusted)
         path = self.paths.own / "sources.json"
         write_atomic(path, json.dumps({"version": 1, "rules": rules}).encode())
+        values = {"EXPERIMENTAL_BUILDKIT_SOURCE_POLICY": str(path),
+                  "BUILDX_NO_DEFAULT_ATTESTATIONS": "1"}  # with its time in it, each is another
         result = self.run("build", *own, "--", *names, deadline="build", model="render.json",
-                          disk=disk, values={"EXPERIMENTAL_BUILDKIT_SOURCE_POLICY": str(path)})
+                          disk=disk, values=values)
         if result.trouble.startswith(FULL): raise Fault(f"build failed: {result.trouble}")
         if result.failed:
             why = one_line(result.stderr + result.trouble, 600)
@@ -2189,7 +2197,6 @@ def check_mounts(where: str, value: Any, context: PolicyContext) -> Found:
 def check_image(where: str, value: Any, context: PolicyContext) -> Found:
     if str(value).startswith("pgod.invalid/"):
         yield Violation(where, "image", str(value), "is a name that pgod keeps images by")
-    if len(str(value)) > 2 * MODEL_KEY: yield Violation(where, "image", str(value), "is too long")
 
 # Of those that every container has, what Kubernetes' baseline lets one ask for by name.
 USUAL_CAPABILITIES = ("(?i)(cap_)?(audit_write|chown|dac_override|fowner|fsetid|kill|mknod|"
@@ -2213,9 +2220,8 @@ SERVICE_RULES: dict[str, Rule] = {rule.key: rule for rule in (
     Rule("cgroup", HOST, "private", "[a-z]+", "host"),
     Rule("cgroup_parent", "leaves the engine's limits", "", ".+", "/apps"),
     Rule("container_name", allow=".+", example="x", check=check_container_name),
-    Rule("cpu_rt_period", "starves the host"),
-    Rule("cpu_rt_runtime", "starves the host"),
-    Rule("credential_spec", HOST),
+    *(Rule(key, "starves the host") for key in ("cpu_rt_period", "cpu_rt_runtime")),
+    *(Rule(key, HOST) for key in ("credential_spec", "storage_opt")),
     Rule("deploy", allow=None, check=check_deploy),
     Rule("device_cgroup_rules", HOST, "", ".+", "c 1:3 mr"),
     Rule("devices", "is a device of the host", "", ".+", "/dev/ttyUSB0", name=lambda item:
@@ -2230,33 +2236,31 @@ SERVICE_RULES: dict[str, Rule] = {rule.key: rule for rule in (
     LABELS,
     Rule("logging", "is no log that the engine keeps; use json-file or local, with max-file to 100 "
          "and max-buffer-size to 16m", "json-file|local|none", ".+", "syslog", log_settings),
-    Rule("models", "runs a program of the host"),
+    *(Rule(key, "runs a program of the host") for key in ("models", "provider")),
     Rule("network_mode", "is a network that is not its own", "none|bridge|default|service:.*",
          ".+", "host"),
     Rule("oom_kill_disable", "may hang the host"),
     Rule("oom_score_adj", "puts others to death first", r"\d+", r"-\d+", "-500"),
     Rule("pid", "sees the host's processes", "service:.*", ".+", "host"),
     Rule("ports", allow=r"\d+(-\d+)?", example="80", check=check_ports),
-    Rule("post_start", allow=None, check=check_hooks),
-    Rule("pre_start", allow=None, check=check_hooks),
-    Rule("pre_stop", allow=None, check=check_hooks),
+    *(Rule(key, allow=None, check=check_hooks) for key in ("post_start", "pre_start", "pre_stop")),
     Rule("privileged", "is root on the host"),
-    Rule("provider", "runs a program of the host"),
     Rule("runtime", "is another isolation than the engine's", "runc", ".+", "runsc"),
     Rule("scale", allow=None, check=check_replicas),
     Rule("security_opt", "takes a protection away", "no-new-privileges([:=]true)?", ".+",
          "seccomp:unconfined"),
     Rule("shm_size", allow=None, check=check_shm),
     Rule("stop_grace_period", allow=GRACE, example="10m", check=check_grace),
-    Rule("storage_opt", HOST),
-    Rule("sysctls", "is a setting of the host's kernel",
-         r"net\..*|kernel\.(shm\w+|msg\w+|sem)|fs\.mqueue\..*", ".+", "vm.swappiness", named),
+    # With proxy_arp and the like, a container's kernel takes the traffic of its neighbours.
+    Rule("sysctls", "is a setting of the host's kernel, or of the network of others",
+         r"net\.(core\.somaxconn|unix\.max_dgram_qlen|ipv4\.(tcp|udp|ping|ip_[udl])\w+|"
+         r"ipv6\.conf\.\w+\.disable_ipv6)|kernel\.(shm\w+|msg\w+|sem)|fs\.mqueue\..*", ".+",
+         "vm.swappiness", named),
     Rule("tmpfs", allow=None, check=check_tmpfs),
     Rule("ulimits", "starves the host", "nofile|nproc|core|memlock|stack|fsize|cpu|data|as",
          "[a-z]+", "rtprio", named),
     Rule("use_api_socket", "is the engine's socket"),
-    Rule("userns_mode", HOST, "", ".+", "host"),
-    Rule("uts", HOST, "", ".+", "host"),
+    *(Rule(key, HOST, "", ".+", "host") for key in ("userns_mode", "uts")),
     Rule("volumes", allow=None, check=check_mounts),
     Rule("volumes_from", "may be another's container", "(?!container:).*", ".+", "container:db"),
 )}
@@ -2300,15 +2304,15 @@ def check_networks(model: Model, context: PolicyContext) -> Found:
 
         def refuse(value: Any, why: str, entry: str, key: str = key) -> Violation:
             return Violation("networks", key, shown(value), why, f"network:{entry}")
-
         yield from unknown_keys("networks", f"{key}.", network, KNOWN["network"])
         yield from LABELS.violations(f"networks.{key}", network.get("labels"), context)
         if network.get("external"):
             if permitted and name not in permitted:
                 yield refuse(name, "is an external network that is not among "
                              f"networks = {json.dumps(permitted)}", name)
-            elif not permitted and name in ENGINE_NETWORKS:
-                yield refuse(name, "is the engine's own", name)
+            elif not permitted and (name in ENGINE_NETWORKS or (not context.owns(name, "_") and any(
+                    name.startswith(f"{other.name}_") for other in context.others))):
+                yield refuse(name, "is the engine's own, or another service's", name)
             continue
         if not context.owns(name, "_"):
             yield refuse(name, f"must be called {context.name}_…; leave name: out", f"own={name}")
@@ -2337,7 +2341,6 @@ def check_attachments(model: Model, context: PolicyContext) -> Found:
     def names(service: Service) -> set[str]:
         hosts = (host.rpartition("/")[2] for host, _ in service.urls)
         return {name.lower() for name in (service.name, *targets(service), *hosts)}
-
     mine = names(context.service)
     taken = {name for other in context.others for name in names(other)} - mine
     for (where, service), key in ((item, key) for item in compose_services(model).items()
@@ -2364,9 +2367,10 @@ def name_clashes(model: Model, context: PolicyContext) -> Iterator[tuple[str, st
     # The engine asks all networks of a container for a name, in an order that nobody chooses.
     for name, key in {str((network or {}).get("name") or f"{context.name}_{key}"): key
                       for key, network in part(model, "networks").items()}.items():
-        mine, inside = names_on(context.name, model, name)
-        for other, theirs in context.models:
-            their, within = names_on(other, theirs, name)
+        there = [(other, *names_on(other, theirs, name)) for other, theirs in context.models]
+        mine, inside = names_on(context.name, model, name) if any(
+            their or within for _, their, within in there) else (set[str](), set[str]())
+        for other, their, within in there:
             for clash in sorted(mine & within | inside & their | mine & their):
                 yield key, clash, other, clash in mine & within | inside & their
 def check_inner_names(model: Model, context: PolicyContext) -> Found:
@@ -2457,8 +2461,6 @@ def written(source: str, context: PolicyContext) -> str:
 def bind_trouble(bind: Bind, context: PolicyContext) -> tuple[str, bool]:
     """Why a path may not be bound, or nothing; whether an exception is offered."""
     source, relative = bind.source, beneath(bind.source, context.worktree)
-    if len(source) > 2 * PATH_LENGTH or source.count("/") > 2 * PATH_DEPTH:
-        return "is too long", False
     if os.path.normpath(source) != (source.rstrip("/") or "/") or "$" in source:
         return "must be written without . and .. and $", False
     if relative is None: return outside(source, context)
@@ -2514,18 +2516,27 @@ def check_build_secrets(model: Model, context: PolicyContext) -> Found:
                 yield Violation(where, "build.secrets", file, why)
 
 TOO_LARGE = (f"is over {MODEL_DEPTH} deep, or has over {MODEL_ENTRIES} entries, "
-             f"{MODEL_TEXT >> 10} KiB of text or names of {MODEL_KEY} characters")
+             f"{MODEL_TEXT >> 10} KiB of text, names of {MODEL_KEY} or paths of {PATH_LENGTH} "
+             "characters")
+NAMES_AND_PATHS = frozenset((
+    "aliases", "container_name", "context", "device", "dockerfile", "domainname", "file",
+    "hostname", "image", "links", "name", "network_mode", "path", "source", "target", "tmpfs"))
+FREE_TEXT = frozenset(("annotations", "args", "environment", "labels"))  # and what is beneath x-…
 def check_budget(model: Model) -> Found:
     """A model that is so large that looking at it takes long is not looked at."""
     left: list[tuple[Any, str, int]] = [(model, "the compose file", 1)]
     while left:
         value, key, depth = left.pop()
-        large = isinstance(value, str) and len(value) > MODEL_TEXT
+        short = key in NAMES_AND_PATHS
+        large = isinstance(value, str) and (
+            len(value) > (2 * PATH_LENGTH if short else MODEL_TEXT)
+            or (short and value.count("/") > 2 * PATH_DEPTH))
         if isinstance(value, dict | list): large = depth > MODEL_DEPTH or len(value) > MODEL_ENTRIES
         if large or (isinstance(value, dict) and any(len(name) > MODEL_KEY for name in value)):
             yield Violation(key, "size", str(len(value)), TOO_LARGE)
         elif isinstance(value, dict):
-            left += [(item, name, depth + 1) for name, item in value.items()]
+            free = key in FREE_TEXT or key.startswith("x-")
+            left += [(item, "x-" if free else name, depth + 1) for name, item in value.items()]
         elif isinstance(value, list):
             left += [(item, key, depth + 1) for item in value]
 
@@ -3449,19 +3460,22 @@ def foreign_frontends(project: Project, model: Model) -> list[str]:
 def built_by_others(project: Project) -> set[str]:
     """The images that others built here, or are to build; root's repositories read them."""
     if project.service.trusted: return set()
-    # What a registry has, everybody may have; the label of compose is on it as well.
+    # What a registry has, everybody may have; the label of compose is on it as well. containerd's
+    # store gives a digest to what was built here, too.
+    digests = "io.containerd.snapshotter.v1" not in str(project.api.facts("/info"))
     names = {tagged(image_of(name, key, service)) for name, model in project.context({}).models
              for key, service in compose_services(model).items() if service.get("build")}
     for row in project.api.ask("GET", "/images/json", {"filters": {"label": [PROJECT_LABEL]}}):
-        if row["Labels"][PROJECT_LABEL] != project.name and not row.get("RepoDigests"):
-            names |= {*(row.get("RepoTags") or ())}
+        if row["Labels"][PROJECT_LABEL] != project.name and not (digests and row["RepoDigests"]):
+            names |= {*(row.get("RepoTags") or ()), *(row.get("RepoDigests") or ())}
     permitted = {entry[6:] for entry in project.service.allow if entry.startswith("image:")}
     return {name for name in names if not {name, repository_of(name)} & permitted}
 def check_image_facts(facts: Json, closed: set[str]) -> str:
     """Why an image must not be run, or nothing: containers have its labels and health check."""
     config = facts.get("Config") or {}
-    labels, tags = config.get("Labels") or {}, {*(facts.get("RepoTags") or ())}
-    if tags & closed or not (tags or facts.get("RepoDigests")):
+    labels = config.get("Labels") or {}
+    names = {*(facts.get("RepoTags") or ()), *(facts.get("RepoDigests") or ())}
+    if names & closed or not names:
         return "was built by another service, or has no name"
     if any(name.startswith("io.pgod.") or name == REPLACE_LABEL for name in labels):
         return "has a label that is pgod's or compose's own"
@@ -3537,16 +3551,16 @@ def fetch_images(project: Project, prepared: Prepared, say: Progress) -> Prepare
     services, release = compose_services(prepared.rendered), prepared.release
     project.compose.write_model("render.json", with_own_cache(
         with_value_names(prepared.rendered), project.name))
-    closed = built_by_others(project)
-    if theirs := sorted({*map(tagged, release.image_names.values())} & closed):
+    if theirs := sorted({*map(tagged, release.image_names.values())} & built_by_others(project)):
         raise Refused(f"image {', '.join(theirs)} was built by another service; an administrator "
                       f"permits it with allow = {json.dumps([f'image:{name}' for name in theirs])}")
     to_pull = [name for name, service in services.items()
                if not service.get("build") and service.get("pull_policy") != "never"]
     trouble = project.compose.pull(to_pull, project.api.disk()) if to_pull else ""
     if any(service.get("build") for service in services.values()):
-        project.compose.build((), closed, project.api.disk())
+        project.compose.build((), built_by_others(project), project.api.disk())
         say("built")
+    closed = built_by_others(project)  # others have built meanwhile
     facts = {name: project.api.image(name) for name in sorted({*release.image_names.values()})}
     missing = [name for name, found in facts.items() if not found]
     if missing:
@@ -3640,11 +3654,6 @@ def refuse_what_cannot_be(project: Project, prepared: Prepared, snapshot: Snapsh
     if paused := [c.name for c in snapshot.containers if c.status == "paused"]:
         raise Fault(f"{', '.join(paused)} is paused by hand; once docker unpause has ended "
                     "that, it is tried again")
-def refuse_taken_names(project: Project, release: Release) -> None:
-    """A neighbour may have taken a name since the policy looked. Raises Refused."""
-    taken = [str(v) for v in check_inner_names(release.model, project.context({}))
-             if v.allow not in project.service.allow]
-    if taken and not project.service.trusted: raise Refused("; ".join(taken))
 def keep_images(project: Project, *releases: Release | None) -> None:
     """Have a tag of pgod's own on each image of these releases, and on no other one."""
     prefix = f"{KEEP_NAME}:{project.name}."
@@ -3730,11 +3739,9 @@ class Installation:
         # It is removed: also of a stopped one the engine's restart policy asks nobody.
         binds = binds_of(self.release.model)
         permitted = {(bind.source, above.source) for bind, above in nested_binds(binds, binds)}
-
         def race(beneath: Sequence[Bind], writers: Sequence[Bind]) -> bool:
             return any((bind.source, above.source) not in permitted
                        for bind, above in nested_binds(beneath, writers))
-
         containers = [self.project.api.with_devices(container) for container in containers]
         known = [*binds, *(bind for container in containers for bind in container.binds)]
         every_bind = [*{(bind.source, bind.read_only): bind for bind in known}.values()]
@@ -3865,8 +3872,8 @@ class Reconciler:
     # A deploy, step by step:
     def deploy(self, decision: Decision, say: Progress, by: str, asked: bool) -> None:
         """From a commit to containers that are well, or back. Raises Fault."""
-        began, commit = time.monotonic(), decision.commit
-        with deploy_slot(self.project.shared, self.project.service.user):
+        began, commit, service = time.monotonic(), decision.commit, self.project.service
+        with deploy_slot(self.project.shared, service.user):
             try:
                 prepared = prepare_or_give_up(self.project, commit, asked)
                 waits = part(prepared.rendered, "x-pgo").get("reload") is False
@@ -3896,7 +3903,10 @@ class Reconciler:
                 changes.setdefault(name, "already runs, taken over")
             for name, change in changes.items(): say(f"{name}: {change}")
             with self.project.shared.naming:
-                refuse_taken_names(self.project, release)
+                # A neighbour may have taken a name since the policy looked.
+                taken = [str(found) for found in check_inner_names(
+                    release.model, self.project.context({})) if found.allow not in service.allow]
+                if taken and not service.trusted: raise Refused("; ".join(taken))
                 self.store.set_current(release)
             trouble = self.attempt(lambda: self.install(prepared.tree, say))
         if trouble := self.settle(say, trouble):
@@ -4747,11 +4757,9 @@ def bound_input(channel: Any) -> None:
     # asyncssh forgets what waits in its buffer: 200 MB for a slow reader took 100 MB of memory.
     if not hasattr(channel, "_init_recv_window"): return
     deliver, window = channel._deliver_data, channel._init_recv_window
-
     def deliver_data(data: bytes, datatype: Any = None) -> None:
         channel._init_recv_window = window - sum(len(waiting) for waiting, _ in channel._recv_buf)
         deliver(data, datatype)
-
     channel._deliver_data = deliver_data
 def set_terminal_size(terminal: Any, columns: int, rows: int) -> None:
     size = struct.pack("HHHH", (rows or 24) & 0xFFFF, (columns or 80) & 0xFFFF, 0, 0)
@@ -5107,9 +5115,7 @@ class HttpHandler(http.server.BaseHTTPRequestHandler):
             self.answer(200, "ok\n")
         else:
             self.answer(404, "there are /metrics and /healthz\n")
-
     do_HEAD = do_GET
-
     def do_POST(self) -> None:
         """A service that is unknown or has no webhook gets the answer of a wrong signature."""
         length, name = self.headers.get("Content-Length", ""), self.path.removeprefix("/webhook/")
@@ -5362,6 +5368,7 @@ After=network-online.target docker.service
 
 [Service]
 Type=notify
+WorkingDirectory=-{folder}
 ExecStart={python} {program} {words}
 ExecReload=/bin/kill -HUP $MAINPID
 SyslogIdentifier=pgod
@@ -5464,14 +5471,9 @@ def main(words: Sequence[str]) -> int:
         print(f"pgod {VERSION}")
         return 0
     if options.unit:
-        paths = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-        paths.add_argument("--unit", action="store_true")
-        for names in ("-c --config", "-d --dir", "--datadir"): paths.add_argument(*names.split())
-        rest = paths.parse_known_args(words)[1]
-        print(UNIT.format(python=sys.executable, program=Path(__file__).resolve(),
-                          words=shlex.join([*rest, *(f"--{name}={path}" for name, path in (
-                              ("config", settings.config), ("dir", settings.directory),
-                              ("datadir", settings.datadir)))])), end="")
+        rest = shlex.join(word for word in words if word != "--unit")
+        print(UNIT.format(python=sys.executable, program=Path(__file__).resolve(), words=rest,
+                          folder=os.getcwd()), end="")
         return 0
     handler = logging.StreamHandler()
     handler.setFormatter(LogFormatter("JOURNAL_STREAM" in os.environ))

@@ -1850,6 +1850,8 @@ ATTACKS: tuple[tuple[str, str, str], ...] = (
     (NETWORKED.format(uses="[n]", network="{name: app_c_default}"), "app_c_default",
      "network:own=app_c_default"),
     (NETWORKED.format(uses="[n]", network="{external: true, name: host}"), "host", "network:host"),
+    (NETWORKED.format(uses="[n]", network="{external: true, name: other_default}"),
+     "another service's", "network:other_default"),
     (NETWORKED.format(uses="{n: {aliases: [other]}}", network="{external: true, name: proxy}"),
      "neighbour's name", "network:n_name_other"),
     (NETWORKED.format(uses="{n: {aliases: [shop]}}", network="{external: true, name: proxy}"),
@@ -1910,6 +1912,11 @@ ATTACKS: tuple[tuple[str, str, str], ...] = (
     (web("logging: {driver: gelf}"), "logging", "logging:gelf"),
     (web("sysctls: {fs.file-max: 10}"), "sysctls", "sysctls:fs.file-max"),
     (web("sysctls: ['network.x=1']"), "sysctls", "sysctls:network.x"),
+    (web("sysctls: {net.ipv4.conf.all.proxy_arp_pvlan: 1}"), "sysctls",
+     "sysctls:net.ipv4.conf.all.proxy_arp_pvlan"),
+    (web("sysctls: {net.ipv4.neigh.eth0.mcast_solicit: 0}"), "sysctls",
+     "sysctls:net.ipv4.neigh.eth0.mcast_solicit"),
+    (web("sysctls: {net.ipv4.ip_forward: 1}"), "sysctls", "sysctls:net.ipv4.ip_forward"),
     (web('labels: {"COM.docker.compose.project": other}'), "labels",
      "labels:COM.docker.compose.project"),
     (web('labels: {"io.pgod.files": x}'), "labels", "labels:io.pgod.files"),
@@ -2072,8 +2079,11 @@ ATTACKS: tuple[tuple[str, str, str], ...] = (
     (NETWORKED.format(uses="{n: {aliases: [" + ", ".join(f"a{n}" for n in range(1001)) + "]}}",
                       network="{}"), "aliases: 1001", "most:aliases=1001"),
     (web("ports: ['10000-29999:10000-29999']"), "over 2000 entries", ""),
+    (web(f"volumes: ['./{'a/' * 60_000}:/a']"), "paths of 1024", ""),
+    (web(f"hostname: {'h' * 3000}"), "names of 256", ""),
+    (NETWORKED.format(uses="[n]", network=f"{{name: app_{'n' * 3000}}}"), "names of 256", ""),
     (web("ports: [{target: 80, published: '" + "9" * 5000 + "'}]"), "is not a port", ""),
-    (web("tmpfs: ['/t:size=" + "9" * 5000 + "']"), "is more memory", "size:" + "9" * 5000),
+    (web("tmpfs: ['/t:size=" + "9" * 1900 + "']"), "is more memory", "size:" + "9" * 1900),
     (web("tmpfs: ['/t:size=0']"), "is more memory", "size:0"),
     (NETWORKED.format(uses="{n: {aliases: [smtp.example.org]}}",
                       network="{external: true, name: proxy}"),
@@ -2166,8 +2176,8 @@ def test_files_that_are_bound_again_and_again_are_not_counted_forever() -> None:
 def test_name_of_an_image_is_short_and_looked_at_in_linear_time() -> None:
     name = "x" + ":" * 131_000 + "/"
     assert pgod.tagged(name) == f"{name}:latest"
-    assert [found.why for found in judged({"services": {"web": {"image": name}}}, {})] == [
-        "is too long"]
+    (found,) = judged({"services": {"web": {"image": name}}}, {})
+    assert "names of 256" in found.why
 
 
 def test_unset_variables_are_found_in_linear_time() -> None:
@@ -2346,7 +2356,9 @@ secrets: {password: {file: ./password.txt}}
                      "ipc: 'service:web'}}",
     "no network": web("network_mode: none"),
     "health check off": web("healthcheck: {disable: true}"),
-    "network sysctls": web("sysctls: {net.core.somaxconn: 1024, net.ipv4.tcp_syncookies: 0}"),
+    "network sysctls": web("sysctls: {net.core.somaxconn: 1024, net.ipv4.tcp_syncookies: 0, "
+                           "net.ipv4.ip_unprivileged_port_start: 0, "
+                           "net.ipv6.conf.all.disable_ipv6: 1}"),
     "development": web("develop: {watch: [{path: ./html, action: sync, target: /h}]}"),
     "platform": web("platform: linux/amd64, pull_policy: missing, attach: false"),
     "links": "services: {web: {image: x, links: ['db:database']}, db: {image: y}}",
@@ -2685,6 +2697,47 @@ def test_image_that_a_neighbour_built_is_not_run(lab: Lab, image: str) -> None:
     commit = lab.push(name, {"compose.yaml": compose_file(pull_policy="never", image=image.format(
         victim=victim, identity=identity, keep=keep))})
     assert re.search("built by another service|pgod keeps images", lab.failed(name, commit))
+
+
+def test_image_that_a_neighbour_built_once_is_neither_run_nor_read(lab: Lab) -> None:
+    """Nothing that runs has its name any more: its label alone says whose it is."""
+    victim = lab.service("victim", {"compose.yaml": json.dumps({"services": {"web": BUILT}}),
+                                    "Dockerfile": f"FROM {IMAGE}\nLABEL pgotest={lab.name}\n"})
+    name = lab.service("evil")
+    lab.start()
+    for service in (victim, name):
+        lab.runs(service, lab.repositories[service].head())
+    lab.runs(victim, lab.push(victim, {"compose.yaml": compose_file()}))
+    commit = lab.push(name, {"compose.yaml": compose_file(pull_policy="never",
+                                                          image=f"{victim}-web")})
+    assert "built by another service" in lab.failed(name, commit)
+    commit = lab.push(name, {"compose.yaml": json.dumps({"services": {"web": BUILT}}),
+                             "Dockerfile": f"FROM {victim}-web\n"})
+    assert "denied by policy" in lab.failed(name, commit)
+
+
+def test_what_a_registry_sends_is_not_told(lab: Lab) -> None:
+    """It may send the engine to what listens on the host's loopback."""
+    class Secret(http.server.BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(404)
+            self.end_headers()
+            self.wfile.write(b"a page that is not found: geheim\n")
+
+        do_HEAD = do_GET
+
+        def log_message(self, *_: Any) -> None:
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Secret) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        image = f"127.0.0.1:{server.server_port}/x:1"
+        name = lab.service("a", {"compose.yaml": compose_file(image=image)})
+        lab.start()
+        reason = lab.failed(name, lab.repositories[name].head())
+        server.shutdown()
+    assert "cannot be pulled" in reason
+    assert "geheim" not in reason + lab.daemon.log()
 
 
 @pytest.mark.parametrize("text", [
