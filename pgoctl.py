@@ -432,10 +432,11 @@ class SshLog:
         """Keep what is new and more than a detail."""
         with contextlib.suppress(BlockingIOError):
             while data := os.read(self.reader, CHUNK):
-                *lines, self.rest = (self.rest + data).split(b"\n")
+                *lines, self.rest = (self.rest[-CHUNK:] + data).split(b"\n")
                 texts = [line.decode(errors="replace").rstrip() for line in lines]
                 self.output_failed |= any(text.endswith(WRITE_FAILED) for text in texts)
-                self.lines += [text for text in texts if text and not text.startswith("debug2")]
+                kept = [text for text in texts if text and not text.startswith("debug2")]
+                self.lines = (self.lines + kept)[-1000:]
 
     def finish(self) -> None:
         """Read the rest."""

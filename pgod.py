@@ -361,7 +361,6 @@ def rsa_bits(blob: bytes) -> int:
         length = int.from_bytes(blob[:4], "big")
         number, blob = blob[4:4 + length], blob[4 + length:]
     return int.from_bytes(number, "big").bit_length()
-
 KEY_TYPES = ("ssh-ed25519", "ecdsa-sha2-nistp256", "ecdsa-sha2-nistp384", "ecdsa-sha2-nistp521",
              "sk-ssh-ed25519@openssh.com", "sk-ecdsa-sha2-nistp256@openssh.com", "ssh-rsa")
 def key_fingerprint(blob: bytes) -> str:
@@ -511,17 +510,13 @@ def open_beneath(root: Path, path: str) -> BinaryIO:
     """A regular file beneath root, to read; a link, a device or a pipe is Refused."""
     *parts, name = path.split("/")
     with folder_beneath(root, parts) as folder:
-        flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
-        try:
-            descriptor = os.open(name, flags, dir_fd=folder)
-        except OSError as error:
-            if isinstance(error, FileNotFoundError | PermissionError): raise
-            raise Refused(f"{root}/{path} is a link") from None
-    file = os.fdopen(descriptor, "rb")
-    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-        file.close()
-        raise Refused(f"{root}/{path} is not a regular file")
-    return file
+        found = os.open(name, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=folder)
+    try:  # a device is not even opened: that may do something
+        if not stat.S_ISREG(os.fstat(found).st_mode):
+            raise Refused(f"{root}/{path} is a link, or no regular file")
+        return open(f"/proc/self/fd/{found}", "rb")
+    finally:
+        os.close(found)
 def read_beneath(root: Path, path: str, limit: int) -> bytes:
     """The content of a regular file beneath root, `limit` bytes of it: it may be endless."""
     with open_beneath(root, path) as file: return file.read(limit)
@@ -668,7 +663,6 @@ def marked_processes(mark: str) -> list[int]:
 def kill_all(processes: Iterable[int], number: int) -> None:
     for process in processes:
         with suppress(ProcessLookupError, PermissionError): os.kill(process, number)
-
 Child = subprocess.Popen[bytes]
 PIPE, DEVNULL = subprocess.PIPE, subprocess.DEVNULL
 def feed_lines(data: bytearray, on_line: Progress, secrets: Sequence[str]) -> bytearray:
@@ -677,7 +671,6 @@ def feed_lines(data: bytearray, on_line: Progress, secrets: Sequence[str]) -> by
     for text in filter(None, (line.decode(errors="replace").strip() for line in lines)):
         on_line(redact(text, secrets))
     return bytearray(rest)
-
 LEFT_BEHIND = "something that it left behind holds its pipes"
 FULL = "No space left for it on the disk"
 def lacks_room(folder: str | Path, need: int = 0) -> str:
@@ -1037,7 +1030,15 @@ def same_entry(root: Path, export: Path, path: str, mode: str) -> bool:
         while (chunk := one.read(1 << 20)) == other.read(1 << 20):  # never in memory as a whole
             if not chunk: return True
     return False
-def conflicts_at(root: Path, export: Path, path: str, mode: str, known: set[str]) -> list[str]:
+def untracked_in(root: Path, at: str, known: set[str]) -> Iterator[str]:
+    """What is not of the last commit in a folder: what a container made is not looked into."""
+    with folder_beneath(root, at.split("/")) as folder, os.scandir(folder) as entries:
+        for name in (f"{at}/{entry.name}" for entry in entries):
+            if f"{name}/" in known:
+                yield from untracked_in(root, name, known)
+            elif name not in known:
+                yield name
+def conflicts_at(root: Path, export: Path, path: str, mode: str, known: set[str]) -> Iterable[str]:
     """Untracked files that a new one at `path` would overwrite, unless they are the same."""
     parts = path.split("/")
     for depth in range(1, len(parts) + 1):
@@ -1045,10 +1046,7 @@ def conflicts_at(root: Path, export: Path, path: str, mode: str, known: set[str]
         found = stat_beneath(root, at)
         if found is None or (at in known and depth < len(parts)): return []
         if depth < len(parts) and stat.S_ISDIR(found.st_mode): continue
-        if stat.S_ISDIR(found.st_mode):
-            with folder_beneath(root, at.split("/")) as folder:
-                return [name for top, _, files, _ in os.fwalk(".", dir_fd=folder) for file in files
-                        if (name := os.path.normpath(f"{at}/{top}/{file}")) not in known]
+        if stat.S_ISDIR(found.st_mode): return untracked_in(root, at, known)
         return [] if same_entry(root, export, path, mode) else [at]
     return []
 @contextmanager
@@ -1060,12 +1058,13 @@ def refuse_on_permission_error(root: Path, path: str) -> Iterator[None]:
         raise Refused(f"{root}/{path} cannot be changed: it or its folder belongs to another user, "
                       "as when a container took it; chown it") from None
 def worktree_conflicts(root: Path, export: Path, tracked: Tree, new: Tree) -> list[str]:
-    """All that the commit would overwrite. Raises Refused where the user is kept out."""
-    known, conflicts = set(tracked), []
+    """What the commit would overwrite, ten at most. Raises Refused where the user is kept out."""
+    known, conflicts = {*tracked}, list[str]()
+    known |= {f"{folder}/" for path in tracked for folder in folders_of(path)}
     for path, (mode, _) in sorted(new.items()):
-        if path not in known and mode != "160000":
+        if path not in known and mode != "160000" and len(conflicts) < 10:
             with refuse_on_permission_error(root, path):
-                conflicts += conflicts_at(root, export, path, mode, known)
+                conflicts += itertools.islice(conflicts_at(root, export, path, mode, known), 10)
     changes = {path for path in {*tracked, *new} if tracked.get(path) != new.get(path)}
     for folder, path in {path.rpartition("/")[0]: path for path in sorted(changes)}.items():
         with (refuse_on_permission_error(root, path),
@@ -1583,7 +1582,8 @@ class Compose:
         path = self.paths.own / "sources.json"
         write_atomic(path, json.dumps({"version": 1, "rules": rules}).encode())
         values = {"EXPERIMENTAL_BUILDKIT_SOURCE_POLICY": str(path),
-                  "BUILDX_NO_DEFAULT_ATTESTATIONS": "1"}  # with its time in it, each is another
+                  # Attestations have the time in them, so that each image would be another.
+              "BUILDX_NO_DEFAULT_ATTESTATIONS": "1", "DOCKER_BUILDKIT": "1"}
         result = self.run("build", *own, "--", *names, deadline="build", model="render.json",
                           disk=disk, values=values)
         if result.trouble.startswith(FULL): raise Fault(f"build failed: {result.trouble}")
@@ -2173,6 +2173,10 @@ def check_build(where: str, value: Any, context: PolicyContext) -> Found:
                         "is a network that is not its own", f"build:network:{build['network']}")
     if "BUILDKIT_SYNTAX" in named(build.get("args") or ()):
         yield Violation(where, "build.args", "BUILDKIT_SYNTAX", FRONTEND_WHY, "build:syntax")
+    for name in named(build.get("additional_contexts") or ()):
+        if "docker/dockerfile" in name.lower():  # one of that name is the frontend
+            yield Violation(where, "build.additional_contexts", name, FRONTEND_WHY, "build:syntax")
+    yield from LABELS.violations(f"{where}.build", build.get("labels"), context)
     for tag in build.get("tags") or (): yield from check_built_image(where, str(tag), context)
     yield from check_shm(where, build.get("shm_size"), context)
     yield from SERVICE_RULES["ulimits"].violations(where, build.get("ulimits"), context)
@@ -2279,7 +2283,6 @@ ALLOW: dict[str, Rule] = {rule.key: rule for rule in (
 def permits(entry: str) -> bool:
     kind, _, text = entry.partition(":")
     return kind in ALLOW and re.fullmatch(ALLOW[kind].allow or "", text) is not None
-
 HARMLESS_OPTIONS = frozenset(("com.docker.network.driver.mtu",
                               "com.docker.network.bridge.enable_icc"))
 ENGINE_NETWORKS = ("host", "bridge", "none", "default", "ingress")
@@ -2291,8 +2294,9 @@ def check_compose_service(where: str, service: Json, context: PolicyContext) -> 
             yield from SERVICE_RULES[key].violations(where, service[key], context)
     if service.get("build"):
         yield from check_built_image(where, image_of(context.name, where, service), context)
-    if sum(len(f"{pair}") for pair in part(service, "labels").items()) > LABEL_TEXT:
-        yield Violation(where, "labels", "", f"are over {LABEL_TEXT >> 10} KiB in all")
+    for labels in (part(service, "labels"), part(service, "build", "labels")):
+        if sum(len(f"{pair}") for pair in labels.items()) > LABEL_TEXT:
+            yield Violation(where, "labels", "", f"are over {LABEL_TEXT >> 10} KiB in all")
     made_up = f"{context.name}-{where}"
     if not service.get("container_name") and not context.owns(made_up, "-"):
         yield Violation(where, "container_name", f"{made_up}-1", "is a neighbour's name")
@@ -2301,7 +2305,6 @@ def check_networks(model: Model, context: PolicyContext) -> Found:
     for key, network in part(model, "networks").items():
         network, permitted = network or {}, context.service.networks
         name = str(network.get("name") or f"{context.name}_{key}")
-
         def refuse(value: Any, why: str, entry: str, key: str = key) -> Violation:
             return Violation("networks", key, shown(value), why, f"network:{entry}")
         yield from unknown_keys("networks", f"{key}.", network, KNOWN["network"])
@@ -2427,7 +2430,6 @@ def check_top_level(model: Model, context: PolicyContext) -> Found:
 
 # Read-only, these tell a container nothing but the time: very many compose files have them.
 CLOCK_BINDS = (("/etc/localtime", True), ("/etc/timezone", True))
-
 SYSTEM_FOLDERS = ("/bin", "/boot", "/dev", "/etc", "/lib", "/proc", "/root", "/run", "/sbin",
                   "/sys", "/usr", "/var/lib")
 def unset_paths(text: str, warnings: Iterable[str]) -> dict[str, str]:
@@ -2539,7 +2541,6 @@ def check_budget(model: Model) -> Found:
             left += [(item, "x-" if free else name, depth + 1) for name, item in value.items()]
         elif isinstance(value, list):
             left += [(item, key, depth + 1) for item in value]
-
 MODEL_CHECKS = (check_top_level, check_networks, check_attachments, check_inner_names,
                 check_volumes, check_binds, check_build_secrets)
 def check_policy(model: Model, context: PolicyContext) -> list[Violation]:
@@ -2796,7 +2797,6 @@ class DoneJob:
     """A container that ended with 0 and need not run again: what it was, and when it started."""
     job: str
     started: float
-
 Jobs = Mapping[str, DoneJob]  # by their compose services
 
 @dataclass(frozen=True)
@@ -3419,7 +3419,6 @@ def unfit(project: Project, model: Model, tree: Tree) -> list[str]:
                     found.append(f"{bind.compose_service}: {bind.kind} {bind.source} is missing; "
                                  f"commit it{', or a file in it, if it is a folder' * folder}")
     return found
-
 LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 OVERRIDES = tuple(name.replace(".y", ".override.y") for name in COMPOSE_FILES)
 def not_followed(project: Project, model: Model, tree: Tree) -> Iterator[str]:
@@ -3521,7 +3520,9 @@ def prepare(project: Project, commit: str) -> Prepared:
     tree = project.git.export(commit, spare=True)
     model, notes = render(project, tree)
     enforce(project, model, tree, notes)
-    values = read_values(project, model)
+    values, current = read_values(project, model), project.store.current
+    # It counts what is bound before anything goes through all of that.
+    release = make_release(project, commit, model, tree, values, current.adopted if current else {})
     keys, ignored = project.git.public_keys(tree)
     notes += [f"key ignored: {why}" for why in ignored] or (
         [] if keys else ["no key is in ssh/: nobody can steer this service with pgoctl"])
@@ -3531,8 +3532,6 @@ def prepare(project: Project, commit: str) -> Prepared:
              *(foreign_frontends(project, model) if not project.service.trusted else ()),
              *bound_links(project, project.api.containers(project.name), tree)]
     if wrong: raise Refused("; ".join(wrong))
-    current = project.store.current
-    release = make_release(project, commit, model, tree, values, current.adopted if current else {})
     release = replace(release, notes=tuple(notes))
     # Built is from the export alone, also where the file names the work tree itself.
     rendered = moved_paths(model, str(project.paths.worktree), str(project.paths.export))
@@ -3546,6 +3545,15 @@ def prepare_or_give_up(project: Project, commit: str, asked: bool) -> Prepared:
         return prepare(project, commit)
     finally:
         store.note(looks={})
+def forget_builds(project: Project, former: Release | None, *kept: Release | None) -> None:
+    """The names of what a release built and others do not lead nowhere: each costs all others."""
+    # The engine tells the labels of all images wherever it is asked for some, up to a size.
+    def built(releases: Iterable[Release | None]) -> set[str]:
+        return {name for release in releases if release
+                for key, service in compose_services(release.model).items() if service.get("build")
+                for name in (release.image_names[key], *(service["build"].get("tags") or ()))}
+    for name in built([former]) - built(kept):
+        with suppress(Fault): project.api.untag(name)
 def fetch_images(project: Project, prepared: Prepared, say: Progress) -> Prepared:
     """Pull and build what the release needs. Raises Fault if an image is not there then."""
     services, release = compose_services(prepared.rendered), prepared.release
@@ -3566,6 +3574,9 @@ def fetch_images(project: Project, prepared: Prepared, say: Progress) -> Prepare
     if missing:
         raise Fault(f"image {', '.join(missing)} cannot be pulled and is not on this server"
                     f"{': ' + trouble if trouble else ''}")
+    text = sum(len(json.dumps(part(found, "Config", "Labels"))) for found in facts.values())
+    if text > 4 * LABEL_TEXT and not project.service.trusted:
+        raise Refused(f"the images have over {LABEL_TEXT >> 8} KiB of labels in all")
     if bad := [f"image {name} {why}" for name, found in facts.items()
                if (why := check_image_facts(found, closed)) and not project.service.trusted]:
         raise Refused("; ".join(bad))
@@ -3885,7 +3896,12 @@ class Reconciler:
                     return
                 say(f"deploys {short(commit)}: {'; '.join(decision.reasons)}")
                 for note in prepared.release.notes: say(f"note: {note}")
-                prepared = fetch_images(self.project, prepared, say)
+                try:
+                    prepared = fetch_images(self.project, prepared, say)
+                except Fault:
+                    kept = self.store.current, self.store.good
+                    forget_builds(self.project, prepared.release, *kept)
+                    raise
                 self.snapshot = self.project.snapshot(prepared.release)
                 refuse_what_cannot_be(self.project, prepared, self.snapshot)
                 if hold := self.store.hold():
@@ -3978,6 +3994,7 @@ class Reconciler:
         same = good is not None and good.commit == release.commit
         since = good.since if good and same else time.time()
         if not same: self.project.git.git("update-ref", "refs/pgod/good", release.commit)
+        forget_builds(self.project, good, release)
         self.store.set_current(replace(release, since=since, ill=()), good=True)
         self.store.note(failure=None)
         self.publish()
@@ -4025,9 +4042,10 @@ class Reconciler:
         except (Fault, OSError) as error:
             to = short(good.commit)
             raise Fault(f"ROLLBACK to {to} FAILED, will be tried again: {error}") from None
-        current = self.store.current
-        assert current
-        self.store.set_current(replace(current, since=good.since, ill=()), good=True)
+        back = self.store.current
+        assert back
+        self.store.set_current(replace(back, since=good.since, ill=()), good=True)
+        forget_builds(self.project, current, good)
         self.project.shared.metrics.add("pgo_service_rollbacks_total", service=self.project.name)
         log.warning("%s: rolled back to %s", self.project.name, short(good.commit))
     def append_history(self, commit: str, by: str, began: float, outcome: str, reason: str,
@@ -4078,7 +4096,7 @@ def set_up(project: Project) -> None:
     if not paths.data.exists(): make_folder(paths.data, 0o750, account)
     if project.service.mount and not paths.data.is_mount():
         parts = urllib.parse.urlsplit(project.service.mount)
-        words = ["mount", "-t", "nfs", "-o", "rw,nosuid,hard", f"{parts.netloc}:{parts.path}"]
+        words = ["mount", "-t", "nfs", "-o", "rw,nosuid,nodev,hard", f"{parts.netloc}:{parts.path}"]
         project.shared.children.run(
             [*words, str(paths.data)], RunAs(project.name), deadline=DEADLINE["mount"],
             kind=("mount", "nfs")).check(f"mount of {project.service.mount}")
@@ -4617,7 +4635,6 @@ class Command:
     operands: str = ""
     job: Callable[[Worker, Job], None] | None = None
     answer: Callable[[Worker, ParsedCommand, str], str] | None = None
-
 TIMEOUT = "-t|--timeout=SECONDS"
 COMMANDS: dict[str, Command] = {
     "up": Command("deploy the newest commit and wait until it is healthy",
@@ -4661,7 +4678,6 @@ COMMANDS: dict[str, Command] = {
 DROPPED_OPTIONS = frozenset(("-T", "--no-TTY", "-i", "--interactive", "-t", "--tty"))
 AUDIT_BYTES = 64 << 20  # of the audit log and of the one before it
 USAGE_STATUS, DENIED_STATUS = 2, 1
-
 # What an option takes: its form, and the words for that.
 VALUE_FORMS = {"LINES": ("[0-9]{1,9}|all", "a number or all"), "COUNT": ("[0-9]{1,6}", "a number"),
                "NUMBER": ("[0-9]{1,6}", "a number"), "SECONDS": ("-?[0-9]{1,6}", "whole seconds"),
@@ -4871,22 +4887,17 @@ class SshServer:
             raise Fault(f"SSH cannot listen on {address[0]}:{address[1]}: {error}") from None
     async def _listen(self, address: tuple[str, int]) -> None:
         server = self
-
         class Server(self.asyncssh.SSHServer):  # type: ignore[name-defined,misc]
             """asyncssh's callbacks for one connection."""
             def connection_made(self, conn: Any) -> None:
                 self.connection = conn
                 server.admit(conn)
-
             def connection_lost(self, exc: Exception | None) -> None:
                 server.unproven.pop(self.connection, None)
-
             def begin_auth(self, username: str) -> bool:
                 return True  # anything falsy would let the client in
-
             def public_key_auth_supported(self) -> bool:
                 return True
-
             def validate_public_key(self, username: str, key: Any) -> bool:
                 mark = key_fingerprint(key.public_data)
                 known = bool(server.services_of(mark))
@@ -4894,7 +4905,6 @@ class SshServer:
                     self.connection.send_auth_banner(
                         f"{mark} opens nothing; a key counts from the next fetch on\r\n")
                 return known
-
         key = host_key(self.shared.settings.directory / ".pgod" / "ssh_host_ed25519_key",
                        self.asyncssh)
         log.info("host key: %s", key_fingerprint(key.public_data))
@@ -4922,20 +4932,17 @@ class SshServer:
             self.unproven.pop(oldest)
         receive, validate = connection.data_received, connection.validate_public_key
         create = connection.create_server_channel
-
         def create_server_channel(*words: Any, **options: Any) -> Any:
             if len(connection._channels) >= SSH_SESSIONS:  # each may fill a window of 2 MiB
                 raise self.asyncssh.ChannelOpenError(
                     self.asyncssh.OPEN_RESOURCE_SHORTAGE, "too many sessions")
             return create(*words, **options)
-
         def data_received(data: bytes, datatype: Any = None) -> None:
             client.heard += 0 if client.key else len(data)
             if client.heard > SSH_UNPROVEN_BYTES:
                 connection.abort()
                 return
             receive(data, datatype)
-
         async def validate_public_key(username: str, key_data: bytes, message: bytes,
                                       signature: bytes) -> bool:
             valid = bool(await validate(username, key_data, message, signature))
@@ -4943,11 +4950,9 @@ class SshServer:
                 client.key = key_fingerprint(key_data)
                 self.unproven.pop(connection, None)
             return valid
-
         connection.create_server_channel = create_server_channel
         connection.data_received = data_received
         connection.validate_public_key = validate_public_key
-
     async def session(self, process: Any) -> None:
         """One exec request, from its text to its exit status."""
         connection = process.get_extra_info("connection")
@@ -5024,14 +5029,11 @@ class SshServer:
                       act: Callable[[Worker, Job], None], by: str) -> int:
         """Queue it, tell what happens while it happens; it goes on when the client leaves."""
         stream = process.stdout if command.command in ("plan", "load") else process.stderr
-
         def say(text: str) -> None:
             self.loop.call_soon_threadsafe(self.tell, process, text, stream)
-
         def tell(text: str) -> None:
             say(text)
             worker.project.say(text)
-
         job = worker.ask(Job(command.command, act, tuple(command.words()), command.operands, by,
                              say, tell))
         done = asyncio.ensure_future(asyncio.wrap_future(job.done))
@@ -5216,11 +5218,9 @@ def follow_events(shared: Shared) -> None:
             shared.events_flow.set()  # what fell before, a look will find
             for worker in shared.workers.values(): worker.wake("event")
         return not shared.stopping.is_set()
-
     def handle(event: Json) -> None:
         if worker := shared.workers.get(event["Actor"]["Attributes"].get(PROJECT_LABEL)):
             worker.wake("event")
-
     while not shared.stopping.is_set():
         try:
             shared.api.events(handle, going_on)
@@ -5408,7 +5408,6 @@ def argument(parser: Callable[..., Any], *more: Any) -> Callable[[str], Any]:
     return parse
 def absolute(text: str) -> Path:
     return Path(text).absolute()
-
 FLAG = {"action": "store_true"}
 ADDRESS = {"type": argument(parse_address), "metavar": "ADDRESS"}
 # Field of Settings, which has the default; names; what argparse is told of it; help.
@@ -5442,7 +5441,6 @@ def parse_arguments(words: Sequence[str]) -> tuple[Settings, argparse.Namespace]
     parser.set_defaults(**fields)
     options = parser.parse_args(words)
     return Settings(**{name: getattr(options, name) for name in fields}), options
-
 JOURNAL_LEVELS = {logging.ERROR: "<3>", logging.WARNING: "<4>", logging.INFO: "<6>"}
 
 class LogFormatter(logging.Formatter):
