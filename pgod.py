@@ -434,7 +434,6 @@ def as_user(account: Account) -> Iterator[None]:
     finally:
         _libc.setfsuid(0)
         _libc.setfsgid(0)
-
 Owner = Account | None  # None: root
 def chown(path: Path | int, account: Owner, gid: int | None = None) -> None:
     """Give a path or descriptor to the account, where pgod may."""
@@ -924,7 +923,7 @@ class Repository:
             return act()
     def remake(self, reason: Fault) -> None:
         """Make the git folder again beside the old one and swap them; the work tree stays."""
-        fresh, old = self.folder.with_name("git.new"), self.folder.with_name("git.old")
+        fresh, old = (self.folder.with_name(f"{UNFINISHED}-git.{n}") for n in ("new", "old"))
         for path in (fresh, old): shutil.rmtree(path, ignore_errors=True)
         make_folder(fresh, 0o700, self.account)
         self.init(fresh)
@@ -972,7 +971,7 @@ class Repository:
         return self.exported[1]
     def _export(self, commit: str, spare: bool) -> Tree:
         tree = self.tree(commit, spare)
-        fresh, index = self.paths.own / "export.new", self.folder / "export.index"
+        fresh, index = self.paths.own / f"{UNFINISHED}-export", self.folder / "export.index"
         shutil.rmtree(fresh, ignore_errors=True)
         for left in (index, index.with_name("export.index.lock")): left.unlink(missing_ok=True)
         make_folder(fresh, 0o750, self.account)
@@ -1583,7 +1582,7 @@ class Compose:
         write_atomic(path, json.dumps({"version": 1, "rules": rules}).encode())
         values = {"EXPERIMENTAL_BUILDKIT_SOURCE_POLICY": str(path),
                   # Attestations have the time in them, so that each image would be another.
-              "BUILDX_NO_DEFAULT_ATTESTATIONS": "1", "DOCKER_BUILDKIT": "1"}
+                  "BUILDX_NO_DEFAULT_ATTESTATIONS": "1", "DOCKER_BUILDKIT": "1"}
         result = self.run("build", *own, "--", *names, deadline="build", model="render.json",
                           disk=disk, values=values)
         if result.trouble.startswith(FULL): raise Fault(f"build failed: {result.trouble}")
@@ -3052,7 +3051,6 @@ class Decision:
     commit: str = ""
     reasons: tuple[str, ...] = ()
     services: tuple[str, ...] = ()
-
 CALM = "in sync"
 def deploy_reason(seen: Situation, target: str) -> str:
     current = seen.current
@@ -3231,7 +3229,7 @@ class Project:
         self.name = service.name
         self.paths = ServicePaths(service.name, shared.settings.directory, shared.settings.datadir)
         self.store = Store(self.paths)
-        self.api = shared.api
+        self.api, self.clock = shared.api, shared.clock
         self.account = account_of(service.user)
         self.compose = Compose(service, self.paths, self.account, shared.children,
                                shared.compose_program)
@@ -3883,7 +3881,7 @@ class Reconciler:
     # A deploy, step by step:
     def deploy(self, decision: Decision, say: Progress, by: str, asked: bool) -> None:
         """From a commit to containers that are well, or back. Raises Fault."""
-        began, commit, service = time.monotonic(), decision.commit, self.project.service
+        began, commit, service = self.project.clock(), decision.commit, self.project.service
         with deploy_slot(self.project.shared, service.user):
             try:
                 prepared = prepare_or_give_up(self.project, commit, asked)
@@ -3912,7 +3910,7 @@ class Reconciler:
             except Fault as fault:
                 self.record_failure(commit, fault, fault.retry, by, began)
                 raise
-            changed, current = time.monotonic(), self.store.current
+            changed, current = self.project.clock(), self.store.current
             release = replace(prepared.release, ill=self.ill_before())
             changes = describe(compare(release, self.snapshot, self.store.done), release, current)
             for name in {*release.adopted} & {*release.expected} if not current else ():
@@ -3928,7 +3926,7 @@ class Reconciler:
         if trouble := self.settle(say, trouble):
             self.fail(commit, trouble, say, by, began, changed, [*changes])
         self.record_success(by, began)
-        say(f"runs {short(commit)}, healthy after {time.monotonic() - began:.1f} s")
+        say(f"runs {short(commit)}, healthy after {self.project.clock() - began:.1f} s")
     def ill_before(self) -> tuple[str, ...]:
         """The containers that are ill before a deploy. Where one was cut short, before that one."""
         current = self.store.current
@@ -3964,13 +3962,13 @@ class Reconciler:
         """Wait until nothing differs, and cure what comes up meanwhile; why it did not end well."""
         # After a compose that failed, what it made decides: a service that others wait for may have
         # been between two restarts.
-        until, told, cures = time.monotonic() + self.project.service.wait, "", 0
+        until, told, cures = self.project.clock() + self.project.service.wait, "", 0
         before = {c.identity: c.restarts for c in self.snapshot.containers}
         while True:
             trouble_now = self.attempt(self.look)
             release = self.store.current
             if trouble_now or not release: return trouble_now
-            over = time.monotonic() > until
+            over = self.project.clock() > until
             verdict, why = judge(self.rows, before, release.ill, self.snapshot.now, over)
             if verdict == "good": return None
             if verdict == "bad":
@@ -4017,7 +4015,7 @@ class Reconciler:
         say(f"failed: {fault}")
         if self.store.good and self.project.service.rollback:
             self.roll_back(say)
-            down = f"; {', '.join(names)} was down for {time.monotonic() - changed:.1f} s"
+            down = f"; {', '.join(names)} was down for {self.project.clock() - changed:.1f} s"
             say(f"rolled back to {short(self.store.good.commit)}{down if names else ''}")
         refused = Refused(f"{short(commit)}: {fault}")
         refused.words = fault.words
@@ -4051,7 +4049,7 @@ class Reconciler:
     def append_history(self, commit: str, by: str, began: float, outcome: str, reason: str,
                        words: Sequence[str] = ()) -> None:
         author, subject = self.project.git.describe(commit)
-        seconds = round(time.monotonic() - began, 1)
+        seconds = round(self.project.clock() - began, 1)
         self.store.append_history({
             "time": round(time.time(), 3), "commit": commit, "author": author,
             "subject": subject, "by": by, "seconds": seconds, "outcome": outcome,
@@ -4071,10 +4069,10 @@ class Reconciler:
         if trouble := self.settle(say, trouble): raise trouble
     def await_ill(self, say: Progress) -> None:
         """Wait until also what was ill before is well. Raises Fault that names it."""
-        until, told = time.monotonic() + self.project.service.wait, ""
+        until, told = self.project.clock() + self.project.service.wait, ""
         while rows := self.look():
-            text = "; ".join(map(str, rows))
-            if time.monotonic() > until or not any(row.how.ill or row.how.waits for row in rows):
+            text, late = "; ".join(map(str, rows)), self.project.clock() > until
+            if late or not any(row.how.ill or row.how.waits for row in rows):
                 commit = self.store.current.commit if self.store.current else ""
                 raise Fault(f"{short(commit)} is deployed, but {text}, as it was before")
             if text != told:
@@ -4248,7 +4246,7 @@ class Worker(threading.Thread):
     def run(self) -> None:
         prepared = False
         while not self.shared.stopping.is_set():
-            job, wakes = self._next()
+            job, wakes = self.next_turn()
             if self.shared.stopping.is_set() and not job: break
             try:
                 if not prepared:
@@ -4271,7 +4269,7 @@ class Worker(threading.Thread):
             for waiting in self._jobs:
                 waiting.say("pgod is ending; try again in a moment")
                 waiting.done.set_result(1)
-    def _next(self) -> tuple[Job | None, set[str]]:
+    def next_turn(self) -> tuple[Job | None, set[str]]:
         """The next job, or what it was woken by; sleeps until there is something."""
         with self._condition:
             while not self._jobs and not self._wakes and not self.shared.stopping.is_set():
@@ -5257,6 +5255,11 @@ def remove_stale(shared: Shared) -> None:
                 remove_service(shared, path)
             except (Fault, OSError) as error:
                 log.error("%s: removal failed, the next start tries again: %s", path.name, error)
+def remove_unfinished(folder: Path) -> None:
+    """What a kill left of files and folders that were not whole yet."""
+    for place in ("", ".pgod/", ".pgod/*/", ".pgod/*/*/"):
+        for left in folder.glob(f"{place}{UNFINISHED}*"):
+            with suppress(OSError): shutil.rmtree(left) if left.is_dir() else left.unlink()
 
 class Daemon:
     """pgod's life: start, watch the configuration, end."""
@@ -5275,9 +5278,7 @@ class Daemon:
         make_folder(self.settings.directory / ".pgod", 0o711)
         metrics, folder = Metrics(), self.settings.directory
         children = Children(metrics, take_lock(folder))
-        for place in ("", ".pgod/", ".pgod/*/", ".pgod/*/*/"):
-            for left in folder.glob(f"{place}{UNFINISHED}*"):
-                with suppress(OSError): left.unlink()
+        remove_unfinished(folder)
         self.shared = Shared(self.settings, self.configuration, children, metrics,
                              compose_program(children), EngineApi())
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):

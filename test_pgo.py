@@ -15,6 +15,7 @@ import functools
 import grp
 import hmac
 import http.server
+import itertools
 import json
 import logging
 import os
@@ -41,7 +42,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -49,6 +50,9 @@ from hypothesis import strategies as some
 
 import pgoctl
 import pgod
+
+sys.path.insert(0, str(Path(__file__).resolve().parent / ".ci"))
+import world
 
 HERE = Path(__file__).resolve().parent
 SESSION = secrets.token_hex(3)  # two suites at one time must not share what they make
@@ -1008,7 +1012,7 @@ def test_process_of_the_user_changes_nothing_of_what_root_builds_from(lab: Lab) 
     done = lab.ssh(f"{name}//up")
     assert done.returncode == 1
     assert "is not what the commit has" in done.stderr
-    assert not export.with_name("export.new").exists()
+    assert not [*export.parent.glob(f"{pgod.UNFINISHED}*")]
     flag.unlink()
     lab.ssh(f"{name}//up", check=True)
     assert (export / "d/file").read_text() == "z"
@@ -2734,12 +2738,13 @@ def test_image_that_a_neighbour_built_once_is_neither_run_nor_read(lab: Lab) -> 
     lab.start()
     for service in (victim, name):
         lab.runs(service, lab.repositories[service].head())
+    docker("tag", f"{victim}-web", f"{victim}-old")
     lab.runs(victim, lab.push(victim, {"compose.yaml": compose_file()}))
     commit = lab.push(name, {"compose.yaml": compose_file(pull_policy="never",
-                                                          image=f"{victim}-web")})
+                                                          image=f"{victim}-old")})
     assert "built by another service" in lab.failed(name, commit)
     commit = lab.push(name, {"compose.yaml": json.dumps({"services": {"web": BUILT}}),
-                             "Dockerfile": f"FROM {victim}-web\n"})
+                             "Dockerfile": f"FROM {victim}-old\n"})
     assert "denied by policy" in lab.failed(name, commit)
 
 
@@ -6042,8 +6047,8 @@ class History:
                                         pgod.KEEP_NAME).splitlines() if f":{self.name}." in name]
         assert len(keep) == 1
         left = [str(path) for folder in (own, lab.directory / self.name)
-                for path in folder.rglob("*") if path.name.startswith((".pgod-", "export.new"))
-                or re.fullmatch(r"\..*\.\w{8}|git\.(new|old)|.*\.lock", path.name)]
+                for path in folder.rglob("*") if path.name.startswith(".pgod-")
+                or re.fullmatch(r"\..*\.\w{8}|.*\.lock", path.name)]
         assert not left
         assert not [pid for pid in filter(str.isdigit, os.listdir("/proc"))
                     if str(lab.directory) in command_line(pid)], "processes are left"
@@ -6177,6 +6182,376 @@ def test_fault_at_any_step_loses_nothing_and_is_made_good(lab: Lab, kind: type[H
             break
         print(f"step {at}, {fault}: {steps[at]}")
         one_turn(history, at, fault)
+
+
+# The same with a model of the engine, in virtual time: thousands of histories in minutes.
+
+
+def public_key() -> str:
+    """One that nobody has the other half of."""
+    kind = b"ssh-ed25519"
+    blob = struct.pack(">I", len(kind)) + kind + struct.pack(">I", 32) + b"k" * 32
+    return f"{kind.decode()} {base64.b64encode(blob).decode()} ann\n"
+
+
+class Story:
+    """What happens to a service that runs, and what must come of it whatever the fault."""
+
+    untouched: tuple[str, ...] = ("db",)  # compose services that are never stopped
+    jobs: tuple[str, ...] = ()  # what a key holder asks for, while pgod runs
+    first: tuple[str, ...] = ("web", "db")  # what there is before
+
+    def __init__(self, folder: Path) -> None:
+        self.aside, self.root = folder / "aside", folder / "root"
+        self.root.mkdir(mode=0o755)
+        folder.chmod(0o755)
+        self.repository = Repository(self.root / "repository")
+        self.world = world.World(self.root, USERS[0])
+        self.world.keys["repository"] = str(self.repository.bare)
+        self.base = self.commit = self.repository.push(
+            {"ssh/id.pub": public_key(), "bound": "1", "compose.yaml": self.compose()})
+        self.after = self.repository.push({"bound": "later", "compose.yaml": self.later()})
+        run("git", "-C", self.repository.bare, "update-ref", "refs/heads/main", self.base)
+        run("git", "-C", self.repository.work, "reset", "-q", "--hard", self.base)
+        if self.first:
+            self.live()
+            (self.root / "lib/app/untracked").write_text("precious")
+        self.act()
+        run("cp", "-a", self.root, self.aside)
+        self.engine = self.world.engine
+        self.volumes = dict(self.engine.volumes)
+        self.before = {facts["service"]: (facts["id"], facts["started"])
+                       for facts in self.engine.containers.values()}
+
+    def compose(self, **keys: Any) -> str:
+        web = {"image": "busybox:1", "command": ["sleep", "100"], "healthcheck": HEALTHY,
+               "volumes": ["./bound:/bound:ro", "kept:/kept"], "networks": ["default"]}
+        services = {"web": web | keys, "db": web | {"volumes": ["kept:/kept"]}}
+        return json.dumps({"services": services | self.more(), "volumes": {"kept": {}}})
+
+    def more(self) -> dict[str, Any]:
+        return {}
+
+    def later(self) -> str:
+        return self.compose(command=["sleep", "300"])
+
+    def act(self) -> None:
+        """Change something, before pgod begins; `commit` is what the branch has then."""
+
+    def expected(self) -> str:
+        """The commit that must run in the end."""
+        return self.commit
+
+    def running(self) -> tuple[str, ...]:
+        return ("db", "web")
+
+    # One turn of it:
+    def again(self, plan: Mapping[int, str]) -> world.World:
+        """A world as it was before, with faults to come."""
+        shutil.rmtree(self.root)
+        run("cp", "-a", self.aside, self.root)
+        self.moved = False
+        self.world, former = world.World(self.root, USERS[0]), self.world
+        self.world.keys = dict(former.keys)
+        self.world.engine = self.engine.copied(self.world.step)
+        self.world.plan = dict(plan)
+        self.world.watch = self.watch
+        self.world.others = {"web removed": self.remove_web, "stop file": self.touch_stop_file,
+                             "branch moves": self.move_branch}
+        self.asked = [self.world.ask(command) for command in self.jobs]
+        return self.world
+
+    @property
+    def stop_file(self) -> Path:
+        return self.root / "lib/app.stop"
+
+    def touch_stop_file(self) -> None:
+        if self.stop_file.parent.exists():
+            run("touch", self.stop_file)  # this thread may just be the user's
+
+    def remove_web(self) -> None:
+        engine = self.world.engine
+        for facts in engine.of("app", "web"):
+            del engine.containers[facts["id"]]
+
+    def move_branch(self) -> None:
+        self.moved = True
+        run("git", "-C", self.repository.bare, "update-ref", "refs/heads/main", self.after)
+
+    def watch(self) -> None:
+        """What must hold before each step."""
+        containers = self.world.engine.containers
+        disturbed = self.moved or "web removed" in self.world.plan.values()
+        for name in {*self.untouched} - ({"web"} if disturbed else set()):
+            identity, started = self.before[name]
+            facts = containers.get(identity)
+            assert facts, f"{name} was removed"
+            now = facts["status"], facts["started"]
+            assert now == ("running", started), f"{name} was stopped"
+        mounts = [(facts, item) for facts in containers.values()
+                  for item in facts["model"].get("volumes") or () if item["type"] == "bind"]
+        for (one, above), (other, below) in itertools.permutations(mounts, 2):
+            beneath = below["source"].startswith(above["source"] + "/")
+            assert above.get("read_only") or not beneath, (
+                f"{one['name']} can write above what {other['name']} binds")
+
+    def over(self) -> bool:
+        """Whether what runs is what must run in the end."""
+        store, wanted = self.world.worker.store, self.after if self.moved else self.commit
+        runs, failed = store.current, store.failure
+        if not self.healthy():
+            return False
+        expected = self.after if self.moved else self.expected()
+        # What failed for the fault's sake, and runs as before, is right as well.
+        faults = {*self.world.plan.values()}
+        blamed = bool(faults & {*BLAMED} and failed and failed.commit == wanted
+                      and runs and runs.commit == self.base != wanted)
+        return blamed or bool(runs and runs.commit == expected and runs.since and (
+            expected == wanted) == (not failed or failed.commit != wanted))
+
+    def healthy(self) -> bool:
+        engine = self.world.engine
+        return sorted((facts["name"], engine.health(facts)) for facts in engine.of("app")) == [
+            (f"app-{name}-1", "healthy") for name in self.running()]
+
+    def live(self) -> None:
+        self.moved = False
+        self.world.live(self.over)
+        assert self.over(), "it is not over"
+
+    def check(self) -> None:
+        """In the end."""
+        self.world.live(self.over)
+        if self.stop_file.exists():
+            changes = len(self.world.engine.changes)
+            self.world.live(lambda: True)
+            assert len(self.world.engine.changes) == changes, "the hold is broken"
+            self.stop_file.unlink()
+            self.world.live(self.over)
+        assert self.over(), f"runs {self.world.worker.store.current}, {self.world.worker.view.rows}"
+        view, store = self.world.worker.view, self.world.worker.store
+        assert store.current
+        in_sync = store.current.commit == view.wanted
+        assert view.in_sync == in_sync, (view.rows, view.why(None), view.last_error)
+        digests = {facts["service"]: facts["labels"][pgod.DIGEST_LABEL]
+                   for facts in self.world.engine.of("app")}
+        assert digests == {name: store.current.digests[name] for name in digests}
+        names = [name for name in self.world.engine.names if name.startswith(pgod.KEEP_NAME)]
+        assert len(names) == len({*store.current.images.values()})
+        networks = {*self.world.engine.networks}
+        assert networks == {"app_default"}
+        for name, volume in self.volumes.items():
+            assert self.world.engine.volumes.get(name) == volume, "a volume is gone"
+        if self.first:
+            assert (self.root / "lib/app/untracked").read_text() == "precious"
+        left = [path for path in (self.root / "lib").rglob("*") if pgod.UNFINISHED in path.name]
+        assert not left or "fails" in self.world.plan.values(), left
+        for job in self.asked:
+            if job.done.done() and job.command == "up":
+                assert job.done.result() in (0, 1)
+
+
+class FirstDeploy(Story):
+    untouched, first = (), ()
+
+
+class Push(Story):
+    def act(self) -> None:
+        self.commit = self.repository.push({"compose.yaml": self.compose(command=["sleep", "200"])})
+
+
+class PushUp(Push):
+    jobs = ("up",)
+
+
+class BoundFile(Story):
+    def act(self) -> None:
+        self.commit = self.repository.push({"bound": "2"})
+
+
+class BadStory(Story):
+    keys: ClassVar[Mapping[str, Any]] = {}
+
+    def act(self) -> None:
+        self.commit = self.repository.push({"compose.yaml": self.compose(**self.keys)})
+
+    def expected(self) -> str:
+        return self.base
+
+
+class PushCrashes(BadStory):
+    keys: ClassVar = {"command": ["sh", "-c", "exit 3"]}
+
+
+class PushIsIll(BadStory):
+    keys: ClassVar = {"command": ["sleep", "200"],
+                      "healthcheck": HEALTHY | {"test": ["CMD", "false"]}}
+
+
+class PushWithoutImage(BadStory):
+    untouched = ("db", "web")
+    keys: ClassVar = {"image": "nowhere:1"}
+
+
+class PushForbidden(BadStory):
+    untouched = ("db", "web")
+    keys: ClassVar = {"privileged": True}
+
+
+class PushHalfWay(BadStory):
+    keys: ClassVar = {"cpuset": "4000"}
+
+
+class WriterGoes(Story):
+    """`old` writes above what the next commit binds, and the engine refuses it half-way."""
+
+    def more(self) -> dict[str, Any]:
+        if self.world.engine.containers:
+            return {"web": {"image": "busybox:1", "command": ["sleep", "7"], "healthcheck": HEALTHY,
+                            "volumes": ["./d/sub:/d:ro"], "networks": ["default"]}}
+        return {"web": {"image": "busybox:1", "command": ["sleep", "6"], "healthcheck": HEALTHY,
+                        "volumes": ["./d:/d"], "networks": ["default"]}}
+
+    def act(self) -> None:
+        self.commit = self.repository.push({"compose.yaml": self.compose(), "d/sub/x": "1"})
+
+
+class WebFell(Story):
+    def act(self) -> None:
+        self.remove_web()
+
+
+class NewSettings(Story):
+    untouched = ("db", "web")
+
+    def act(self) -> None:
+        self.world.keys["env"] = ["UNUSED=1"]
+
+
+class DownUp(Story):
+    untouched = ()
+    jobs = ("down", "up")
+
+
+class StopStart(Story):
+    untouched = ()
+    jobs = ("stop", "start")
+
+
+STORIES = (FirstDeploy, Push, PushUp, BoundFile, PushCrashes, PushIsIll, PushWithoutImage,
+           PushForbidden, PushHalfWay, WriterGoes, WebFell, NewSettings, DownUp, StopStart)
+IN_CHILDREN = ("child goes on", "child killed", "child hangs")
+BLAMED = ("fails", "child killed", "child hangs")  # the commit may be blamed for these
+SECOND_FAULTS = ("kill", "power cut", "end", "engine gone")
+WORLD_FAULTS = ("kill", "power cut", "end", "fails", "engine gone", "web removed", "stop file",
+                "branch moves", *IN_CHILDREN)
+
+
+@pytest.mark.parametrize("kind", STORIES, ids=lambda kind: kind.__name__)
+def test_fault_at_any_step_in_the_model_is_made_good(machine: None, kind: type[Story]) -> None:
+    seconds = float(os.environ.get("PGOD_STEPS_SECONDS", "60"))
+    seed = os.environ.get("PGOD_SEED", "1")
+    most = None if "PGOD_STEPS_SECONDS" in os.environ else 15
+    with (pytest.MonkeyPatch.context() as patch,
+          tempfile.TemporaryDirectory(prefix="pgotest-") as folder):
+        patch.setattr(os, "fsync", world.heard_flush(os.fsync))
+        story, until_then = kind(Path(folder)), time.monotonic() + seconds
+        story.again({})
+        story.check()
+        steps = story.world.steps
+        plans: list[dict[int, str]] = [
+            {at: fault} for fault in WORLD_FAULTS for at, text in enumerate(steps)
+            if fault not in IN_CHILDREN or text.startswith(("  ", "child compose"))]
+        chance = random.Random(seed)
+        chance.shuffle(plans)
+        for number, plan in enumerate(plans[:most]):
+            if time.monotonic() > until_then:
+                break
+            if number % 3 == 2:  # a second one falls into the recovery from the first
+                ((at, first),) = plan.items()  # two kills count as the commit's fault
+                killed = first in ("kill", "power cut", "child goes on")
+                plan[at + 1 + chance.randrange(60)] = chance.choice(SECOND_FAULTS[2 * killed:])
+            print(f"{number}: {plan}: {[steps[at] for at in plan if at < len(steps)]}")
+            story.again(plan)
+            story.check()
+
+
+# A check that is under way at a restart may leave the engine without any more.
+CALMLY = {"test": ["CMD", "true"], "interval": "1s"}
+
+
+def told_by(api: pgod.EngineApi, project: str) -> list[tuple[object, ...]]:
+    """What is the same in the model and in the engine."""
+    return [(c.compose_service, c.name, c.status, bool(c.exit_code), c.health, c.replaces,
+             c.digest, bool(c.started), sorted(c.networks), [v[2] for v in c.volumes],
+             [(b.source, b.read_only) for b in c.binds]) for c in api.containers(project)]
+
+
+def test_model_of_the_engine_tells_the_truth(lab: Lab) -> None:
+    """The same acts on both, in an order that chance chooses; what pgod sees must be the same."""
+    seed = os.environ.get("PGOD_SEED", "1")
+    chance, name = random.Random(seed), lab.name
+    around = world.World(lab.folder, USERS[0], name)
+    around.engine.names[IMAGE] = world.IMAGE_ID
+    shared: Any = SimpleNamespace(
+        real=(pgod.EngineApi(), pgod.Children(pgod.Metrics())),
+        model=(world.Api(around), world.Children(around, pgod.Metrics())))
+    (lab.folder / "bound").touch()
+
+    def model(number: int) -> str:
+        services = {key: {"image": IMAGE, "command": ["sleep", f"1000{chance.randrange(2)}"],
+                          "healthcheck": CALMLY, "networks": {"default": None}, "init": True,
+                          "stop_grace_period": "1s", "labels": {
+                              pgod.DIGEST_LABEL: f"{number}{key}", "pgotest": name}, "volumes": [
+                              {"type": "bind", "source": str(lab.folder / "bound"), "target": "/b",
+                               "read_only": True},
+                              {"type": "volume", "source": "kept", "target": "/kept"}]}
+                    for key in chance.sample(["a", "b", "c"], 2)}
+        bad = chance.random()
+        if bad < 0.25:
+            services["b"] = services.get("a", services.get("b", {})) | {"cpuset": "4000"}
+        elif bad < 0.5:
+            services["c"] = {key: value for key, value in services.popitem()[1].items()
+                             if key != "healthcheck"} | {"command": ["sh", "-c", "exit 3"]}
+        return json.dumps({"name": name, "services": services, "networks": {
+            "default": {"name": f"{name}_default"}}, "volumes": {"kept": {"name": f"{name}_kept"}}})
+
+    file = lab.folder / "model.json"
+    file.write_text(model(0))
+    for number in range(int(os.environ.get("PGOD_TRUTH", "12"))):
+        act = chance.choice("up up up stop restart down remove other halt".split())
+        if act == "other" or number == 0:
+            file.write_text(model(number))
+            act = "up"
+        words = ["docker", "compose", "--project-name", name, "--file", str(file), "--env-file",
+                 "/dev/null"]
+        victim = chance.random()
+        statuses = []
+        for api, children in (shared.real, shared.model):
+            if act in ("remove", "halt"):
+                there = api.containers(name)
+                if there:
+                    chosen = there[int(victim * len(there))].identity
+                    (api.remove if act == "remove" else api.stop)([chosen])
+                continue
+            more = {"up": ["--detach", "--no-build", "--pull", "never", "--no-deps",
+                           "--remove-orphans"], "restart": ["--no-deps"]}.get(act, [])
+            names = sorted(json.loads(file.read_text())["services"]) if act == "up" else []
+            done = children.run([*words, act, *more, "--", *names] if act != "down" else [
+                *words, act], pgod.RunAs(name), deadline=60, kind=("compose", act))
+            statuses.append(bool(done.status))
+        print(number, act, statuses, json.loads(file.read_text())["services"].keys())
+        assert len({*statuses}) < 2, statuses
+        around.pass_time(5)
+        if any(statuses):  # compose creates at the same time, so the first may be there or not
+            for _, children in (shared.real, shared.model):
+                children.run([*words, "down"], pgod.RunAs(name), deadline=60,
+                             kind=("compose", "down"))
+        patience = time.monotonic() + 10
+        while time.monotonic() < patience and (
+                told_by(shared.real[0], name) != told_by(shared.model[0], name)):
+            time.sleep(0.1)
+        assert told_by(shared.real[0], name) == told_by(shared.model[0], name)
 
 
 # ---- Project -------------------------------------------------------------------------------------

@@ -10,7 +10,6 @@ import errno
 import http.client
 import json
 import os
-import re
 import signal
 import subprocess
 import sys
@@ -21,32 +20,12 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import pgod
+from world import described
 
-PLAN = json.loads(os.environ.pop("PGOD_STEPS"))
-LOG = os.open(PLAN["log"], os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC)  # a user's step cannot
-CHANGES = frozenset(("os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.symlink", "os.truncate",
-                     "shutil.rmtree"))
 LATER = 0.15  # seconds that a child has run when the fault comes that falls in the middle of it
 GONE = 3.0  # seconds that the engine is away
 state = {"count": 0, "gone": 0.0}
 inside = threading.local()  # what a fault itself does is no step
-
-
-def described(event, words):
-    """The step, without what differs from run to run; nothing for what changes nothing."""
-    if event == "open" and isinstance(words[0], str) and words[2] & (os.O_WRONLY | os.O_RDWR):
-        text = f"write {words[0]}"
-    elif event in CHANGES:
-        text = f"{event.partition('.')[2]} {words[0]}"
-    elif event == "subprocess.Popen":
-        text = "child " + " ".join(map(os.fsdecode, words[1]))
-    elif event == "http.client.send" and words[1][:4] != b"GET " and b" HTTP/1.1" in words[1]:
-        text = "engine " + words[1].split(b" HTTP")[0].decode(errors="replace")
-    else:
-        return ""
-    if "/dev/" in text or "/proc/" in text or "ls-remote" in text:
-        return ""
-    return re.sub(r"[0-9a-f]{10,}|(?<=json\.)\w{8}\b", "*", text)
 
 
 def children():
@@ -117,7 +96,10 @@ def observe(event, words):
         inside.fault = False
 
 
-assert http.client.HTTPConnection  # its sends are heard of
-sys.addaudithook(observe)
-sys.argv[0] = pgod.__file__
-pgod.run()
+if __name__ == "__main__":
+    PLAN = json.loads(os.environ.pop("PGOD_STEPS"))
+    LOG = os.open(PLAN["log"], os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC)  # a user's step cannot
+    assert http.client.HTTPConnection  # its sends are heard of
+    sys.addaudithook(observe)
+    sys.argv[0] = pgod.__file__
+    pgod.run()
