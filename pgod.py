@@ -2354,7 +2354,7 @@ def check_attachments(model: Model, context: PolicyContext) -> Found:
         if key not in shared: continue
         for name in sorted(names_of(where, service, key)):
             why = "is a neighbour's name" if plain(name) in taken else (
-                "may be a host of the world" if "." in plain(name) else "")
+                "would hide a host of that name from neighbours" if "." in plain(name) else "")
             if why and plain(name) not in mine:
                 yield Violation(where, place, name, f"{why} on a network that is shared",
                                 f"network:{key}_name_{name}")
@@ -2517,7 +2517,7 @@ def check_build_secrets(model: Model, context: PolicyContext) -> Found:
                 yield Violation(where, "build.secrets", file, why)
 
 TOO_LARGE = (f"is over {MODEL_DEPTH} deep, or has over {MODEL_ENTRIES} entries, "
-             f"{MODEL_TEXT >> 10} KiB of text, names of {MODEL_KEY} or paths of {PATH_LENGTH} "
+             f"{MODEL_TEXT >> 10} KiB of text, names of {MODEL_KEY} or paths of {2 * PATH_LENGTH} "
              "characters")
 NAMES_AND_PATHS = frozenset((
     "aliases", "container_name", "context", "device", "dockerfile", "domainname", "file",
@@ -3574,7 +3574,7 @@ def fetch_images(project: Project, prepared: Prepared, say: Progress) -> Prepare
                     f"{': ' + trouble if trouble else ''}")
     text = sum(len(json.dumps(part(found, "Config", "Labels"))) for found in facts.values())
     if text > 4 * LABEL_TEXT and not project.service.trusted:
-        raise Refused(f"the images have over {LABEL_TEXT >> 8} KiB of labels in all")
+        raise Refused(f"the images have over {4 * LABEL_TEXT >> 10} KiB of labels in all")
     if bad := [f"image {name} {why}" for name, found in facts.items()
                if (why := check_image_facts(found, closed)) and not project.service.trusted]:
         raise Refused("; ".join(bad))
@@ -3882,6 +3882,7 @@ class Reconciler:
     def deploy(self, decision: Decision, say: Progress, by: str, asked: bool) -> None:
         """From a commit to containers that are well, or back. Raises Fault."""
         began, commit, service = self.project.clock(), decision.commit, self.project.service
+        prepared: Prepared | None = None
         with deploy_slot(self.project.shared, service.user):
             try:
                 prepared = prepare_or_give_up(self.project, commit, asked)
@@ -3894,12 +3895,7 @@ class Reconciler:
                     return
                 say(f"deploys {short(commit)}: {'; '.join(decision.reasons)}")
                 for note in prepared.release.notes: say(f"note: {note}")
-                try:
-                    prepared = fetch_images(self.project, prepared, say)
-                except Fault:
-                    kept = self.store.current, self.store.good
-                    forget_builds(self.project, prepared.release, *kept)
-                    raise
+                prepared = fetch_images(self.project, prepared, say)
                 self.snapshot = self.project.snapshot(prepared.release)
                 refuse_what_cannot_be(self.project, prepared, self.snapshot)
                 if hold := self.store.hold():
@@ -3908,6 +3904,8 @@ class Reconciler:
             except EngineGone:
                 raise
             except Fault as fault:
+                built = prepared.release if prepared else None
+                forget_builds(self.project, built, self.store.current, self.store.good)
                 self.record_failure(commit, fault, fault.retry, by, began)
                 raise
             changed, current = self.project.clock(), self.store.current
@@ -3996,8 +3994,8 @@ class Reconciler:
         self.store.set_current(replace(release, since=since, ill=()), good=True)
         self.store.note(failure=None)
         self.publish()
-        keep_images(self.project, release)
         self.append_history(release.commit, by, began, "deployed", "")
+        keep_images(self.project, release)
     def record_failure(self, commit: str, fault: Fault, retry: bool, by: str, began: float) -> None:
         failure = Failure(commit, self.project.configuration(),
                           redact(str(fault), self.project.service.secrets), retry)
