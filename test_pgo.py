@@ -706,7 +706,7 @@ def test_reload_is_split_as_a_shell_would(text: str, words: tuple[str, ...]) -> 
     ("90s", 90), ("5m0s", 300), ("1h30m", 5400), ("1.5h", 5400), ("250ms", 0.25)])
 def test_durations_are_those_of_go(text: str, seconds: float) -> None:
     assert pgod.parse_duration(text) == seconds
-    for wrong in ("", "5", "m", "5 m", "-1s", "5m 3s", "5x"):
+    for wrong in ("", "5", "m", "5 m", "-1s", "5m 3s", "5x", "9" * 10 + "h", "1h" * 30):
         with pytest.raises(ValueError, match="duration"):
             pgod.parse_duration(wrong)
 
@@ -751,6 +751,59 @@ THINGS = some.recursive(some.one_of(some.none(), some.booleans(), some.integers(
                         lambda inner: some.one_of(some.lists(inner), some.dictionaries(
                             some.text(max_size=6), inner)), max_leaves=10)
 NONE = type("NoErrorAtAll", (Exception,), {})
+REQUESTS = some.one_of(some.binary(max_size=500), some.tuples(
+    some.sampled_from([b"GET", b"HEAD", b"POST", b"PUT", b""]),
+    some.sampled_from([b"/metrics", b"/healthz", b"/webhook/a", b"/webhook/", b"/%", b"*", b""]),
+    some.lists(some.tuples(some.sampled_from([b"Content-Length", b"X-Gitlab-Token", b"Expect",
+                                              b"X-Hub-Signature-256", b"Transfer-Encoding"]),
+                           some.one_of(some.integers().map(lambda n: str(n).encode()),
+                                       some.binary(max_size=20)))),
+    some.binary(max_size=100)).map(lambda parts: b"%s %s HTTP/1.1\r\n%s\r\n%s" % (
+        parts[0], parts[1], b"".join(b"%s: %s\r\n" % pair for pair in parts[2]), parts[3])))
+
+
+def answer_request(data: bytes) -> bytes:
+    """What is said to a request whose connection is then shut down."""
+    worker = SimpleNamespace(service=SimpleNamespace(webhook="secret"), wake=print)
+    shared = SimpleNamespace(workers={"a": worker} if b"/webhook" in data else {},
+                             metrics=pgod.Metrics())
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        ours.sendall(data)
+        ours.shutdown(socket.SHUT_WR)
+        server: Any = SimpleNamespace(shared=shared)
+        with contextlib.suppress(ConnectionError):
+            pgod.HttpHandler(theirs, ("192.0.2.1", 1), server)
+        theirs.close()
+        said = ours.makefile("rb").read()
+    assert re.match(rb"HTTP/1\.0 \d{3} |<!DOCTYPE|[a-z #0-9]+|$", said), said
+    return said
+
+
+class AnsweringRepository(pgod.Repository):
+    """One whose git says what it is told to say."""
+
+    answer = b""
+
+    def git(self, *words: str, **more: Any) -> bytes:
+        return self.answer
+
+
+def understand_git(data: bytes) -> object:
+    """The answers of ls-remote, show, rev-parse and ls-tree."""
+    paths = pgod.ServicePaths("a", Path("/nowhere"), Path("/nowhere"))
+    service = pgod.Service("a", "nobody", pgod.Remote("/r"))
+    who: Any = None
+    repository = AnsweringRepository(service, paths, who, who)
+    repository.answer = data
+    repository.heads("/r", "main")
+    repository.describe("0" * 40)
+    # git itself writes all of a row but the path.
+    repository.answer = b"".join(b"100644 blob %040d %7d\t%s\0" % (0, len(name), name)
+                                 for name in {*data.replace(b"\0", b"").split(b"\n")})
+    return repository.tree("0" * 40, spare=False)
+
+
 WRITTEN: dict[str, tuple[Any, Callable[[Any], object], type[Exception]]] = {
     "durations": (TEXTS, pgod.parse_duration, ValueError),
     "addresses": (TEXTS, pgod.parse_address, ValueError),
@@ -774,13 +827,16 @@ WRITTEN: dict[str, tuple[Any, Callable[[Any], object], type[Exception]]] = {
     "words of programs": (TEXTS, pgod.one_line, NONE),
     "compose files": (TEXTS, lambda text: pgod.unset_paths(
         text, ['The "A" variable is not set. Defaulting to a blank string.']), NONE),
+    "requests": (REQUESTS, answer_request, NONE),
+    "answers of git": (some.binary(max_size=300), understand_git, pgod.Refused),
+    "models": (THINGS, lambda model: [*pgod.check_budget(model)], NONE),
 }
 FUZZING = settings(max_examples=200, deadline=None, database=None,
                    suppress_health_check=[*HealthCheck])
 
 
-@pytest.mark.parametrize("kind", WRITTEN)
-def test_parser_raises_its_own_error_and_no_other(kind: str) -> None:
+def parser_test(kind: str) -> Any:
+    """A test of a parser, as hypothesis makes them."""
     strategy, parse, errors = WRITTEN[kind]
 
     @FUZZING
@@ -789,7 +845,25 @@ def test_parser_raises_its_own_error_and_no_other(kind: str) -> None:
         with contextlib.suppress(errors):
             parse(value)
 
-    parses()
+    return parses
+
+
+@pytest.mark.parametrize("kind", WRITTEN)
+def test_parser_raises_its_own_error_and_no_other(kind: str) -> None:
+    parser_test(kind)()
+
+
+@pytest.mark.parametrize("kind", [kind for kind, row in WRITTEN.items() if row[0] is TEXTS])
+def test_parser_takes_linear_time(kind: str) -> None:
+    """100,000 characters of one kind; with quadratic time each would take minutes."""
+    _, parse, errors = WRITTEN[kind]
+    before = time.process_time()
+    for piece in (*" \n\t\0'\"\\[]{}=,.:/@-#$0aZ\u20ac", "a.", "a ", "a\n", "[[", "${A}", "1h",
+                  "::"):
+        for start in ("", "https://", "a//exec ", "time=a level=", "a: '"):
+            with contextlib.suppress(errors):
+                parse((start + piece * 100_000)[:100_000])
+    assert time.process_time() - before < 60, "it is a second or two"
 
 
 @FUZZING
@@ -818,6 +892,28 @@ def test_state_that_is_damaged_is_no_obstacle(name: str, stored: Any) -> None:
         store.keys()
         store.tracked()
         store.hold()
+
+
+PATHS = some.binary(min_size=1, max_size=30).map(
+    lambda data: data.replace(b"\0", b"").decode(errors="surrogateescape"))
+KEYS = some.lists(some.builds(pgod.PublicKey, some.text(max_size=50), some.text(max_size=30)))
+
+
+@FUZZING
+@given(some.dictionaries(PATHS, some.tuples(some.sampled_from(["100644", "120000"]), some.text())),
+       KEYS, some.lists(some.text(max_size=40)),
+       some.builds(pgod.Hold, some.text(), some.text(), some.floats(0, 4e9),
+                   some.one_of(some.just(0.0), some.floats(4e9, 5e9)), some.just("hold")))
+def test_state_is_read_as_it_was_written(tree: Any, keys: Any, ignored: Any, hold: Any) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        paths = pgod.ServicePaths("a", Path(folder), Path(folder) / "data")
+        paths.own.mkdir(parents=True)
+        pgod.Store(paths).set_tracked(tree)
+        pgod.Store(paths).set_keys("0" * 40, keys, ignored)
+        pgod.Store(paths).set_hold(hold)
+        assert pgod.Store(paths).tracked() == tree
+        assert pgod.Store(paths).keys() == ("0" * 40, tuple(keys), tuple(ignored))
+        assert pgod.Store(paths).hold_of("hold") == hold
 
 
 # ---- Files ---------------------------------------------------------------------------------------
@@ -2161,6 +2257,31 @@ def test_attack_is_refused_unless_the_administrator_allows_it(tmp_path: Path, co
     left = judged(model, tree, allow=tuple(entries))
     assert not {violation.allow for violation in left} - {""}, "an entry that permits nothing"
     assert (words in "\n".join(map(str, left))) == (not allow)
+
+
+def test_two_attacks_do_not_hide_each_other(machine: None, tmp_path: Path) -> None:
+    """Forty pairs, as chance chooses; some of them compose does not take."""
+    start, tried = web("\0").partition("\0")[0], 0
+    large = ("replicas", "10000-")  # what is too large is not read any further
+    inner = [(text.removeprefix(start).removesuffix("}}"), words) for text, words, _ in ATTACKS
+             if text.startswith(start) and text.endswith("}}")
+             and len(text) < 500 and "\n" not in text and not any(word in text for word in large)]
+    seed = os.environ.get("PGOD_SEED", "1")
+    chance = random.Random(seed)
+    for number in range(40):
+        (one, its), (other, others) = chance.sample(inner, 2)
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        print(f"PGOD_SEED={seed}: {one}, {other}")
+        try:
+            model, tree = rendered(folder, web(f"{one}, {other}"))
+        except AssertionError:
+            continue
+        said = "\n".join(map(str, judged(model, tree)))
+        assert its in said
+        assert others in said
+        tried += 1
+    assert tried > 20
 
 
 @pytest.mark.parametrize(("compose", "files", "words"), [
