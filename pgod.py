@@ -2986,7 +2986,8 @@ def judge(rows: Iterable[Row], before: Mapping[str, int], ill: Iterable[str], no
     """One look at a deploy: ("good" | "wait" | "bad", why). Pure."""
     # `before`: restarts of the containers that were there when it began. `ill`: those of them that
     # were ill and that it did not touch; they say nothing about the commit. `over`: its time is.
-    rows = [row for row in rows if not row.container or row.container.identity not in {*ill}]
+    rows = [row for row in rows if not (row.container and row.container.identity in {*ill}
+                                        and (row.how.ill or not row.how.cure))]
     for row in rows:
         crashing = row.container and now - row.container.created >= CRASH_AGE and (
             row.container.restarts - before.get(row.container.identity, 0) >= CRASHES)
@@ -3991,17 +3992,20 @@ class Reconciler:
         since = good.since if good and same else time.time()
         if not same: self.project.git.git("update-ref", "refs/pgod/good", release.commit)
         forget_builds(self.project, good, release)
+        told = [(line.get("commit"), line.get("outcome")) for line in self.store.history()[-1:]]
+        if same or told != [(release.commit, "deployed")]:  # a kill may have come behind it
+            self.append_history(release.commit, by, began, "deployed", "")
         self.store.set_current(replace(release, since=since, ill=()), good=True)
         self.store.note(failure=None)
         self.publish()
-        self.append_history(release.commit, by, began, "deployed", "")
         keep_images(self.project, release)
     def record_failure(self, commit: str, fault: Fault, retry: bool, by: str, began: float) -> None:
         failure = Failure(commit, self.project.configuration(),
                           redact(str(fault), self.project.service.secrets), retry)
-        if self.store.note(failure=failure):
-            self.publish()
+        if failure != self.store.failure:
             self.append_history(commit, by, began, "failed", str(fault), fault.words)
+            self.store.note(failure=failure)
+            self.publish()
     def fail(self, commit: str, fault: Fault, say: Progress, by: str, began: float,
              changed: float, names: Sequence[str]) -> NoReturn:
         """After a bad deploy: back to the last good release, if there is one. Raises Refused."""
@@ -4448,7 +4452,8 @@ def job_up(worker: Worker, job: Job) -> None:
     worker.store.release("stop")
     worker.reconcile(frozenset({"start"}), job.tell, job.by, asked=True)
     if worker.view.remote_error: raise Fault(worker.view.remote_error)
-    if hold := worker.store.hold(): raise Held(f"nothing was deployed: {hold}")
+    if (hold := worker.store.hold()) and not worker.view.in_sync:
+        raise Held(f"nothing was deployed: {hold}")
     worker.reconciler.await_ill(job.say)
 def job_pull(worker: Worker, job: Job) -> None:
     """Fetch, and deploy if there is something new."""
@@ -5101,9 +5106,7 @@ WEBHOOK_SIGNATURES = (
 class HttpHandler(http.server.BaseHTTPRequestHandler):
     """Two pages, and webhooks, which wake a service: nothing in them is believed."""
     server: HttpServer
-    timeout = HTTP_SECONDS
-    server_version = "pgod"
-    sys_version = ""
+    timeout, server_version, sys_version = HTTP_SECONDS, "pgod", ""
 
     def do_GET(self) -> None:
         if self.path == "/metrics":
@@ -5255,7 +5258,7 @@ def remove_stale(shared: Shared) -> None:
                 log.error("%s: removal failed, the next start tries again: %s", path.name, error)
 def remove_unfinished(folder: Path) -> None:
     """What a kill left of files and folders that were not whole yet."""
-    for place in ("", ".pgod/", ".pgod/*/", ".pgod/*/*/"):
+    for place in ("", ".pgod/", ".pgod/*/", ".pgod/*/*/", ".pgod/*/git/info/"):
         for left in folder.glob(f"{place}{UNFINISHED}*"):
             with suppress(OSError): shutil.rmtree(left) if left.is_dir() else left.unlink()
 

@@ -6320,8 +6320,10 @@ class Story:
     """What happens to a service that runs, and what must come of it whatever the fault."""
 
     untouched: tuple[str, ...] = ("db",)  # compose services that are never stopped
-    jobs: tuple[str, ...] = ()  # what a key holder asks for, while pgod runs
+    jobs: tuple[tuple[str, ...], ...] = ()  # what a key holder asks for, while pgod runs
     first: tuple[str, ...] = ("web", "db")  # what there is before
+    image = "busybox:1"  # of web
+    waits = False  # by a hold that belongs to the story
 
     def __init__(self, folder: Path) -> None:
         self.aside, self.root = folder / "aside", folder / "root"
@@ -6329,9 +6331,9 @@ class Story:
         folder.chmod(0o755)
         self.repository = Repository(self.root / "repository")
         self.world = world.World(self.root, USERS[0])
-        self.world.keys["repository"] = str(self.repository.bare)
-        self.base = self.commit = self.repository.push(
-            {"ssh/id.pub": public_key(), "bound": "1", "compose.yaml": self.compose()})
+        self.world.keys |= {"repository": str(self.repository.bare), "webhook": SECRET,
+                            "env": [f"TOKEN={SECRET}"]}
+        self.base = self.commit = self.repository.push(self.files())
         self.after = self.repository.push({"bound": "later", "compose.yaml": self.later()})
         run("git", "-C", self.repository.bare, "update-ref", "refs/heads/main", self.base)
         run("git", "-C", self.repository.work, "reset", "-q", "--hard", self.base)
@@ -6340,16 +6342,23 @@ class Story:
             (self.root / "lib/app/untracked").write_text("precious")
         self.act()
         run("cp", "-a", self.root, self.aside)
-        self.engine = self.world.engine
+        self.engine, self.settings = self.world.engine, dict(self.world.keys)
+        self.pushed = self.commit
         self.volumes = dict(self.engine.volumes)
         self.before = {facts["service"]: (facts["id"], facts["started"])
                        for facts in self.engine.containers.values()}
 
+    def files(self) -> dict[str, str]:
+        """Of the first commit."""
+        return {"ssh/id.pub": public_key(), "bound": "1", "compose.yaml": self.compose()}
+
     def compose(self, **keys: Any) -> str:
         web = {"image": "busybox:1", "command": ["sleep", "100"], "healthcheck": HEALTHY,
                "volumes": ["./bound:/bound:ro", "kept:/kept"], "networks": ["default"]}
-        services = {"web": web | keys, "db": web | {"volumes": ["kept:/kept"]}}
-        return json.dumps({"services": services | self.more(), "volumes": {"kept": {}}})
+        services = {"web": web | {"image": self.image, "secrets": ["token"]} | keys,
+                    "db": web | {"volumes": ["kept:/kept"]}}
+        return json.dumps({"services": services | self.more(), "volumes": {"kept": {}},
+                           "secrets": {"token": {"environment": "TOKEN"}}})
 
     def more(self) -> dict[str, Any]:
         return {}
@@ -6364,22 +6373,27 @@ class Story:
         """The commit that must run in the end."""
         return self.commit
 
+    def phases(self) -> Iterator[Callable[[], bool]]:
+        """What happens, one after the other: when each is over."""
+        yield self.over
+
     # One turn of it:
     def again(self, plan: Mapping[int, str]) -> None:
         """A world as it was before, with faults to come."""
         shutil.rmtree(self.root)
         run("cp", "-a", self.aside, self.root)
-        self.moved = False
-        self.world, former = world.World(self.root, USERS[0]), self.world
-        self.world.keys = dict(former.keys)
+        self.moved, self.commit = False, self.pushed
+        self.world = world.World(self.root, USERS[0])
+        self.world.keys = dict(self.settings)
         self.world.engine = self.engine.copied(self.world.step)
         self.world.plan = dict(plan)
         self.world.watch = self.watch
         self.world.others = {"web removed": self.remove_web, "stop file": self.touch_stop_file,
-                             "branch moves": self.move_branch}
+                             "branch moves": self.move_branch, "hold": self.hold,
+                             "web stopped": self.stop_web, "new settings": self.change_settings}
         self.ended: list[tuple[pgod.Job, tuple[int, bool]]] = []
-        for command in self.jobs:
-            job = self.world.ask(command)
+        for words in self.jobs:
+            job = self.world.ask(*words)
             job.done.add_done_callback(functools.partial(self.note_end, job))
 
     def note_end(self, job: pgod.Job, status: Future[int]) -> None:
@@ -6399,10 +6413,27 @@ class Story:
         if self.stop_file.parent.exists():
             run("touch", self.stop_file)  # this thread may just be the user's
 
+    @property
+    def hold_file(self) -> Path:
+        return self.root / "lib/.pgod/app/hold.json"
+
+    def hold(self) -> None:
+        if self.hold_file.parent.exists():
+            run("sh", "-c", 'echo \'{"by": "ann"}\' > "$1"', "-", self.hold_file)
+
+    def change_settings(self) -> None:
+        self.world.keys["env"] = [*self.world.keys["env"], "UNUSED=2"]
+        self.world.shared.stopping.set()
+
     def remove_web(self) -> None:
         engine = self.world.engine
         for facts in engine.of("app", "web"):
             del engine.containers[facts["id"]]
+
+    def stop_web(self) -> None:
+        engine = self.world.engine
+        for facts in engine.of("app", "web"):
+            facts |= {"status": "exited", "code": 137, "ended": engine.now}
 
     def move_branch(self) -> None:
         self.moved = True
@@ -6411,7 +6442,7 @@ class Story:
     def watch(self) -> None:
         """What must hold before each step."""
         containers = self.world.engine.containers
-        disturbed = self.moved or "web removed" in self.world.plan.values()
+        disturbed = self.moved or {"web removed", "web stopped"} & {*self.world.plan.values()}
         for name in {*self.untouched} - ({"web"} if disturbed else set()):
             identity, started = self.before[name]
             facts = containers.get(identity)
@@ -6424,6 +6455,7 @@ class Story:
             beneath = below["source"].startswith(above["source"] + "/")
             assert above.get("read_only") or not beneath, (
                 f"{one['name']} can write above what {other['name']} binds")
+        assert not self.world.engine.in_vain, "made anew in vain"
 
     def over(self) -> bool:
         """Whether what runs is what must run in the end."""
@@ -6439,6 +6471,9 @@ class Story:
         return blamed or bool(runs and runs.commit == expected and runs.since and (
             expected == wanted) == (not failed or failed.commit != wanted))
 
+    def is_held(self) -> bool:
+        return self.world.worker.store.hold_of("stop") is not None
+
     def healthy(self) -> bool:
         engine = self.world.engine
         return sorted((facts["name"], engine.health(facts)) for facts in engine.of("app")) == [
@@ -6449,23 +6484,43 @@ class Story:
         self.world.live(self.over)
         assert self.over(), "it is not over"
 
+    def keeps_still(self) -> None:
+        """Nothing is deployed or healed meanwhile."""
+        changes = len(self.world.engine.changes)
+        self.world.live(lambda: True)
+        assert len(self.world.engine.changes) == changes, "the hold is broken"
+
     def check(self) -> None:
-        """In the end."""
-        self.world.live(self.over)
-        if self.stop_file.exists():
-            changes = len(self.world.engine.changes)
-            self.world.live(lambda: True)
-            assert len(self.world.engine.changes) == changes, "the hold is broken"
-            self.stop_file.unlink()
-            self.world.live(self.over)
-        assert self.over(), f"runs {self.world.worker.store.current}, {self.world.worker.view.rows}"
+        """It happens, and what there is in the end."""
+        for is_over in self.phases():
+            self.world.live(is_over)
+            for file, fault in ((self.stop_file, "stop file"), (self.hold_file, "hold")):
+                if file.exists() and fault in self.world.plan.values() and not self.waits:
+                    self.keeps_still()
+                    file.unlink()
+                    self.world.live(is_over)
+            assert is_over(), (self.world.worker.store.current, self.world.worker.view.rows)
+        self.check_end()
+
+    def check_end(self) -> None:
         view, store = self.world.worker.view, self.world.worker.store
         assert store.current
         in_sync = store.current.commit == view.wanted
         assert view.in_sync == in_sync, (view.rows, view.why(None), view.last_error)
-        digests = {facts["service"]: facts["labels"][pgod.DIGEST_LABEL]
-                   for facts in self.world.engine.of("app")}
-        assert digests == {name: store.current.digests[name] for name in digests}
+        for facts in self.world.engine.of("app"):
+            name = facts["service"]
+            digest = facts["labels"].get(pgod.DIGEST_LABEL, store.current.adopted.get(name))
+            assert digest == store.current.digests[name]
+            image = store.current.image_names[name]
+            assert facts["image"] == store.current.images[image]
+        pgod.show_metrics(self.world.shared)
+        metrics = self.world.shared.metrics.render()
+        assert f'pgo_service_in_sync{{service="app"}} {in_sync:d}' in metrics
+        assert f'commit="{store.current.commit}"' in metrics
+        outcomes = {line["commit"]: line["outcome"] for line in store.history()}
+        assert outcomes.get(store.current.commit) == "deployed" or store.current.adopted
+        if store.failure:
+            assert outcomes[store.failure.commit] == "failed"
         names = [name for name in self.world.engine.names if name.startswith(pgod.KEEP_NAME)]
         assert len(names) == len({*store.current.images.values()})
         networks = {*self.world.engine.networks}
@@ -6473,7 +6528,13 @@ class Story:
         for name, volume in self.volumes.items():
             assert self.world.engine.volumes.get(name) == volume, "a volume is gone"
         if self.first:
-            assert (self.root / "lib/app/untracked").read_text() == "precious"
+            (untracked,) = (self.root / "lib").rglob("untracked")
+            assert untracked.read_text() == "precious"
+        for path in (self.root / "lib").rglob("*"):
+            facts = path.lstat()
+            if facts.st_uid or facts.st_mode & 0o077:  # somebody else than root reads it
+                assert not path.is_file() or SECRET.encode() not in path.read_bytes(), path
+        assert SECRET not in "\n".join(self.world.tell)
         left = [path for path in (self.root / "lib").rglob("*") if pgod.UNFINISHED in path.name]
         assert not left or "fails" in self.world.plan.values(), left
         for job, (status, runs) in self.ended:
@@ -6483,6 +6544,9 @@ class Story:
                 # What failed behind it, or was tried again by itself, may be told as a failure.
                 told = faults & {*BLAMED, "engine gone"}
                 assert not runs or not status or told, "up said that it failed"
+
+
+SECRET = "s3cr3t-4711-0815-2342"
 
 
 class FirstDeploy(Story):
@@ -6495,7 +6559,7 @@ class Push(Story):
 
 
 class PushUp(Push):
-    jobs = ("up",)
+    jobs = (("up",),)
 
 
 class BoundFile(Story):
@@ -6559,26 +6623,196 @@ class NewSettings(Story):
     untouched = ("db", "web")
 
     def act(self) -> None:
-        self.world.keys["env"] = ["UNUSED=1"]
+        self.world.keys["env"] = [*self.world.keys["env"], "UNUSED=1"]
+
+
+class NewUser(NewSettings):
+    def act(self) -> None:
+        self.world.keys["user"] = USERS[1]
+
+    def check_end(self) -> None:
+        super().check_end()
+        owner = pwd.getpwnam(USERS[1]).pw_uid
+        assert {path.stat().st_uid for path in (self.root / "lib/app").glob("[bcs]*")} == {owner}
+
+
+class NewCompose(Story):
+    """`compose` names a second file, which changes one compose service."""
+
+    def files(self) -> dict[str, str]:
+        more = {"services": {"web": {"command": ["sleep", "200"]}}}
+        return super().files() | {"more.yaml": json.dumps(more)}
+
+    def act(self) -> None:
+        self.world.keys["compose"] = ["compose.yaml", "more.yaml"]
 
 
 class DownUp(Story):
+    """The second is asked for again where it was not heard, or refused in a hold."""
+
     untouched = ()
-    jobs = ("down", "up")
+    jobs: tuple[tuple[str, ...], ...] = (("down",), ("up",))
+
+    def phases(self) -> Iterator[Callable[[], bool]]:
+        for _ in range(3):
+            yield lambda: self.is_held() or self.over()
+            self.world.ask(*self.jobs[1])
+        yield self.over
 
 
-class StopStart(Story):
+class StopStart(DownUp):
+    jobs = (("stop",), ("start",))
+
+
+class Restart(Story):
     untouched = ()
-    jobs = ("stop", "start")
+    jobs = (("restart",),)
+
+
+class RestartWeb(Story):
+    jobs = (("restart", "web"),)
+
+
+class Down(Story):
+    """A key holder takes it down; a push does not bring it up again, `up` does."""
+
+    untouched: tuple[str, ...] = ()
+    jobs: tuple[tuple[str, ...], ...] = (("down",),)
+    stopped: tuple[str, ...] = ("web", "db")
+
+    def down(self) -> bool:
+        store = self.world.worker.store
+        hold = store.hold_of("stop")
+        if hold and not hold.by_hand:
+            return not [facts for facts in self.world.engine.of("app")
+                        if facts["service"] in self.stopped and facts["status"] == "running"]
+        return self.healthy()  # nobody has heard of it
+
+    def phases(self) -> Iterator[Callable[[], bool]]:
+        yield self.down
+        self.commit = self.repository.push({"bound": "2"})
+        yield lambda: self.down() if self.is_held() else self.over()
+        for _ in range(3):  # one may not be heard
+            self.world.ask("up")
+            yield lambda: self.is_held() or self.over()
+        yield self.over
+
+class StopWeb(Down):
+    untouched, jobs, stopped = ("db",), (("stop", "web"),), ("web",)
+
+
+class Held(Push):
+    """A push while it is held, and the end of the hold."""
+
+    def act(self) -> None:
+        super().act()
+        self.hold()
+
+    def phases(self) -> Iterator[Callable[[], bool]]:
+        changes, self.waits = len(self.world.engine.changes), True
+        yield lambda: len(self.world.engine.changes) == changes
+        self.waits = False
+        for file in (self.hold_file, self.stop_file):
+            file.unlink(missing_ok=True)
+        yield self.over
+
+
+class RollbackFails(PushCrashes):
+    """For two minutes the engine does not make what ran before."""
+
+    def again(self, plan: Mapping[int, str]) -> None:
+        super().again(plan)
+        self.world.engine.refused["sleep 100"] = self.world.now + 120
+
+
+class SameTag(Story):
+    """The image behind the tag is another one; whatever is pushed, it is pulled."""
+
+    image = "web:1"
+
+    def act(self) -> None:
+        self.world.engine.registry["web:1"] = world.OTHER_IMAGES[1]
+        self.commit = self.repository.push({"note": "1"})
+
+    def check_end(self) -> None:
+        super().check_end()
+        (web,) = self.world.engine.of("app", "web")
+        release = self.world.worker.store.current
+        new = bool(release and release.commit != self.base)
+        assert web["image"] == world.OTHER_IMAGES[new] or {*self.world.plan.values()} & {*BLAMED}
+
+
+class SameTagCrashes(SameTag):
+    def act(self) -> None:
+        super().act()
+        self.commit = self.repository.push(
+            {"compose.yaml": self.compose(command=["sh", "-c", "exit 3"])})
+
+    def expected(self) -> str:
+        return self.base
+
+
+class LeavesAndReturns(Story):
+    untouched = ()
+
+    def gone(self) -> bool:
+        return not (self.world.engine.of("app") or self.world.engine.networks
+                    or (self.root / "lib/.pgod/app").exists())
+
+    def phases(self) -> Iterator[Callable[[], bool]]:
+        self.world.present = False
+        yield self.gone
+        self.world.present = True
+        yield self.over
+
+
+class Import(Story):
+    """The reverse proxy's file changes, and it is told of it."""
+
+    untouched, heard = ("web", "db"), ""
+
+    def act(self) -> None:
+        self.world.keys |= {"import": "sites", "reload": "app//exec load",
+                            "urls": {"a.example": "web:80"}}
+
+    def again(self, plan: Mapping[int, str]) -> None:
+        super().again(plan)
+        self.heard, self.world.engine.on_exec = "", self.load
+
+    def load(self) -> None:
+        self.heard = (self.root / "lib/app/sites").read_text()
+
+    def over(self) -> bool:
+        return super().over() and ("a.example" in self.heard or "urls" not in self.world.keys)
+
+
+class TakeOver(Story):
+    """A checkout of the Go program, and what compose started from it."""
+
+    untouched, first = ("web", "db"), ()
+
+    def act(self) -> None:
+        folder = self.root / "lib/app"
+        folder.parent.mkdir()
+        run("git", "clone", "-q", self.repository.bare, folder)
+        model = json.loads(run(
+            "docker", "compose", "--project-name", "app", "--project-directory", folder, "--file",
+            folder / "compose.yaml", "config", "--format", "json",
+            env=process_environment() | {"TOKEN": SECRET}).stdout)
+        run("chown", "-R", USERS[0], folder)
+        self.world.engine.up("app", model, ["web", "db"], force=False)
+        self.world.pass_time(5)
 
 
 STORIES = (FirstDeploy, Push, PushUp, BoundFile, PushCrashes, PushIsIll, PushWithoutImage,
-           PushForbidden, PushHalfWay, WriterGoes, WebFell, NewSettings, DownUp, StopStart)
+           PushForbidden, PushHalfWay, WriterGoes, WebFell, NewSettings, NewUser, NewCompose,
+           DownUp, StopStart, Restart, RestartWeb, Down, StopWeb, Held, RollbackFails, SameTag,
+           SameTagCrashes, LeavesAndReturns, Import, TakeOver)
 IN_CHILDREN = ("child goes on", "child killed", "child hangs")
 BLAMED = ("fails", "child killed", "child hangs")  # the commit may be blamed for these
 SECOND_FAULTS = ("kill", "power cut", "end", "engine gone")
-WORLD_FAULTS = ("kill", "power cut", "end", "fails", "engine gone", "web removed", "stop file",
-                "branch moves", *IN_CHILDREN)
+WORLD_FAULTS = ("kill", "power cut", "end", "fails", "engine gone", "web removed", "web stopped",
+                "stop file", "hold", "new settings", "branch moves", *IN_CHILDREN)
 
 
 @pytest.mark.parametrize("kind", STORIES, ids=lambda kind: kind.__name__)

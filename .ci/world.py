@@ -30,6 +30,7 @@ import pgod
 
 EPOCH = 1_900_000_000.0  # when virtual time begins
 IMAGE_ID = "sha256:" + "1" * 64
+OTHER_IMAGES = tuple("sha256:" + digit * 64 for digit in "23")
 CHANGES = frozenset(("os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.symlink", "os.truncate",
                      "shutil.rmtree"))
 Model = Mapping[str, Any]
@@ -79,13 +80,18 @@ class Engine:
         self.networks: dict[str, dict[str, Any]] = {}
         self.volumes: dict[str, dict[str, Any]] = {}
         self.names: dict[str, str] = {}  # of images: identity
+        self.registry: dict[str, str] = {}  # what a pull leads the names of images to
+        self.refused: dict[str, float] = {}  # commands whose containers are not made until then
+        self.in_vain: list[str] = []  # made anew, though nothing differed
+        self.on_exec: Callable[[], object] = lambda: None
         self.numbers = itertools.count(1)
         self.changes: list[tuple[str, str, str]] = []  # what was done, to which, its digest
 
     def copied(self, step: Callable[[str], None]) -> Engine:
         """One like it, for another world."""
         other = Engine(step)
-        for name in ("now", "containers", "networks", "volumes", "names", "numbers"):
+        for name in ("now", "containers", "networks", "volumes", "names", "registry", "refused",
+                     "numbers"):
             setattr(other, name, copy.deepcopy(getattr(self, name)))
         return other
 
@@ -146,6 +152,8 @@ class Engine:
         if model.get("cpuset"):
             raise Refusal(400, f"Error response from daemon: Requested CPUs are not available - "
                                f"requested {model['cpuset']}, available: 0-1")
+        if self.refused.get(" ".join(model.get("command") or ()), 0) > self.now:
+            raise Refusal(500, "Error response from daemon: it is out of order")
         image: str = self.names.get(str(model["image"]), "")
         if not image and model["image"] in self.names.values():
             image = str(model["image"])
@@ -162,6 +170,9 @@ class Engine:
             "code": 0, "created": self.now, "started": 0.0, "ended": 0.0, "killed": False,
             "networks": [f"{project}_{key}" for key in model.get("networks") or ()]}
         self.do("create", name, facts)
+        self.in_vain += [name for old in self.of(project, service) if old["image"] == image
+                         and old["labels"].get(pgod.DIGEST_LABEL) == labels.get(pgod.DIGEST_LABEL)
+                         and self.status(old)[0] == "running" and self.health(old) != "unhealthy"]
         self.containers[facts["id"]] = facts
         for item in model.get("volumes") or ():
             if item["type"] == "volume":
@@ -207,13 +218,22 @@ class Engine:
                 self.do("remove network", name)
                 del self.networks[name]
         elif command == "pull":
-            if gone := [name for name in named if services[name]["image"] not in self.names]:
-                raise Refusal(404, f"{gone[0]} Error: manifest unknown")
+            self.pull({services[name]["image"] for name in named})
+        elif command == "exec":
+            self.step("engine: exec")
+            self.on_exec()
         elif command == "config":
             return "".join(f"{name} {shape(service)}\n" for name, service in services.items())
         else:
             raise AssertionError(f"the model has no compose {command}")
         return ""
+
+    def pull(self, images: set[str]) -> None:
+        if gone := sorted(images - {*self.names}):
+            raise Refusal(404, f"{gone[0]} Error: manifest unknown")
+        for image in images & {*self.registry}:
+            self.step(f"engine: pull {image}")
+            self.names[image] = self.registry[image]
 
     def up(self, project: str, model: Model, named: Sequence[str], force: bool) -> None:
         services = model["services"]
@@ -442,7 +462,7 @@ class World:
     def __init__(self, root: Path, user: str, name: str = "app") -> None:
         self.root, self.user, self.name = root, user, name
         self.engine = Engine(self.step)
-        self.engine.names["busybox:1"] = IMAGE_ID
+        self.engine.names |= {"busybox:1": IMAGE_ID, "web:1": OTHER_IMAGES[0]}
         self.keys: dict[str, Any] = {}
         self.steps: list[str] = []
         self.plan: dict[int, str] = {}  # faults, by the number of their steps
@@ -451,6 +471,7 @@ class World:
         self.in_child = 0
         self.gone_until = 0.0
         self.jobs: list[pgod.Job] = []
+        self.present = True  # in pgo.toml
         self.tell: list[str] = []
         self.watch: Callable[[], None] = lambda: None
         self.others: dict[str, Callable[[], object]] = {}  # faults that are somebody else's acts
@@ -531,17 +552,19 @@ class World:
 
     # pgod:
     def write_config(self) -> Path:
-        text = "[[services]]\n" + "".join(
-            f"{key} = {json.dumps(value)}\n" for key, value in (
-                {"name": self.name, "user": self.user, "wait": "20s",
-                 "repository": str(self.root / "repository.git")} | self.keys).items())
+        keys = {"name": self.name if self.present else "other", "user": self.user, "wait": "20s",
+                "repository": str(self.root / "repository.git")} | self.keys
+        table = ", ".join(f"{key} = {json.dumps(value)}" for key, value in keys.items()
+                          if not isinstance(value, dict))
+        urls = ", ".join(f"{json.dumps(host)} = {json.dumps(target)}"
+                         for host, target in keys.get("urls", {}).items())
         config = self.root / "pgo.toml"
-        config.write_text(text)
+        config.write_text(f"services = [{{{table}, urls = {{{urls}}}}}]\n")
         config.chmod(0o600)
         return config
 
-    def boot(self, config: Path) -> Worker:
-        """pgod begins, with what is on disk. Raises Killed."""
+    def boot(self, config: Path) -> None:
+        """pgod begins, with what is on disk, and lives until it ends. Raises Killed."""
         settings = pgod.Settings(config, self.root / "lib", self.root / "data", None, None, 60.0)
         metrics = pgod.Metrics()
         self.shared = pgod.Shared(
@@ -550,10 +573,11 @@ class World:
         pgod.make_folder(settings.directory / ".pgod", 0o711)
         pgod.remove_unfinished(settings.directory)
         self.shared.events_flow.set()
-        worker = Worker(self.shared.configuration.services[0], self.shared)
-        worker.world = self
-        self.shared.workers[worker.name] = worker
-        return worker
+        pgod.remove_stale(self.shared)
+        for service in self.shared.configuration.services if self.present else ():
+            self.worker = self.shared.workers[service.name] = Worker(service, self.shared)
+            self.worker.world = self
+            self.worker.run()
 
     def next_turn(self, worker: Worker) -> tuple[pgod.Job | None, set[str]]:
         """What the thread is woken by; the end, where nothing is to come."""
@@ -584,13 +608,12 @@ class World:
             config = self.write_config()
             World.listens = self
             try:
-                self.worker = self.boot(config)
-                self.worker.run()
+                self.boot(config)
             except Killed:
                 pass
             finally:
                 World.listens = None
-            if not self.dead and self.quiet > 2:
+            if not self.dead and (self.quiet > 2 or (not self.present and is_over())):
                 return
             if self.fault == "power cut" and self.dead:
                 self.cut_power()
