@@ -3998,7 +3998,6 @@ class Reconciler:
         self.store.set_current(replace(release, since=since, ill=()), good=True)
         self.store.note(failure=None)
         self.publish()
-        keep_images(self.project, release)
     def record_failure(self, commit: str, fault: Fault, retry: bool, by: str, began: float) -> None:
         failure = Failure(commit, self.project.configuration(),
                           redact(str(fault), self.project.service.secrets), retry)
@@ -4351,6 +4350,7 @@ class Worker(threading.Thread):
         target = self.service.reload and self.shared.workers.get(self.service.reload.service)
         follow_import(self.project, target.project if target else None)
         if not any(row.how.waits for row in self.reconciler.rows): self.watch_until = -1e9
+        if asking: keep_images(self.project, self.store.current, self.store.good)
         if asking and self.view.remote_error and not asked: raise Fault(self.view.remote_error)
         if asking:  # an event must not put polls off
             self.publish(failures=0, last_success=time.time(), next_poll=self.next_poll(0))

@@ -594,6 +594,8 @@ class World:
             if self.quiet > 2 or self.turns > 80:
                 self.shared.stopping.set()
                 return None, set()
+            if self.quiet == 2:  # the last look is one at git, too
+                self.pass_time(max(0.0, worker.view.next_poll - self.now))
         watching = self.now < worker.watch_until
         self.pass_time(1.0 if watching else max(1.0, min(worker.view.next_poll - self.now, 5.0)))
         if worker.view.next_poll <= self.now:
