@@ -9,7 +9,7 @@ This file is the whole client: copy it and run it. It speaks SSH through OpenSSH
 is installed, else through asyncssh (`uv run pgoctl.py` brings it), with the same answers.
 
 Sections: Tables, Errors, Values, Streams and files, Known hosts, Failures explained, OpenSSH,
-asyncssh, Command line, Main.
+asyncssh, Configuration, Command line, Several hosts, Completion, Main.
 """
 # Whatever takes long to import is imported where it is needed, and values are named tuples: with
 # dataclasses a third is added to the time that pgoctl adds to ssh's.
@@ -32,7 +32,7 @@ import threading
 from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Mapping, Sequence
+    from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
     from types import FrameType, ModuleType
     from typing import Any
 
@@ -77,6 +77,7 @@ OPTIONS = (  # short, long, its value, help
     ("i", "identity", "FILE", "private key, without passphrase"),
     ("p", "port", "PORT", f"port of pgod (default: as ~/.ssh/config says, else {PORT})"),
     ("t", "tty", "", "exec in a terminal, also where pgoctl has none; needs OpenSSH's ssh"),
+    ("", "completion", "SHELL", "print what bash, zsh or fish completes pgoctl's words with"),
     ("v", "version", "", "print the version"),
     ("h", "help", "", "print this"),
 )
@@ -95,6 +96,15 @@ EXAMPLES = {
     "pgoctl example.org": "list the services",
     "pgoctl -i id_pgo example.org:web//logs -f": "follow the logs",
     "pgoctl [::1]:db//exec db psql < dump.sql": "feed a program",
+    "pgoctl a.example,b.example:web//up": "ask several hosts at once",
+    "pgoctl @prod:web//status": "ask a group of ~/.config/pgoctl.toml",
+    'eval "$(pgoctl --completion bash)"': "complete hosts, services and commands, in ~/.bashrc",
+}
+CONFIGURATION = {  # of ~/.config/pgoctl.toml
+    "identity": "a private key's file, where neither -i nor PGOCTL_ID is given",
+    "port": "pgod's port, where -p is not given",
+    "[groups]": 'prod = ["a.example", "b.example"]; @prod stands for all of them',
+    '[hosts."a.example"]': "identity and port of that host",
 }
 
 DEFAULT_KEYS = ("id_ed25519", "id_ecdsa", "id_rsa")
@@ -179,7 +189,7 @@ class Request(NamedTuple):
 
 PRIVATE_KEY = r"(?s)-----BEGIN ([A-Z ]*PRIVATE KEY)-----(.+?)-----END \1-----"
 OPENSSH_KEY = b"openssh-key-v1\0"  # then the cipher's length and name (PROTOCOL.key)
-HOST_NAME = r"(?a)\w[\w.-]*|\[[0-9A-Fa-f:.]+(%[\w.-]+)?\]"
+HOST_NAME = r"(?a)@?\w[\w.-]*|\[[0-9A-Fa-f:.]+(%[\w.-]+)?\]"  # or a group, as @prod
 
 def decode_base64(text: str) -> bytes:
     """The bytes; none where the text is not base64."""
@@ -218,21 +228,21 @@ def parse_host_key(text: str) -> str:
     raise ControlError("PGOCTL_HOSTKEY is no public key; it looks like 'ssh-ed25519 AAAA...'")
 
 def parse_target(text: str) -> tuple[str, str, str]:
-    """Host, service and command; the last two are empty where a host stands alone."""
+    """Hosts as they are written, service, command; the last two are empty where they lack."""
     place, slashes, command = text.partition("//")
     host, _, service = place.rpartition(":") if slashes else (place, "", "")
     for wrong, problem in (
-        ("," in host, "several hosts are not supported yet, name one"),
         (not host, "the host is missing"),
         (not slashes and host.rpartition("]")[2].count(":") == 1, "//command is missing"),
-        (not re.fullmatch(HOST_NAME, host), "that is no host (an IPv6 address stands in brackets)"),
+        (not all(re.fullmatch(HOST_NAME, name) for name in host.split(",")),
+         "that is no host (an IPv6 address stands in brackets)"),
         (slashes and not service, "the service is missing"),
         (slashes and not command, "the command is missing"),
     ):
         if wrong:
             raise UsageError(f"target {text!r}: {problem}; it is host:service//command, as in "
                              "example.org:web//ps, or a host alone")
-    return host.strip("[]"), service, command
+    return host, service, command
 
 def render_command(service: str, command: str, arguments: Sequence[str]) -> str:
     """The text of the SSH request; shlex.split gives the words back as they were."""
@@ -301,10 +311,11 @@ def private_file(text: str, stack: contextlib.ExitStack) -> str:
     write_all(descriptor, text.encode())
     return path
 
-def start_child(words: Sequence[str], stdin: bool = False,
-                stdout: int | None = None) -> subprocess.Popen[bytes]:
-    """The one door to other programs. They do not get to see our key."""
+def start_child(words: Sequence[str], stdin: bool = False, stdout: int | None = None,
+                key: str = "") -> subprocess.Popen[bytes]:
+    """The one door to other programs. They do not get to see our key, unless it is given."""
     environ = {name: value for name, value in os.environ.items() if name != "PGOCTL_ID"}
+    environ |= {"PGOCTL_ID": key} if key else {}
     try:
         return subprocess.Popen(words, stdin=None if stdin else subprocess.DEVNULL, stdout=stdout,
                                 stderr=stdout, env=environ)
@@ -640,17 +651,92 @@ def run_asyncssh(request: Request) -> int:
         raise SignalError(-status)
     return status
 
+# ==== Configuration ===============================================================================
+
+class Settings(NamedTuple):
+    """What ~/.config/pgoctl.toml says; all of it may be empty."""
+
+    defaults: Mapping[str, Any]
+    groups: Mapping[str, Sequence[str]]
+    hosts: Mapping[str, Mapping[str, Any]]
+
+    def of(self, host: str, key: str) -> Any:
+        """The host's own value, else the default; None where there is none."""
+        return self.hosts.get(host, {}).get(key, self.defaults.get(key))
+
+def settings_path() -> str:
+    folder = os.environ.get("XDG_CONFIG_HOME") or os.path.expanduser("~/.config")
+    return os.path.join(folder, "pgoctl.toml")
+
+def settings_trouble(table: Mapping[str, Any]) -> str:
+    """What is wrong with a configuration, the first of it; empty where all is well."""
+    groups, hosts = table.get("groups", {}), table.get("hosts", {})
+    for title, part in (("groups", groups), ("hosts", hosts)):
+        if not isinstance(part, dict):
+            return f"{title} is no table"
+    for name, members in groups.items():
+        if not re.fullmatch(r"(?a)\w[\w.-]*", name):
+            return f"groups: {name!r} cannot be written as @{name}"
+        if not isinstance(members, list) or not members or not all(
+                isinstance(host, str) and re.fullmatch(HOST_NAME, host) and host[0] != "@"
+                for host in members):
+            return f'groups: {name} is no list of hosts, as ["a.example", "[2001:db8::1]"]'
+    own = {key: value for key, value in table.items() if key not in ("groups", "hosts")}
+    for title, part in (("", own), *((f"hosts: {name}: ", part) for name, part in hosts.items())):
+        if not isinstance(part, dict):
+            return f"{title}is no table"
+        for key, value in part.items():
+            if key not in ("identity", "port"):
+                return f"{title}there is no key {key!r}; there are identity and port"
+            if key == "identity" and not isinstance(value, str):
+                return f"{title}identity is the path of a file"
+            if key == "port" and (type(value) is not int or not 0 < value < 65536):
+                return f"{title}port is a number from 1 to 65535"
+    return ""
+
+def load_settings() -> Settings:
+    """The configuration, if there is one."""
+    path = settings_path()
+    try:
+        with open(path, "rb") as file:
+            data = file.read(CHUNK)
+    except FileNotFoundError:
+        return Settings({}, {}, {})
+    except OSError as error:
+        raise UsageError(f"{path}: {error.strerror}") from None
+    import tomllib
+    try:
+        table = tomllib.loads(data.decode())
+    except ValueError as error:
+        raise UsageError(f"{path}: {error}") from None
+    if trouble := settings_trouble(table):
+        raise UsageError(f"{path}: {trouble}")
+    return Settings(table, table.get("groups", {}), table.get("hosts", {}))
+
+def expand_hosts(text: str, settings: Settings) -> list[str]:
+    """Every host that is named or in a group that is, once."""
+    hosts: dict[str, None] = {}
+    for name in text.split(","):
+        if name.startswith("@") and name[1:] not in settings.groups:
+            known = ", ".join(f"@{group}" for group in sorted(settings.groups)) or "none"
+            raise UsageError(f"there is no group {name}; {settings_path()} has: {known}")
+        hosts |= dict.fromkeys(settings.groups[name[1:]] if name[0] == "@" else [name])
+    return list(hosts)
+
 # ==== Command line ================================================================================
 
 def render_help() -> str:
     """The help, made of the tables."""
-    options = {f"-{short}, --{long} {value}": text for short, long, value, text in OPTIONS}
+    options = {f"{f'-{short}, ' if short else ''}--{long} {value}": text
+               for short, long, value, text in OPTIONS}
     tables: Sequence[tuple[str, Mapping[str, str]]] = (
         ("options, which end at the target: all after it belongs to the command", options),
         ("commands", COMMANDS), ("exit status", STATUSES), ("environment", ENVIRONMENT),
+        ("~/.config/pgoctl.toml", CONFIGURATION),
         ("examples", EXAMPLES))
     lines = ["usage: pgoctl [-i FILE] [-p PORT] [-t] host:service//command [argument ...]",
              "       pgoctl [-i FILE] [-p PORT] host",
+             "       pgoctl [-i FILE] [-p PORT] HOST,HOST,@GROUP[:service//command [argument ...]]",
              "",
              "Steers a compose service of a server that runs pgod. A host alone lists the services",
              "that the key may steer. Host keys are kept in ~/.ssh/known_hosts at first sight."]
@@ -661,8 +747,9 @@ def render_help() -> str:
 
 def parse_options(words: Sequence[str]) -> tuple[dict[str, str], list[str]]:
     """The options by their long names, and the words from the target on."""
-    short = "".join(letter + ":" * bool(value) for letter, _, value, _ in OPTIONS)
+    short = "".join(letter + ":" * bool(value) for letter, _, value, _ in OPTIONS if letter)
     long = [name + "=" * bool(value) for _, name, value, _ in OPTIONS]
+    long.append("complete=")  # for the shells' sake
     try:
         pairs, rest = getopt.getopt(list(words), short, long)
     except getopt.GetoptError as error:
@@ -715,17 +802,18 @@ def configured_port(host: str) -> str:
     return found[1] if found else str(PORT)
 
 def build_request(options: Mapping[str, str], words: Sequence[str],
-                  environ: Mapping[str, str]) -> Request:
-    """What the command line and the environment ask for."""
-    if not words:
-        raise UsageError("the target is missing: pgoctl host:service//command; see pgoctl --help")
+                  environ: Mapping[str, str], settings: Settings) -> Request:
+    """What the command line, the environment and the configuration ask for, of one host."""
     host, service, command = parse_target(words[0])
     if not command and words[1:]:
         raise UsageError(f"nothing can follow a host alone: is {host}:SERVICE//{words[1]} meant?")
-    port = options["port"] if "port" in options else configured_port(host)
+    port = options.get("port") or str(settings.of(host, "port") or configured_port(host))
     if not re.fullmatch("[0-9]{1,5}", port) or not 0 < int(port) < 65536:
         raise UsageError(f"port {port!r}: a number from 1 to 65535 is needed")
-    key_name, key = find_key(options.get("identity"), environ)
+    identity, host = options.get("identity"), host.strip("[]")
+    if identity is None and "PGOCTL_ID" not in environ and settings.of(host, "identity"):
+        identity = os.path.expanduser(settings.of(host, "identity"))
+    key_name, key = find_key(identity, environ)
     pin = environ.get("PGOCTL_HOSTKEY")
     return Request(
         host, int(port), render_command(service, command or "list", words[1:]),
@@ -742,6 +830,147 @@ def choose_transport(wanted: str) -> Callable[[Request], int]:
     if wanted == "ssh" and not find_ssh():
         raise ControlError(NO_TRANSPORT.format("there is no ssh on PATH"))
     return transports[wanted or ("ssh" if find_ssh() else "asyncssh")]
+
+# ==== Several hosts ===============================================================================
+
+COLOURS = (36, 33, 35, 32, 34, 31)  # SGR, of a host's name at the beginning of its lines
+
+def is_colourful() -> bool:
+    """Whether standard output shows colours (no-color.org)."""
+    return os.isatty(1) and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
+
+class Lines:
+    """The output of several children, line by line, each behind the name of its host."""
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.threads: list[threading.Thread] = []
+        self.failure: ControlError | SignalError | None = None
+
+    def follow(self, source: Any, descriptor: int, prefix: bytes) -> None:
+        """Copy what a child writes there."""
+        self.threads.append(start_thread(self.copy, source, descriptor, prefix))
+
+    def put(self, lines: Iterable[bytes], descriptor: int, prefix: bytes) -> None:
+        text = b"".join(prefix + line + b"\n" for line in lines)
+        with self.lock:
+            write_output(descriptor, text)
+
+    def copy(self, source: Any, descriptor: int, prefix: bytes) -> None:
+        """To its end; a very long line comes in pieces."""
+        rest = b""
+        try:
+            with source:  # closed, it ends the child
+                while data := source.read1(CHUNK):
+                    *lines, rest = (rest + data).split(b"\n")
+                    if len(rest) >= CHUNK:
+                        lines, rest = [*lines, rest], b""
+                    self.put(lines, descriptor, prefix)
+                self.put([rest] if rest else [], descriptor, prefix)
+        except (ControlError, SignalError) as error:
+            self.failure = error
+
+def ask_all(hosts: Sequence[str], rest: str, options: Mapping[str, str], words: Sequence[str],
+            key: str) -> int:
+    """Ask every host at once, each by a pgoctl of its own; the worst of the statuses."""
+    # rest: what stands behind the host, as :web//up; words: what follows.
+    lines, width, children = Lines(), max(map(len, hosts)), list[subprocess.Popen[bytes]]()
+    port = ["-p", options["port"]] if "port" in options else []
+    try:
+        for number, host in enumerate(hosts):
+            child = start_child([sys.executable, os.path.abspath(__file__), *port, "--",
+                                 host + rest, *words], stdout=subprocess.PIPE, key=key)
+            children.append(child)
+            name = f"{host:<{width}}"
+            if is_colourful():
+                name = f"\x1b[{COLOURS[number % len(COLOURS)]}m{name}\x1b[0m"
+            for stream, descriptor in ((child.stdout, 1), (child.stderr, 2)):
+                lines.follow(stream, descriptor, f"{name}  ".encode())
+        for thread in lines.threads:
+            thread.join()
+        statuses = [child.wait() for child in children]
+    finally:
+        for child in children:
+            child.terminate()
+    if lines.failure:
+        raise lines.failure
+    return max(status if status >= 0 else 128 - status for status in statuses)
+
+# ==== Completion ==================================================================================
+
+COMPLETE_SECONDS, CACHE_SECONDS = 1.0, 60.0
+SCRIPTS = {
+    "bash": r"""_pgoctl() {
+  local line="${COMP_LINE:0:COMP_POINT}" IFS=$'\n'
+  local word="${line##* }"
+  COMPREPLY=($(pgoctl --complete "$word" 2>/dev/null))
+  # bash takes what stands behind the last colon for the word.
+  [[ $word == *:* && $COMP_WORDBREAKS == *:* ]] && COMPREPLY=("${COMPREPLY[@]#"${word%:*}:"}")
+}
+complete -o nospace -F _pgoctl pgoctl
+""",
+    "zsh": r"""_pgoctl() {
+  local -a found
+  found=("${(@f)$(pgoctl --complete "$words[CURRENT]" 2>/dev/null)}")
+  compadd -S '' -Q -- $found
+}
+compdef _pgoctl pgoctl
+""",
+    "fish": r"""complete -c pgoctl -f -a '(pgoctl --complete (commandline -ct) 2>/dev/null)'
+""",
+}
+
+def cached_answer(target: str) -> list[str]:
+    """What the server says to a target, a minute old at most; where it is late, what it said."""
+    import time
+    folder = os.path.join(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"),
+                          "pgoctl")
+    path, text = os.path.join(folder, target.replace("/", "%")), ""
+    with contextlib.suppress(OSError), open(path, encoding="utf-8", errors="replace") as file:
+        text = file.read(CHUNK)
+        if os.fstat(file.fileno()).st_mtime + CACHE_SECONDS > time.time():
+            return text.splitlines()
+    child = start_child([sys.executable, os.path.abspath(__file__), "--", target],
+                        stdout=subprocess.PIPE, key=os.environ.get("PGOCTL_ID", ""))
+    try:
+        output, _ = child.communicate(timeout=COMPLETE_SECONDS)
+    except subprocess.TimeoutExpired:
+        child.terminate()
+        return text.splitlines()
+    if child.returncode == 0:
+        text = output.decode(errors="replace")
+        with contextlib.suppress(OSError):
+            os.makedirs(folder, mode=0o700, exist_ok=True)
+            with open(f"{path}.{os.getpid()}", "w", encoding="utf-8") as file:
+                file.write(text)
+            os.replace(file.name, path)
+    return text.splitlines()
+
+def known_hosts_names() -> list[str]:
+    """The hosts of known_hosts that are pgod's, as far as they are not hashed."""
+    text = ""
+    with contextlib.suppress(OSError), open(os.path.expanduser("~/.ssh/known_hosts"),
+                                            encoding="utf-8", errors="replace") as file:
+        text = file.read(1 << 20)
+    return re.findall(r"(?m)^\[([\w.-]+)\]:\d+ ", text)
+
+def complete(word: str, settings: Settings) -> list[str]:
+    """The words that may stand there instead."""
+    place, slashes, _ = word.partition("//")
+    before, comma, last = place.rpartition(",")
+    colon = re.search(r":(?![^\[]*\])", last)
+    if not slashes and not colon:
+        hosts = {*known_hosts_names(), *settings.hosts, *(f"@{name}" for name in settings.groups),
+                 *(host for members in settings.groups.values() for host in members)}
+        return sorted(f"{before}{comma}{host}" for host in hosts if host.startswith(last))
+    head, _, service = place.rpartition(":")
+    host = expand_hosts(head, settings)[0]
+    if not slashes:
+        names = [f"{head}:{name}//" for name in cached_answer(host)]
+    else:
+        lines = cached_answer(f"{host}:{service}//help")
+        names = [f"{place}//{line[:9].strip()}" for line in lines if line[:1].strip()]
+    return [name for name in names if name.startswith(word)]
 
 # ==== Main ========================================================================================
 
@@ -760,11 +989,25 @@ def interrupt(number: int, frame: FrameType | None) -> None:
 def run(words: Sequence[str], environ: Mapping[str, str]) -> int:
     """Do what is asked for; the exit status."""
     options, rest = parse_options(words)
-    if "help" in options or "version" in options:
-        text = render_help() if "help" in options else f"pgoctl {VERSION}\n"
-        write_output(1, text.encode())
+    shell = options.get("completion", "bash")
+    if shell not in SCRIPTS:
+        raise UsageError(f"--completion takes bash, zsh or fish, not {shell!r}")
+    texts: Mapping[str, Callable[[], str]] = {
+        "help": render_help, "version": lambda: f"pgoctl {VERSION}\n",
+        "completion": lambda: SCRIPTS[shell], "complete": lambda: "".join(
+            f"{found}\n" for found in complete(options["complete"], load_settings()))}
+    for name in texts.keys() & options.keys():
+        write_output(1, texts[name]().encode())
         return 0
-    request = build_request(options, rest, environ)
+    if not rest:
+        raise UsageError("the target is missing: pgoctl host:service//command; see pgoctl --help")
+    host, settings = parse_target(rest[0])[0], load_settings()
+    if "," in host or "@" in host:
+        if "tty" in options:
+            raise UsageError("-t is for one host alone")
+        return ask_all(expand_hosts(host, settings), rest[0].removeprefix(host), options, rest[1:],
+                       find_key(options.get("identity"), environ)[1])
+    request = build_request(options, rest, environ, settings)
     transport = choose_transport(environ.get("PGOCTL_TRANSPORT", ""))
     return transport(request)
 

@@ -5875,6 +5875,120 @@ def test_pgoctl_streams_and_ends_as_the_command_does(steered: tuple[Lab, str],
     assert ctl(lab, transport, f"127.0.0.1:{name}x//ps").returncode == 1
 
 
+def configured(lab: Lab, text: str) -> dict[str, str]:
+    """An environment with a configuration of pgoctl."""
+    folder = lab.folder / secrets.token_hex(3)
+    folder.mkdir()
+    (folder / "pgoctl.toml").write_text(text)
+    return {"XDG_CONFIG_HOME": str(folder), "XDG_CACHE_HOME": str(folder)}
+
+
+def test_several_hosts_are_asked_at_once(steered: tuple[Lab, str], transport: str) -> None:
+    lab, name = steered
+    env = configured(lab, '[groups]\nall = ["127.0.0.1", "localhost"]\n'
+                          'bad = ["127.0.0.1", "nohost."]')
+    ask = functools.partial(ctl, lab, transport, env=env)
+    for target in ("127.0.0.1,localhost", "@all", "@all,localhost,127.0.0.1"):
+        done = ask(target)
+        assert sorted(done.stdout.splitlines()) == [f"127.0.0.1  {name}", f"localhost  {name}"]
+        assert done.returncode == 0
+    words = ["exec", "web", "sh", "-c", "echo a; printf b; echo c >&2; exit 7"]
+    done = ask(f"@all:{name}//{words[0]}", *words[1:])
+    assert sorted(done.stdout.splitlines()) == sorted(
+        f"{host:<9}  {line}" for host in ("127.0.0.1", "localhost") for line in "ab")
+    assert sorted(done.stderr.splitlines()) == ["127.0.0.1  c", "localhost  c"]
+    assert done.returncode == 7
+    half = ask(f"@bad:{name}//ping")
+    assert (half.stdout, half.returncode) == ("127.0.0.1  pong\n", 255)
+    assert "no such host" in half.stderr
+    unknown = ask("@nobody")
+    assert (unknown.returncode, "@all, @bad" in unknown.stderr) == (2, True)
+    assert "-t is for one host" in ask("-t", f"@all:{name}//exec", "web", "true").stderr
+
+
+def test_interrupt_ends_all_hosts(steered: tuple[Lab, str], transport: str) -> None:
+    lab, name = steered
+    env = process_environment(HOME=str(lab.home), PGOCTL_TRANSPORT=transport)
+    with subprocess.Popen(ctl_words(lab, f"127.0.0.1,localhost:{name}//exec", "web", "sh", "-c",
+                                    "echo here; sleep 1000"), env=env, stdin=subprocess.DEVNULL,
+                          stdout=subprocess.PIPE, text=True, start_new_session=True) as child:
+        assert child.stdout
+        assert sorted(child.stdout.readline() for _ in "12") == [
+            "127.0.0.1  here\n", "localhost  here\n"]
+        os.killpg(child.pid, signal.SIGINT)
+        assert child.wait(PATIENCE) == 130
+
+
+def test_colours_are_for_terminals(steered: tuple[Lab, str]) -> None:
+    lab, name = steered
+    for env, coloured in (({"TERM": "xterm"}, True), ({"TERM": "dumb"}, False),
+                          ({"TERM": "xterm", "NO_COLOR": "1"}, False)):
+        words = shlex.join(ctl_words(lab, f"127.0.0.1,localhost:{name}//ping"))
+        done = run("script", "-qec", words, "/dev/null",
+                   env=process_environment(HOME=str(lab.home), **env))
+        assert ("\x1b[36m127.0.0.1\x1b[0m  pong" in done.stdout) == coloured, done.stdout
+        assert "pong" in done.stdout
+
+
+def test_configuration_of_pgoctl(steered: tuple[Lab, str], transport: str) -> None:
+    """Keys and ports that no option gives; a host's own come first."""
+    lab, name = steered
+    target = f"127.0.0.1:{name}//ping"
+    text = (f'identity = "{lab.key("other")}"\nport = 1\n[hosts."127.0.0.1"]\n'
+            f'identity = "{lab.key("id")}"\nport = {lab.ssh_port}\n')
+    env = process_environment(HOME=str(lab.home), PGOCTL_TRANSPORT=transport)
+    ask: list[str | Path] = [sys.executable, HERE / "pgoctl.py"]
+    assert run(*ask, target, env=env | configured(lab, text)).stdout == "pong\n"
+    assert run(*ask, f"127.0.0.1,localhost:{name}//ping", check=False,
+               env=env | configured(lab, text)).stdout == "127.0.0.1  pong\n"
+    for wrong, words in (("x", "pgoctl.toml: "), ("identify = 1", "'identify'"),
+                         ("port = 'a'", "port is a number"), ("[groups]\na = 'b'", "no list of"),
+                         ("[groups]\na = ['@b']", "no list of"), ("groups = 1", "no table"),
+                         ("[hosts]\na = 1", "hosts: a: is no table"),
+                         ("[hosts.a]\nuser = 'x'", "hosts: a: there is no key 'user'")):
+        done = run(*ask, target, check=False, env=env | configured(lab, wrong))
+        assert (done.returncode, words in done.stderr) == (2, True), done.stderr
+
+
+def test_words_are_completed(steered: tuple[Lab, str]) -> None:
+    lab, name = steered
+    home = lab.folder / "completes"
+    (home / ".ssh").mkdir(parents=True)
+    (home / ".ssh" / "known_hosts").write_text("[known.example]:2222 ssh-ed25519 AAAA\n")
+    env = process_environment(HOME=str(home)) | configured(
+        lab, f'port = {lab.ssh_port}\nidentity = "{lab.key("id")}"\n'
+             '[groups]\nprod = ["127.0.0.1", "late.invalid"]\n')
+
+    def found(word: str) -> list[str]:
+        return run(sys.executable, HERE / "pgoctl.py", "--complete", word, env=env).stdout.split()
+
+    assert found("") == ["127.0.0.1", "@prod", "known.example", "late.invalid"]
+    assert found("@") == ["@prod"]
+    assert found("127.0.0.1,kn") == ["127.0.0.1,known.example"]
+    until(lambda: found("127.0.0.1:") == [f"127.0.0.1:{name}//"], "an answer within a second")
+    assert found("@prod:") == [f"@prod:{name}//"]
+    until(lambda: found(f"127.0.0.1:{name}//stat") == [f"127.0.0.1:{name}//status"], "that too")
+    assert found("nowhere.invalid:") == []
+    tools = lab.folder / "completes" / "bin"
+    tools.mkdir()
+    (tools / "pgoctl").write_text(f"#!/bin/sh\nexec {sys.executable} {HERE / 'pgoctl.py'} \"$@\"\n")
+    (tools / "pgoctl").chmod(0o755)
+    env["PATH"] = f"{tools}:{env['PATH']}"
+    line = f"pgoctl 127.0.0.1:{name}//st"
+    script = (f'eval "$(pgoctl --completion bash)"; COMP_LINE={line!r} COMP_POINT={len(line)}; '
+              'COMP_WORDBREAKS=": "; _pgoctl; echo "${COMPREPLY[@]}"')
+    assert run("bash", "-c", script, env=env).stdout.split() == [
+        f"{name}//{command}" for command in ("stop", "start", "status")]
+    if shutil.which("fish"):
+        done = run("fish", "-c", f'pgoctl --completion fish | source; complete -C "{line}"',
+                   env=env)
+        assert {f"127.0.0.1:{name}//status"} <= {*done.stdout.split()}
+    if shutil.which("zsh"):
+        assert run("zsh", "-fc", "autoload -U compinit; compinit -D; "
+                   'eval "$(pgoctl --completion zsh)"; echo $_comps[pgoctl]',
+                   env=env).stdout == "_pgoctl\n"
+
+
 @pytest.mark.parametrize("argument", ["", " ", "a b", "'", '"', "$HOME", "\\", "a\nb", "ü€", "*",
                                       "--", "-x", ";true", "`id`", "\t", "#"])
 def test_argument_arrives_as_it_was_given(steered: tuple[Lab, str], transport: str,
@@ -5887,7 +6001,7 @@ def test_argument_arrives_as_it_was_given(steered: tuple[Lab, str], transport: s
 @pytest.mark.parametrize(("target", "words"), [
     ("host", "no such host: is the name right"), ("host:svc", "//command is missing"),
     ("host://ps", "the service is missing"), ("host:svc//", "the command is missing"),
-    (":svc//ps", "the host is missing"), ("a,b:svc//ps", "several hosts are not supported"),
+    (":svc//ps", "the host is missing"), ("a,,b:svc//ps", "that is no host"),
     ("-x", "option -x not recognized; see pgoctl --help"),
     ("ho st:a//ps", "that is no host (an IPv6 address stands in brackets)")])
 def test_wrong_target_gets_a_remedy(lab: Lab, transport: str, target: str, words: str) -> None:
@@ -6384,7 +6498,7 @@ class Story:
         """A world as it was before, with faults to come."""
         shutil.rmtree(self.root)
         run("cp", "-a", self.aside, self.root)
-        self.moved, self.commit = False, self.pushed
+        self.moved, self.commit, self.ran = False, self.pushed, ""
         self.world = world.World(self.root, USERS[0])
         self.world.keys = dict(self.settings)
         self.world.engine = self.engine.copied(self.world.step)
@@ -6414,6 +6528,15 @@ class Story:
     def touch_stop_file(self) -> None:
         if self.stop_file.parent.exists():
             run("touch", self.stop_file)  # this thread may just be the user's
+            self.note_hold()
+
+    def note_hold(self) -> None:
+        """No other commit is deployed than the one that runs, if none was begun."""
+        step = self.world.steps[-1]
+        with contextlib.suppress(OSError):
+            current = json.loads((self.root / "lib/.pgod/app/current.json").read_bytes())
+            if current["since"] and ".pgod-new" not in step:  # which may be that of the release
+                self.ran = current["commit"]
 
     @property
     def hold_file(self) -> Path:
@@ -6422,6 +6545,7 @@ class Story:
     def hold(self) -> None:
         if self.hold_file.parent.exists():
             run("sh", "-c", 'echo \'{"by": "ann"}\' > "$1"', "-", self.hold_file)
+            self.note_hold()
 
     def change_settings(self) -> None:
         self.world.keys["env"] = [*self.world.keys["env"], "UNUSED=2"]
@@ -6491,6 +6615,8 @@ class Story:
         changes = len(self.world.engine.changes)
         self.world.live(lambda: True)
         assert len(self.world.engine.changes) == changes, "the hold is broken"
+        release = self.world.worker.store.current
+        assert not self.ran or (release and release.commit == self.ran), "the hold came too late"
 
     def check(self) -> None:
         """It happens, and what there is in the end."""
@@ -6567,6 +6693,23 @@ class PushUp(Push):
 class BoundFile(Story):
     def act(self) -> None:
         self.commit = self.repository.push({"bound": "2"})
+
+
+class NewFile(Story):
+    """A file comes, which the commit that the branch has after a kill does not have."""
+
+    def act(self) -> None:
+        self.commit = self.repository.push({"new/file": "1"})
+
+    def again(self, plan: Mapping[int, str]) -> None:
+        super().again(plan)
+        self.world.meanwhile = self.move_branch
+
+    def check_end(self) -> None:
+        super().check_end()
+        release = self.world.worker.store.current
+        assert release
+        assert (self.root / "lib/app/new/file").exists() == (release.commit == self.commit)
 
 
 class BadStory(Story):
@@ -6666,13 +6809,21 @@ class StopStart(DownUp):
     jobs = (("stop",), ("start",))
 
 
-class Restart(Story):
+class RestartWeb(Story):
+    jobs: tuple[tuple[str, ...], ...] = (("restart", "web"),)
+
+    def check_end(self) -> None:
+        super().check_end()
+        for job, (status, _) in self.ended:
+            for facts in self.world.engine.of("app") if not status else ():
+                now = facts["id"], facts["started"]
+                restarted = now != self.before[facts["service"]]
+                assert restarted or (job.operands and facts["service"] not in job.operands)
+
+
+class Restart(RestartWeb):
     untouched = ()
     jobs = (("restart",),)
-
-
-class RestartWeb(Story):
-    jobs = (("restart", "web"),)
 
 
 class Down(Story):
@@ -6688,7 +6839,9 @@ class Down(Story):
         if hold and not hold.by_hand:
             return not [facts for facts in self.world.engine.of("app")
                         if facts["service"] in self.stopped and facts["status"] == "running"]
-        return self.healthy()  # nobody has heard of it
+        done = any(job.command == self.jobs[0][0] and not status
+                   for job, (status, _) in self.ended)
+        return not done and self.healthy()  # nobody has heard of it
 
     def phases(self) -> Iterator[Callable[[], bool]]:
         yield self.down
@@ -6806,7 +6959,7 @@ class TakeOver(Story):
         self.world.pass_time(5)
 
 
-STORIES = (FirstDeploy, Push, PushUp, BoundFile, PushCrashes, PushIsIll, PushWithoutImage,
+STORIES = (FirstDeploy, Push, PushUp, BoundFile, NewFile, PushCrashes, PushIsIll, PushWithoutImage,
            PushForbidden, PushHalfWay, WriterGoes, WebFell, NewSettings, NewUser, NewCompose,
            DownUp, StopStart, Restart, RestartWeb, Down, StopWeb, Held, RollbackFails, SameTag,
            SameTagCrashes, LeavesAndReturns, Import, TakeOver)
@@ -6846,6 +6999,16 @@ def test_fault_at_any_step_in_the_model_is_made_good(machine: None, kind: type[S
             print(f"{number}: {plan}: {[steps[at] for at in plan if at < len(steps)]}")
             story.again(plan)
             story.check()
+
+
+def test_what_is_broken_on_purpose_is_found(machine: None) -> None:
+    """Three of the breakages; `.ci/breakages` tries all."""
+    seed = os.environ.get("PGOD_SEED", time.strftime("%F"))
+    print(f"PGOD_SEED={seed}")
+    done = run(sys.executable, HERE / ".ci" / "breakages", "--some", seed, check=False,
+               timeout=900)
+    assert not done.returncode, done.stdout + done.stderr
+    assert done.stdout.count("found") == 3
 
 
 # A check that is under way at a restart may leave the engine without any more.

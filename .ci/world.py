@@ -474,6 +474,7 @@ class World:
         self.present = True  # in pgo.toml
         self.tell: list[str] = []
         self.watch: Callable[[], None] = lambda: None
+        self.meanwhile: Callable[[], object] = lambda: None  # while pgod is dead
         self.others: dict[str, Callable[[], object]] = {}  # faults that are somebody else's acts
         self.names: dict[Path, bytes | None] = {}  # renamed, and not flushed yet: what was there
         self.flushed: set[str] = set()
@@ -619,6 +620,8 @@ class World:
                 return
             if self.fault == "power cut" and self.dead:
                 self.cut_power()
+            if self.dead:
+                self.meanwhile()
             self.dead = self.dies_after_child = False
             self.in_child = 0
             self.names.clear()
