@@ -6841,7 +6841,8 @@ class Down(Story):
                         if facts["service"] in self.stopped and facts["status"] == "running"]
         done = any(job.command == self.jobs[0][0] and not status
                    for job, (status, _) in self.ended)
-        return not done and self.healthy()  # nobody has heard of it
+        lost = not done or "stop file" in self.world.plan.values()  # which goes again
+        return lost and self.healthy()
 
     def phases(self) -> Iterator[Callable[[], bool]]:
         yield self.down
