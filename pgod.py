@@ -573,7 +573,7 @@ METRICS: dict[str, tuple[str, str]] = {
     "pgo_service_heals_total": ("counter", "Times that containers were brought back."),
     "pgo_service_policy_violations": ("gauge", "Violations in the newest commit."),
     "pgo_service_last_deploy_duration_seconds": ("gauge", "How long the last deploy took."),
-    "pgo_service_containers": ("gauge", "Containers, by state, when last looked at."),
+    "pgo_service_containers": ("gauge", "Containers, by state, each in one of them."),
     "pgo_configuration_valid": ("gauge", "0 while pgo.toml on disk is not valid."),
     "pgo_build_info": ("gauge", "Version of pgod; always 1."),
 }
@@ -1035,8 +1035,7 @@ def untracked_in(root: Path, at: str, known: set[str]) -> Iterator[str]:
         for name in (f"{at}/{entry.name}" for entry in entries):
             if f"{name}/" in known:
                 yield from untracked_in(root, name, known)
-            elif name not in known:
-                yield name
+            elif name not in known: yield name
 def conflicts_at(root: Path, export: Path, path: str, mode: str, known: set[str]) -> Iterable[str]:
     """Untracked files that a new one at `path` would overwrite, unless they are the same."""
     parts = path.split("/")
@@ -2948,8 +2947,7 @@ def note_done(release: Release, snapshot: Snapshot, done: Jobs) -> dict[str, Don
                         and c.policy not in FOREVER for c in mine):
             if name not in noted or noted[name].started != started:
                 noted[name] = DoneJob(release.job(name), started)
-        elif mine:
-            noted.pop(name, None)
+        elif mine: noted.pop(name, None)
     return noted
 @dataclass(frozen=True)
 class Cure:
@@ -3773,8 +3771,7 @@ class Installation:
                 api.act("POST", f"/containers/{container.identity}/rename", {"name": match[1]})
             elif match:
                 api.remove([container.identity])
-            elif not container.replaces:
-                api.remove([container.identity], volumes=True)
+            elif not container.replaces: api.remove([container.identity], volumes=True)
     def remove_heirs(self, snapshot: Snapshot) -> None:
         """Remove containers whose bind mount would outlive the model that had it."""
         services, images = compose_services(self.release.model), self.release.image_names
@@ -4279,8 +4276,7 @@ class Worker(threading.Thread):
                 left = min(self.view.next_poll - now, WATCH_SECONDS if watching else 5.0)
                 if left <= 0:
                     self._wakes.add("timer")
-                elif not self._condition.wait(left) and watching:
-                    self._wakes.add("watch")
+                elif not self._condition.wait(left) and watching: self._wakes.add("watch")
             if self._jobs: return self._jobs.popleft(), set()
             wakes, self._wakes = self._wakes, set()
             return None, wakes
@@ -4345,8 +4341,7 @@ class Worker(threading.Thread):
             self.reconciler.roll_back(say)
         elif decision.action == "heal":
             self.heal(say)
-        elif decision.action == "stop":
-            self.reconciler.stop(decision)
+        elif decision.action == "stop": self.reconciler.stop(decision)
         target = self.service.reload and self.shared.workers.get(self.service.reload.service)
         follow_import(self.project, target.project if target else None)
         if not any(row.how.waits for row in self.reconciler.rows): self.watch_until = -1e9
@@ -4402,23 +4397,28 @@ class Worker(threading.Thread):
         if not any(row.kind == "ended" for row in rows): self.heal_after = former
         self.reconciler.look()
 
+# Of each container one is true: those that run are told by their health, where they have a check.
+CONTAINER_STATES = ("running", "healthy", "unhealthy", "starting", "restarting", "paused", "exited",
+                    "created", "removing", "dead")
 def show_metrics(shared: Shared) -> None:
     """Set the gauges of every service, from what its thread shows."""
     metrics = shared.metrics
     for name, worker in shared.workers.items():
         view, release = worker.view, worker.view.release
-        counts = Counter(c.status for c in view.containers)
-        counts["healthy"] = sum(c.status == "running" and c.health == "healthy"
-                                for c in view.containers)
+        counts = Counter(c.health if c.status == "running" and c.health else c.status
+                         for c in view.containers)
         rows: dict[str, list[tuple[dict[str, str], float]]] = {
             "in_sync": [({}, view.in_sync and shared.events_flow.is_set())],
             "held": [({}, worker.store.hold() is not None)],
             "consecutive_failures": [({}, view.failures)],
             "info": [({"commit": release.commit if release else "", "wanted": view.wanted}, 1)],
             "last_success_timestamp_seconds": [({}, view.last_success)] * bool(view.last_success),
-            "containers": [({"state": state}, counts[state])
-                           for state in ("running", "healthy", "exited", "restarting")]}
+            "containers": [({"state": state}, counts[state]) for state in CONTAINER_STATES]}
         for gauge, values in rows.items(): metrics.replace(f"pgo_service_{gauge}", name, values)
+        for total in ("rollbacks", "heals"):
+            metrics.add(f"pgo_service_{total}_total", 0, service=name)
+        for outcome in ("deployed", "failed"):
+            metrics.add("pgo_service_deploys_total", 0, service=name, outcome=outcome)
 
 # ---- Commands ----------------------------------------------------------------------------------
 @dataclass(frozen=True)

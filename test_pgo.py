@@ -5125,7 +5125,17 @@ def test_status_and_metrics_tell_at_once(lab: Lab) -> None:
     def told(metric: str, value: int) -> bool:
         return f'{metric}{{service="{name}"}} {value}\n' in lab.metrics()
 
+    def states() -> dict[str, int]:
+        """The containers by their state, as far as there are any."""
+        found = re.findall(rf'service_containers{{service="{name}",state="(\w+)"}} (\d+)\n',
+                           lab.metrics())
+        assert len(found) == len(pgod.CONTAINER_STATES)
+        return {state: int(count) for state, count in found if count != "0"}
+
     until(lambda: told("pgo_service_in_sync", 1), "in sync")
+    assert states() == {"healthy": 1}
+    assert told("pgo_service_heals_total", 0) and told("pgo_service_rollbacks_total", 0)
+    assert f'{{service="{name}",outcome="failed"}} 0\n' in lab.metrics()
     lab.ssh(f"{name}//hold", check=True)
     assert told("pgo_service_held", 1)
     lab.ssh(f"{name}//release", check=True)
@@ -5138,6 +5148,7 @@ def test_status_and_metrics_tell_at_once(lab: Lab) -> None:
     until(lambda: inspected(f"{name}-web-1", "{{.State.Health.Status}}") == "unhealthy", "ill")
     assert f"{name}-web-1 is unhealthy" in lab.ssh(f"{name}//status").stdout
     until(lambda: told("pgo_service_in_sync", 0), "not in sync")
+    assert states() == {"unhealthy": 1}
 
 
 REFUSED_ORDERS = (
