@@ -172,7 +172,7 @@ class Engine:
         self.do("create", name, facts)
         self.in_vain += [name for old in self.of(project, service) if old["image"] == image
                          and old["labels"].get(pgod.DIGEST_LABEL) == labels.get(pgod.DIGEST_LABEL)
-                         and self.status(old)[0] == "running" and self.health(old) != "unhealthy"]
+                         and old["status"] != "created"]
         self.containers[facts["id"]] = facts
         for item in model.get("volumes") or ():
             if item["type"] == "volume":
