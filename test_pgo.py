@@ -34,6 +34,7 @@ import sys
 import tempfile
 import threading
 import time
+import tomllib
 import urllib.error
 import urllib.parse
 import urllib.request
@@ -5952,6 +5953,8 @@ def test_configuration_of_pgoctl(steered: tuple[Lab, str], transport: str) -> No
     assert run(*ask, target, env=env | configured(lab, text)).stdout == "pong\n"
     assert run(*ask, f"127.0.0.1,localhost:{name}//ping", check=False,
                env=env | configured(lab, text)).stdout == "127.0.0.1  pong\n"
+    readme = re.search(r"(?s)pgoctl\.toml.*?```toml\n(.*?)```", (HERE / "README.md").read_text())
+    assert readme and not pgoctl.settings_trouble(tomllib.loads(readme[1]))
     for wrong, words in (("x", "pgoctl.toml: "), ("identify = 1", "'identify'"),
                          ("port = 'a'", "port is a number"), ("[groups]\na = 'b'", "no list of"),
                          ("[groups]\na = ['@b']", "no list of"), ("groups = 1", "no table"),
