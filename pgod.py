@@ -529,6 +529,7 @@ def replace_beneath(root: Path, path: str, make: Callable[[str, int], None]) -> 
             with suppress(OSError):  # an empty folder gives way, as in git
                 os.rmdir(name, dir_fd=folder)
             os.rename(UNFINISHED, name, src_dir_fd=folder, dst_dir_fd=folder)
+            os.fsync(folder)  # before it is noted that the file is there
         except IsADirectoryError:
             raise Refused(f"{root}/{path} is a folder, not a file; move or remove it") from None
         finally:
@@ -548,7 +549,9 @@ def remove_beneath(root: Path, path: str, keep: frozenset[str]) -> None:
     """Unlink a file, and the folders that this leaves empty, but for those in `keep`."""
     *parts, name = path.split("/")
     with suppress(FileNotFoundError, IsADirectoryError, Refused):
-        with folder_beneath(root, parts) as folder: os.unlink(name, dir_fd=folder)
+        with folder_beneath(root, parts) as folder:
+            os.unlink(name, dir_fd=folder)
+            os.fsync(folder)
         while parts and "/".join(parts) not in keep:
             with folder_beneath(root, parts[:-1]) as folder:
                 try:
@@ -2537,8 +2540,7 @@ def check_budget(model: Model) -> Found:
         elif isinstance(value, dict):
             free = key in FREE_TEXT or key.startswith("x-")
             left += [(item, "x-" if free else name, depth + 1) for name, item in value.items()]
-        elif isinstance(value, list):
-            left += [(item, key, depth + 1) for item in value]
+        elif isinstance(value, list): left += [(item, key, depth + 1) for item in value]
 MODEL_CHECKS = (check_top_level, check_networks, check_attachments, check_inner_names,
                 check_volumes, check_binds, check_build_secrets)
 def check_policy(model: Model, context: PolicyContext) -> list[Violation]:
@@ -2973,12 +2975,12 @@ def plan_cure(release: Release, rows: Iterable[Row], snapshot: Snapshot) -> Cure
              if any((how or {}).get("restart") and other in anew
                     for other, how in part(service, "depends_on").items())}
     have = {container.compose_service for container in snapshot.containers}
+    removed = (row.container for row in rows if row.how.cure == "remove" and row.container)
     return Cure(tuple(name for name in services if name in anew),
                 bool(of["force"] | of["network"]),
                 tuple(sorted((of["restart"] | again & have) - anew)),
                 tuple(changed_networks(release, snapshot).values()) if of["network"] else (),
-                tuple(row.container.identity for row in rows
-                      if row.how.cure == "remove" and row.container))
+                tuple(container.identity for container in removed))
 def judge(rows: Iterable[Row], before: Mapping[str, int], ill: Iterable[str], now: float,
           over: bool = False) -> tuple[str, str]:
     """One look at a deploy: ("good" | "wait" | "bad", why). Pure."""
@@ -3133,22 +3135,21 @@ class Store:
     def note(self, **facts: Any) -> bool:
         """Set `failure`, `done`, `announced` or `looks`, also on disk; whether that is news."""
         if all(getattr(self, name) == value for name, value in facts.items()): return False
-        vars(self).update(facts)
-        stored = {"failure": asdict(self.failure) if self.failure else None,
-                  "done": {name: asdict(job) for name, job in self.done.items()},
-                  "announced": self.announced, "looks": self.looks}
-        self.write("state.json", json.dumps(stored, indent=1, sort_keys=True).encode())
+        state = {name: getattr(self, name) for name in ("failure", "done", "announced", "looks")}
+        data = json.dumps(state | facts, default=asdict, indent=1, sort_keys=True)
+        self.write("state.json", data.encode())
+        vars(self).update(facts)  # not before: what could not be written is news again
         return True
     def write(self, name: str, data: bytes) -> None:
         write_atomic(self.own / name, data)
     def set_current(self, release: Release, good: bool = False) -> None:
         """It is what runs; if it is good, a rollback goes back to it."""
         data = json.dumps(asdict(release)).encode()
-        self.write("current.json", data)
-        self.current = release
-        if good:
+        if good:  # first: what is current and has ended well is not looked at again
             self.write("good.json", data)
             self.good = release
+        self.write("current.json", data)
+        self.current = release
     def digest_key(self) -> bytes:
         """Made once. Whoever lacks it cannot guess a secret by its digest."""
         path = self.own / "digest_key"
@@ -3471,8 +3472,7 @@ def check_image_facts(facts: Json, closed: set[str]) -> str:
     config = facts.get("Config") or {}
     labels = config.get("Labels") or {}
     names = {*(facts.get("RepoTags") or ()), *(facts.get("RepoDigests") or ())}
-    if names & closed or not names:
-        return "was built by another service, or has no name"
+    if names & closed or not names: return "was built by another service, or has no name"
     if any(name.startswith("io.pgod.") or name == REPLACE_LABEL for name in labels):
         return "has a label that is pgod's or compose's own"
     if sum(map(len, itertools.chain(*labels.items()))) > LABEL_TEXT:

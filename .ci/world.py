@@ -82,6 +82,7 @@ class Engine:
         self.names: dict[str, str] = {}  # of images: identity
         self.registry: dict[str, str] = {}  # what a pull leads the names of images to
         self.refused: dict[str, float] = {}  # commands whose containers are not made until then
+        self.killed: list[str] = []  # removed without having been stopped
         self.in_vain: list[str] = []  # made anew, though nothing differed
         self.on_exec: Callable[[], object] = lambda: None
         self.numbers = itertools.count(1)
@@ -192,6 +193,7 @@ class Engine:
 
     def remove(self, facts: dict[str, Any]) -> None:
         self.do("remove", facts["name"], facts)
+        self.killed += [facts["name"]] * (self.status(facts)[0] == "running")
         self.containers.pop(facts["id"], None)
 
     def of(self, project: str, service: str = "") -> list[dict[str, Any]]:
@@ -525,16 +527,20 @@ class World:
             raise ChildEnded(-9, "took longer than 600 s")
         elif fault == "engine gone":
             self.gone_until = self.now + 10
-        elif fault == "fails":
-            if self.in_child:
-                raise ChildEnded(1)
-            if text.startswith("engine: "):
-                raise Refusal(500, "Error response from daemon: it went wrong")
-            if text.startswith("child "):
-                raise pgod.Fault("it cannot be started: Cannot allocate memory")
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        elif fault in ("fails", "disk full"):
+            self.fail(text)
         elif fault in self.others:
             self.others[fault]()
+
+    def fail(self, text: str) -> None:
+        """The step fails, as steps of its kind do."""
+        if self.in_child:
+            raise ChildEnded(1)
+        if text.startswith("engine: "):
+            raise Refusal(500, "Error response from daemon: it went wrong")
+        if text.startswith("child "):
+            raise pgod.Fault("it cannot be started: Cannot allocate memory")
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     def after_child(self) -> None:
         if self.dies_after_child:
@@ -637,6 +643,29 @@ class World:
         return job
 
 
+def place(name: str, folder: int) -> Path:
+    """The path of a name in an open folder (-1: none)."""
+    return Path(os.readlink(f"/proc/self/fd/{folder}"), name) if folder >= 0 else Path(name)
+
+
+def note_rename(world: World, source: Path, target: Path) -> None:
+    """It is lost in a power cut, until its folder is flushed; and what is not flushed is hollow."""
+    World.listens = None
+    if source.is_file() and world.root in target.parents:
+        world.names.setdefault(target, target.read_bytes() if target.is_file() else None)
+        if str(source) not in world.flushed:
+            world.hollow.add(target)
+    World.listens = world
+
+
+def note_removal(world: World, target: Path) -> None:
+    """In a power cut it is there again, until its folder is flushed."""
+    World.listens = None
+    if target.is_file() and world.root / "lib" / world.name in target.parents:
+        world.names.setdefault(target, target.read_bytes())
+    World.listens = world
+
+
 def hear(event: str, words: tuple[Any, ...]) -> None:
     """Python's own word of each change of a file."""
     world = World.listens
@@ -645,14 +674,10 @@ def hear(event: str, words: tuple[Any, ...]) -> None:
     text = described(event, words)
     if not text or (not str(words[0]).startswith(str(world.root)) and str(words[0])[:1] == "/"):
         return
-    if event == "os.rename" and str(words[1]).startswith(str(world.root)) and (
-            Path(words[0]).is_file()):
-        World.listens = None
-        target = Path(words[1])
-        world.names.setdefault(target, target.read_bytes() if target.is_file() else None)
-        if str(words[0]) not in world.flushed:
-            world.hollow.add(target)
-        World.listens = world
+    if event == "os.rename":
+        note_rename(world, place(words[0], words[2]), place(words[1], words[3]))
+    elif event == "os.remove":
+        note_removal(world, place(words[0], words[1]))
     world.step(text)
 
 
