@@ -13,6 +13,7 @@ import configparser
 import contextlib
 import functools
 import grp
+import hashlib
 import hmac
 import http.server
 import itertools
@@ -6464,6 +6465,7 @@ class Story:
     jobs: tuple[tuple[str, ...], ...] = ()  # what a key holder asks for, while pgod runs
     first: tuple[str, ...] = ("web", "db")  # what there is before
     image = "busybox:1"  # of web
+    is_retried = False  # by itself, where it fails
     waits = False  # by a hold that belongs to the story
 
     def __init__(self, folder: Path) -> None:
@@ -6629,7 +6631,11 @@ class Story:
     def healthy(self) -> bool:
         engine = self.world.engine
         return sorted((facts["name"], engine.health(facts)) for facts in engine.of("app")) == [
-            ("app-db-1", "healthy"), ("app-web-1", "healthy")]
+            (f"app-{name}-1", "healthy") for name in self.services()]
+
+    def services(self) -> list[str]:
+        """Those that the commit which runs has."""
+        return ["db", "web"]
 
     def live(self) -> None:
         self.moved = False
@@ -6653,13 +6659,14 @@ class Story:
                     self.keeps_still()
                     file.unlink()
                     self.world.live(is_over)
-            assert is_over(), (self.world.worker.store.current, self.world.worker.view.rows)
+            assert is_over(), "it does not come to its end"
         self.check_end()
 
     def check_end(self) -> None:
         view, store = self.world.worker.view, self.world.worker.store
         assert store.current
-        in_sync = store.current.commit == view.wanted
+        in_sync = (store.current.commit, store.current.configuration) == (
+            view.wanted, view.configuration)
         assert view.in_sync == in_sync, (view.rows, view.why(None), view.last_error)
         for facts in self.world.engine.of("app"):
             name = facts["service"]
@@ -6670,8 +6677,13 @@ class Story:
         stored = pgod.Store(store.paths)
         assert (stored.failure, stored.current, stored.good) == (
             store.failure, store.current, store.good)
-        assert (self.root / "lib/app/bound").read_text() == run(
-            "git", "-C", self.repository.bare, "show", f"{store.current.commit}:bound").stdout
+        files = {path: blob for path, (mode, blob) in store.tracked().items()}
+        assert files == {line.split("\t")[1]: line.split()[2] for line in run(
+            "git", "-C", self.repository.bare, "ls-tree", "-r", store.current.commit,
+            ).stdout.splitlines()}
+        for name, blob in files.items():
+            data = (self.root / "lib/app" / name).read_bytes()
+            assert hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest() == blob, name
         pgod.show_metrics(self.world.shared)
         metrics = self.world.shared.metrics.render()
         assert f'pgo_service_in_sync{{service="app"}} {in_sync:d}' in metrics
@@ -6679,6 +6691,8 @@ class Story:
         told = {(line["commit"], line["outcome"]) for line in store.history()}
         assert (store.current.commit, "deployed") in told or store.current.adopted
         assert not store.failure or (store.failure.commit, "failed") in told
+        assert not store.failure or store.failure.retry == self.is_retried or self.world.plan
+        assert SECRET not in f"{store.failure} {store.history()}"
         assert not store.good or store.good.commit == run(
             "git", "-c", "safe.directory=*", f"--git-dir={store.own / 'git'}", "rev-parse",
             "refs/pgod/good").stdout.strip()
@@ -6701,11 +6715,12 @@ class Story:
         for job, (status, runs) in self.ended:
             assert not status or self.world.plan, f"{job.command} failed"
             faults = {*self.world.plan.values()}
+            assert job.command != "start" or status or runs, "start said that it runs"
             if job.command == "up" and "web removed" not in faults:
                 assert runs or status, "up said that its commit runs"
                 # What failed behind it, or was tried again by itself, may be told as a failure.
-                told = faults & {*BLAMED, "engine gone", "stop file", "hold"}
-                assert not runs or not status or told, "up said that it failed"
+                excused = faults & {*BLAMED, "engine gone", "stop file", "hold"}
+                assert not runs or not status or excused, "up said that it failed"
 
 
 SECRET = "s3cr3t-4711-0815-2342"
@@ -6762,6 +6777,26 @@ class FileGoes(Story):
         assert (self.root / "lib/app/extra").exists() == (release.commit != self.commit)
 
 
+class ServiceGoes(Story):
+    """The commit has a compose service less, and no other change."""
+
+    untouched = ("db", "web")
+
+    def compose(self, **keys: Any) -> str:
+        model = json.loads(super().compose(**keys))
+        if not self.world.engine.containers:
+            model["services"]["old"] = model["services"]["db"]
+        return json.dumps(model)
+
+    def act(self) -> None:
+        self.commit = self.repository.push({"compose.yaml": self.compose()})
+
+    def services(self) -> list[str]:
+        release = self.world.worker.store.current
+        has_old = release and release.commit in (self.base, self.after)
+        return ["db", *["old"] * bool(has_old), "web"]
+
+
 class BadStory(Story):
     keys: ClassVar[Mapping[str, Any]] = {}
 
@@ -6782,8 +6817,8 @@ class PushIsIll(BadStory):
 
 
 class PushWithoutImage(BadStory):
-    untouched = ("db", "web")
-    keys: ClassVar = {"image": "nowhere:1"}
+    untouched, is_retried = ("db", "web"), True
+    keys: ClassVar = {"image": "nowhere:${TOKEN}"}
 
 
 class PushForbidden(BadStory):
@@ -6974,7 +7009,9 @@ class LeavesAndReturns(Story):
 
     def gone(self) -> bool:
         return not (self.world.engine.of("app") or self.world.engine.networks
-                    or (self.root / "lib/.pgod/app").exists() or (self.root / "lib/app").exists())
+                    or (self.root / "lib/.pgod/app").exists() or (self.root / "lib/app").exists()
+                    or self.stop_file.exists()
+                    or any(name.startswith(pgod.KEEP_NAME) for name in self.world.engine.names))
 
     def phases(self) -> Iterator[Callable[[], bool]]:
         self.world.present = False
@@ -7021,10 +7058,11 @@ class TakeOver(Story):
         self.world.pass_time(5)
 
 
-STORIES = (FirstDeploy, Push, PushUp, BoundFile, NewFile, FileGoes, PushCrashes, PushIsIll,
-           PushWithoutImage, PushForbidden, PushHalfWay, WriterGoes, WebFell, NewSettings, NewUser,
-           NewCompose, DownUp, StopStart, Restart, RestartWeb, Down, StopWeb, Held, HeldIll,
-           RollbackFails, SameTag, SameTagCrashes, LeavesAndReturns, Import, TakeOver)
+STORIES = (FirstDeploy, Push, PushUp, BoundFile, NewFile, FileGoes, ServiceGoes, PushCrashes,
+           PushIsIll, PushWithoutImage, PushForbidden, PushHalfWay, WriterGoes, WebFell,
+           NewSettings, NewUser, NewCompose, DownUp, StopStart, Restart, RestartWeb, Down,
+           StopWeb, Held, HeldIll, RollbackFails, SameTag, SameTagCrashes, LeavesAndReturns,
+           Import, TakeOver)
 IN_CHILDREN = ("child goes on", "child killed", "child hangs")
 BLAMED = ("fails", "child killed", "child hangs")  # the commit may be blamed for these
 SECOND_FAULTS = ("kill", "power cut", "end", "engine gone")

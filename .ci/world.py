@@ -219,6 +219,8 @@ class Engine:
                          and network["Labels"].get(pgod.PROJECT_LABEL) == project]:
                 self.do("remove network", name)
                 del self.networks[name]
+            for name in [n for n in self.volumes if {"--volumes", "-v"} & {*words}]:
+                del self.volumes[name]
         elif command == "pull":
             self.pull({services[name]["image"] for name in named})
         elif command == "exec":
