@@ -6660,6 +6660,9 @@ class Story:
                     file.unlink()
                     self.world.live(is_over)
             assert is_over(), "it does not come to its end"
+        if not self.world.plan:  # what is over is safe
+            self.world.cut_power()
+            self.world.live(self.over)
         self.check_end()
 
     def check_end(self) -> None:
@@ -7093,7 +7096,7 @@ def test_fault_at_any_step_in_the_model_is_made_good(machine: None, kind: type[S
         steps = story.world.steps
         plans: list[dict[int, str]] = [
             {at: fault} for fault in WORLD_FAULTS for at, text in enumerate(steps)
-            if fits(fault, text)]
+            if fits(fault, text) and os.environ.get("PGOD_FAULT", fault) == fault]
         chance = random.Random(seed)
         chance.shuffle(plans)
         for number, plan in enumerate(plans[:most]):

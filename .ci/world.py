@@ -558,6 +558,8 @@ class World:
         for path in self.hollow - {*self.names}:
             if path.exists():
                 path.write_bytes(b"")
+        self.names.clear()
+        self.hollow.clear()
 
     # pgod:
     def write_config(self) -> Path:
