@@ -7113,7 +7113,7 @@ def test_fault_at_any_step_in_the_model_is_made_good(machine: None, kind: type[S
 
 def test_what_is_broken_on_purpose_is_found(machine: None) -> None:
     """Three of the breakages; `.ci/breakages` tries all."""
-    seed = os.environ.get("PGOD_SEED", time.strftime("%F"))
+    seed = os.environ.get("PGOD_SEED", "17")
     print(f"PGOD_SEED={seed}")
     done = run(sys.executable, HERE / ".ci" / "breakages", "--some", seed, check=False,
                timeout=900)
