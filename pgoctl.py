@@ -807,7 +807,8 @@ def build_request(options: Mapping[str, str], words: Sequence[str],
     host, service, command = parse_target(words[0])
     if not command and words[1:]:
         raise UsageError(f"nothing can follow a host alone: is {host}:SERVICE//{words[1]} meant?")
-    port = options.get("port") or str(settings.of(host, "port") or configured_port(host))
+    port = options["port"] if "port" in options else str(
+        settings.of(host, "port") or configured_port(host))
     if not re.fullmatch("[0-9]{1,5}", port) or not 0 < int(port) < 65536:
         raise UsageError(f"port {port!r}: a number from 1 to 65535 is needed")
     identity, host = options.get("identity"), host.strip("[]")
