@@ -807,11 +807,12 @@ def build_request(options: Mapping[str, str], words: Sequence[str],
     host, service, command = parse_target(words[0])
     if not command and words[1:]:
         raise UsageError(f"nothing can follow a host alone: is {host}:SERVICE//{words[1]} meant?")
+    host = host.strip("[]")
     port = options["port"] if "port" in options else str(
         settings.of(host, "port") or configured_port(host))
     if not re.fullmatch("[0-9]{1,5}", port) or not 0 < int(port) < 65536:
         raise UsageError(f"port {port!r}: a number from 1 to 65535 is needed")
-    identity, host = options.get("identity"), host.strip("[]")
+    identity = options.get("identity")
     if identity is None and "PGOCTL_ID" not in environ and settings.of(host, "identity"):
         identity = os.path.expanduser(settings.of(host, "identity"))
     key_name, key = find_key(identity, environ)
@@ -971,7 +972,9 @@ def complete(word: str, settings: Settings) -> list[str]:
     else:
         lines = cached_answer(f"{host}:{service}//help")
         names = [f"{place}//{line[:9].strip()}" for line in lines if line[:1].strip()]
-    return [name for name in names if name.startswith(word)]
+    # A shell puts it on the command line: nothing of a server's that means something there.
+    return [name for name in names if name.startswith(word)
+            and re.fullmatch(r"(?a)[\w. -]+", name.removeprefix(f"{head}:").replace("//", " "))]
 
 # ==== Main ========================================================================================
 
