@@ -6655,8 +6655,8 @@ class Story:
         for is_over in self.phases():
             self.world.live(is_over)
             for file, fault in ((self.stop_file, "stop file"), (self.hold_file, "hold")):
-                if file.exists() and fault in self.world.plan.values() and not self.waits:
-                    self.keeps_still()
+                while file.exists() and fault in self.world.plan.values() and not self.waits:
+                    self.keeps_still()  # the fault may come after the story's own file is gone
                     file.unlink()
                     self.world.live(is_over)
             assert is_over(), "it does not come to its end"
