@@ -3918,8 +3918,8 @@ class Reconciler:
                     release.model, self.project.context({})) if found.allow not in service.allow]
                 if taken and not service.trusted: raise Refused("; ".join(taken))
                 self.store.set_current(release)
-            trouble = self.attempt(lambda: self.install(prepared.tree, say))
-        if trouble := self.settle(say, trouble):
+            files, made = self.install(prepared.tree, say)
+        if trouble := files or self.settle(say, made):
             self.fail(commit, trouble, say, by, began, changed, [*changes])
         self.record_success(by, began)
         say(f"runs {short(commit)}, healthy after {self.project.clock() - began:.1f} s")
@@ -3942,18 +3942,20 @@ class Reconciler:
             fault.retry = isinstance(error, OSError)
             return fault
         return None
-    def install(self, tree: Tree, say: Progress, strict: bool = True) -> None:
-        """Files, import and containers of the current release. Raises Fault."""
+    def install(self, tree: Tree, say: Progress,
+                strict: bool = True) -> tuple[Fault | None, Fault | None]:
+        """Files and containers of the current release; why the first, and the second, failed."""
         release = self.store.current
         assert release
-        keep_images(self.project, release, self.store.good)
-        installation = Installation(self.project, release, say)
-        installation.update_files(tree, self.snapshot.containers, strict)
-        write_import(self.project)
-        if rows := compare(release, self.snapshot, self.store.done):
-            self.cure(rows, say)
-        else:
+        def put_files() -> None:
+            keep_images(self.project, release, self.store.good)
+            installation = Installation(self.project, release, say)
+            installation.update_files(tree, self.snapshot.containers, strict)
+            write_import(self.project)
             installation.write_model()
+        if trouble := self.attempt(put_files): return trouble, None
+        rows = compare(release, self.snapshot, self.store.done)
+        return None, self.attempt(lambda: self.cure(rows, say))
     def settle(self, say: Progress, trouble: Fault | None) -> Fault | None:
         """Wait until nothing differs, and cure what comes up meanwhile; why it did not end well."""
         # After a compose that failed, what it made decides: a service that others wait for may have
@@ -4031,8 +4033,8 @@ class Reconciler:
                 self.snapshot = self.project.snapshot(good)
             ill = current.ill if current else ()
             self.store.set_current(replace(good, since=0.0, ill=ill))
-            trouble = self.attempt(lambda: self.install(tree, say, strict=False))
-            if trouble := self.settle(say, trouble): raise trouble
+            files, made = self.install(tree, say, strict=False)
+            if trouble := files or self.settle(say, made): raise trouble
         except (EngineGone, Held):
             raise
         except (Fault, OSError) as error:
@@ -4063,8 +4065,8 @@ class Reconciler:
         self.look()
     def bring_up(self, say: Progress) -> None:
         self.look()
-        trouble = self.attempt(lambda: self.cure(self.rows, say)) if self.rows else None
-        if trouble := self.settle(say, trouble): raise trouble
+        made = self.attempt(lambda: self.cure(self.rows, say))
+        if trouble := self.settle(say, made): raise trouble
     def await_ill(self, say: Progress) -> None:
         """Wait until also what was ill before is well. Raises Fault that names it."""
         until, told = self.project.clock() + self.project.service.wait, ""

@@ -622,7 +622,7 @@ class World:
             World.listens = self
             try:
                 self.boot(config)
-            except Killed:
+            except (Killed, OSError):  # the second one ends the real one as well
                 pass
             finally:
                 World.listens = None
