@@ -6938,7 +6938,7 @@ class Down(Story):
 
     def phases(self) -> Iterator[Callable[[], bool]]:
         yield self.down
-        self.commit = self.repository.push({"bound": "2"})
+        self.commit, self.moved = self.repository.push({"bound": "2"}), False
         yield self.down
         for _ in range(3):  # one may not be heard
             self.world.ask("up")
