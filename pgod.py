@@ -3847,6 +3847,10 @@ class Reconciler:
     rows: tuple[Row, ...] = ()  # of the current release with it
     was_stopped: bool = False  # what ended meanwhile was stopped, and is no job that is done
 
+    @property
+    def release(self) -> Release:
+        assert self.store.current
+        return self.store.current
     def look(self) -> tuple[Row, ...]:
         """Ask the engine, and compare with the current release. Raises Fault."""
         current = self.store.current
@@ -3864,17 +3868,15 @@ class Reconciler:
         return self.rows
     def cure(self, rows: Sequence[Row], say: Progress) -> None:
         """Remove rows of the current release. Raises Fault."""
-        release = self.store.current
-        assert release
-        installation = Installation(self.project, release, say)
+        installation = Installation(self.project, self.release, say)
         try:
             installation.cure(rows, self.snapshot)
         except Fault:
-            with suppress(Fault): installation.remove_half_made(self.project.snapshot(release))
+            with suppress(Fault): installation.remove_half_made(self.project.snapshot(self.release))
             raise
         finally:
             self.was_stopped = False
-        if installation.release != release: self.store.set_current(installation.release)
+        if installation.release != self.release: self.store.set_current(installation.release)
 
     # A deploy, step by step:
     def deploy(self, decision: Decision, say: Progress, by: str, asked: bool) -> None:
@@ -3945,8 +3947,7 @@ class Reconciler:
     def install(self, tree: Tree, say: Progress,
                 strict: bool = True) -> tuple[Fault | None, Fault | None]:
         """Files and containers of the current release; why the first, and the second, failed."""
-        release = self.store.current
-        assert release
+        release = self.release
         def put_files() -> None:
             keep_images(self.project, release, self.store.good)
             installation = Installation(self.project, release, say)
@@ -3985,8 +3986,7 @@ class Reconciler:
                 told = why
             self.pause(1.0)
     def record_success(self, by: str, began: float) -> None:
-        release, good = self.store.current, self.store.good
-        assert release
+        release, good = self.release, self.store.good
         same = good is not None and good.commit == release.commit
         since = good.since if good and same else time.time()
         if not same: self.project.git.git("update-ref", "refs/pgod/good", release.commit)
@@ -4040,9 +4040,7 @@ class Reconciler:
         except (Fault, OSError) as error:
             to = short(good.commit)
             raise Fault(f"ROLLBACK to {to} FAILED, will be tried again: {error}") from None
-        back = self.store.current
-        assert back
-        self.store.set_current(replace(back, since=good.since, ill=()), good=True)
+        self.store.set_current(replace(self.release, since=good.since, ill=()), good=True)
         forget_builds(self.project, current, good)
         self.project.shared.metrics.add("pgo_service_rollbacks_total", service=self.project.name)
         log.warning("%s: rolled back to %s", self.project.name, short(good.commit))

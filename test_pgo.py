@@ -6742,6 +6742,76 @@ class PushUp(Push):
     jobs = (("up",),)
 
 
+class PushThatWaits(Story):
+    """`x-pgo: reload: false`: nothing is deployed before `up`."""
+
+    def compose(self, **keys: Any) -> str:
+        model = json.loads(super().compose(**keys))
+        return json.dumps(model | {"x-pgo": {"reload": not self.first or not keys}})
+
+    def act(self) -> None:
+        self.commit = self.repository.push({"compose.yaml": self.compose(command=["sleep", "200"])})
+
+    def later(self) -> str:
+        return super().compose(command=["sleep", "300"])
+
+    def over(self) -> bool:
+        failure = self.world.worker.store.failure
+        return super().over() and not (failure and failure.waits)
+
+    def waits_for_up(self) -> bool:
+        store = self.world.worker.store
+        waits = store.failure and store.failure.waits and store.failure.commit == self.commit
+        return bool(self.moved and self.over()) or bool(
+            waits and self.healthy() and store.current and store.current.commit == self.base)
+
+    def phases(self) -> Iterator[Callable[[], bool]]:
+        yield self.waits_for_up
+        while not self.over():  # one may not be heard; and new settings wait for one as well
+            self.world.ask("up")
+            yield lambda: True
+
+
+class PushBesideJob(Push):
+    """A compose service that has done its work is not started again."""
+
+    job: ClassVar = {"image": "busybox:1", "command": ["sh", "-c", "exit 0"], "restart": "no",
+                     "networks": ["default"]}
+
+    def more(self) -> dict[str, Any]:
+        return {"job": self.job}
+
+    def healthy(self) -> bool:
+        engine = self.world.engine
+        jobs = [engine.status(facts) for facts in engine.of("app", "job")]
+        return jobs == [("exited", 0, 0)] and sorted(
+            (facts["name"], engine.health(facts)) for facts in engine.of("app")
+            if facts["service"] != "job") == [("app-db-1", "healthy"), ("app-web-1", "healthy")]
+
+    def watch(self) -> None:
+        super().watch()
+        jobs = self.world.engine.of("app", "job")
+        assert [(job["id"], job["started"]) for job in jobs] == [self.before["job"]], "done again"
+
+
+class NewNetwork(Story):
+    """A network changes: all that is on it is made anew."""
+
+    untouched = ()
+
+    def compose(self, **keys: Any) -> str:
+        network = {"labels": {"tier": "2"}} if self.world.engine.containers else {}
+        return json.dumps(json.loads(super().compose(**keys)) | {"networks": {"default": network}})
+
+    def act(self) -> None:
+        self.commit = self.repository.push({"compose.yaml": self.compose()})
+
+    def check_end(self) -> None:
+        super().check_end()
+        for facts in self.world.engine.of("app"):
+            assert facts["networks"] == ["app_default"]
+
+
 class BoundFile(Story):
     def act(self) -> None:
         self.commit = self.repository.push({"bound": "2"})
@@ -7061,7 +7131,8 @@ class TakeOver(Story):
         self.world.pass_time(5)
 
 
-STORIES = (FirstDeploy, Push, PushUp, BoundFile, NewFile, FileGoes, ServiceGoes, PushCrashes,
+STORIES = (FirstDeploy, Push, PushUp, PushThatWaits, PushBesideJob, NewNetwork, BoundFile,
+           NewFile, FileGoes, ServiceGoes, PushCrashes,
            PushIsIll, PushWithoutImage, PushForbidden, PushHalfWay, WriterGoes, WebFell,
            NewSettings, NewUser, NewCompose, DownUp, StopStart, Restart, RestartWeb, Down,
            StopWeb, Held, HeldIll, RollbackFails, SameTag, SameTagCrashes, LeavesAndReturns,

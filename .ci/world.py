@@ -173,7 +173,7 @@ class Engine:
         self.do("create", name, facts)
         self.in_vain += [name for old in self.of(project, service) if old["image"] == image
                          and old["labels"].get(pgod.DIGEST_LABEL) == labels.get(pgod.DIGEST_LABEL)
-                         and old["status"] != "created"]
+                         and old["status"] != "created" and old["networks"] == facts["networks"]]
         self.containers[facts["id"]] = facts
         for item in model.get("volumes") or ():
             if item["type"] == "volume":
