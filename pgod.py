@@ -1286,11 +1286,15 @@ class EngineApi:
             return json.loads(text) if text.strip() else None
         except ValueError:
             raise Fault(f"the engine's answer to {path} is no JSON") from None
+    def listed(self, kind: str, **filters: list[str]) -> list[Json]:
+        """A row for each of the `images`, or of the `containers`, also of stopped ones."""
+        query = {"all": int(kind == "containers"), "filters": filters}
+        return list(self.ask("GET", f"/{kind}/json", query))
     def containers(self, project: str) -> tuple[Container, ...]:
         """The containers of a project by name, one-off ones left out."""
         labels = [f"{PROJECT_LABEL}={project}", "com.docker.compose.oneoff=False"]
         found = []
-        for row in self.ask("GET", "/containers/json", {"all": 1, "filters": {"label": labels}}):
+        for row in self.listed("containers", label=labels):
             with suppress(NotThere, KeyError):  # gone meanwhile
                 facts = self.ask("GET", f"/containers/{row['Id']}/json")
                 container, ended = parse_container(facts), parse_time(facts["State"]["FinishedAt"])
@@ -1340,10 +1344,6 @@ class EngineApi:
         networks, now = self.networks()
         found = {name: facts for name in volumes if (facts := self.facts(f"/volumes/{name}"))}
         return Snapshot(containers, networks, found, self.images(images), now)
-    def attached(self, network: str) -> list[Json]:
-        """All containers on a network, also stopped ones: names, identities and labels."""
-        return list(self.ask("GET", "/containers/json", {
-            "all": 1, "filters": {"network": [network]}}))
     def last_words(self, container: Container, secrets: Sequence[str]) -> str:
         """The state of a container, what its health checks said, and the end of its logs."""
         # Redacted before it is cut: half of a secret is not found any more.
@@ -1382,10 +1382,11 @@ class EngineApi:
         self.ask("POST", f"/images/{image}/tag", {"repo": name})
     def untag(self, name: str) -> None:
         self.act("DELETE", f"/images/{urllib.parse.quote(name)}", {"noprune": 1})
-    def names_of(self, repository: str) -> list[str]:
-        """All names REPOSITORY:TAG that there are."""
-        rows = self.ask("GET", "/images/json", {"filters": {"reference": [repository]}})
-        return [name for row in rows for name in row.get("RepoTags") or ()]
+    def kept(self, project: str) -> set[str]:
+        """The tags by which pgod keeps a project's images."""
+        return {name for row in self.listed("images", reference=[KEEP_NAME])
+                for name in row.get("RepoTags") or ()
+                if name.startswith(f"{KEEP_NAME}:{project}.")}
     def events(self, on_event: Callable[[Json], None], going_on: Callable[[], bool]) -> None:
         """Hand on what happens to containers, until the stream ends. Raises Fault."""
         # `going_on` is asked twice a second. HTTP/1.0, because then lines come as they are.
@@ -3462,7 +3463,7 @@ def built_by_others(project: Project) -> set[str]:
     digests = "io.containerd.snapshotter.v1" not in str(project.api.facts("/info"))
     names = {tagged(image_of(name, key, service)) for name, model in project.context({}).models
              for key, service in compose_services(model).items() if service.get("build")}
-    for row in project.api.ask("GET", "/images/json", {"filters": {"label": [PROJECT_LABEL]}}):
+    for row in project.api.listed("images", label=[PROJECT_LABEL]):
         if row["Labels"][PROJECT_LABEL] != project.name and not (digests and row["RepoDigests"]):
             names |= {*(row.get("RepoTags") or ()), *(row.get("RepoDigests") or ())}
     permitted = {entry[6:] for entry in project.service.allow if entry.startswith("image:")}
@@ -3489,8 +3490,8 @@ def bound_links(project: Project, containers: Iterable[Container], tree: Tree) -
     return sorted(reasons)
 def run_by_hand(project: Project, model: Model, digests: Json) -> dict[str, str]:
     """The digests of what somebody else started, just as compose would start it now."""
-    query = {"all": 1, "filters": {"label": [f"{PROJECT_LABEL}={project.name}"]}}
-    there = [row["Labels"] for row in project.api.ask("GET", "/containers/json", query)]
+    rows = project.api.listed("containers", label=[f"{PROJECT_LABEL}={project.name}"])
+    there = [row["Labels"] for row in rows]
     if all(DIGEST_LABEL in labels for labels in there): return {}
     project.compose.write_model("render.json", with_value_names(model))
     result = project.compose.run("config", "--hash", "*", deadline="docker", model="render.json")
@@ -3585,7 +3586,7 @@ def fetch_images(project: Project, prepared: Prepared, say: Progress) -> Prepare
         release, images={name: str(found["Id"]) for name, found in facts.items()}, pulled=pulled))
 def attached_to(project: Project, network: Json) -> list[str]:
     """The project's containers on a network. Raises Refused where those of others are on it."""
-    attached = project.api.attached(str(network["Id"]))
+    attached = project.api.listed("containers", network=[str(network["Id"])])
     if others := [row["Names"][0].lstrip("/") for row in attached
                   if (row.get("Labels") or {}).get(PROJECT_LABEL) != project.name]:
         raise Refused(f"network {network['Name']} must be made anew, and containers of others are "
@@ -3625,8 +3626,7 @@ def twin_of(project: Project, release: Release) -> str:
     """A project that is run by hand and looks like this one; empty if there is none."""
     ours = {service.name for service in project.shared.configuration.services}
     images, uses = defaultdict[str, set[Any]](set), defaultdict[str, set[Any]](set)
-    for row in project.api.ask("GET", "/containers/json",
-                               {"all": 1, "filters": {"label": [PROJECT_LABEL]}}):
+    for row in project.api.listed("containers", label=[PROJECT_LABEL]):
         other = (labels := row["Labels"])[PROJECT_LABEL]
         if other not in ours and DIGEST_LABEL not in labels:
             images[other].add((labels.get(SERVICE_LABEL), row["Image"]))
@@ -3667,7 +3667,7 @@ def keep_images(project: Project, *releases: Release | None) -> None:
     prefix = f"{KEEP_NAME}:{project.name}."
     wanted = {prefix + hashlib.sha256(identity.encode()).hexdigest()[:16]: identity
               for release in releases if release for identity in release.images.values()}
-    have = {name for name in project.api.names_of(KEEP_NAME) if name.startswith(prefix)}
+    have = project.api.kept(project.name)
     for name in {*wanted} - have:
         with suppress(NotThere): project.api.tag(wanted[name], name)
     for name in have - {*wanted}: project.api.untag(name)
@@ -5235,8 +5235,7 @@ def remove_service(shared: Shared, path: Path) -> None:
     shared.children.run(
         [*shared.compose_program, "--project-name", name, "down", "--remove-orphans"], who,
         deadline=DEADLINE["up"], kind=("compose", "down")).check("down")
-    for kept in shared.api.names_of(KEEP_NAME):
-        if kept.startswith(f"{KEEP_NAME}:{name}."): shared.api.untag(kept)
+    for kept in shared.api.kept(name): shared.api.untag(kept)
     stamp = datetime.datetime.now(datetime.UTC).strftime("%Y%m%dT%H%M%SZ")
     aside = path.parent / "removed" / f"{name}-{stamp}"
     make_folder(path.parent / "removed", 0o700)
