@@ -1506,22 +1506,19 @@ class Compose:
         for name in names:
             if name not in tree: raise Refused(f"the repository has no {name}")
         return [str(self.paths.export / name) for name in names]
-    @property
-    def folder(self) -> str:
-        """The project's folder in the export: compose takes that of the first file."""
-        first = (*self.service.compose, "")[0]
-        return os.path.dirname(self.paths.export / first) if first else str(self.paths.export)
     def render(self, files: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
         """The model of files, by compose itself, in the export; its warnings. Raises Refused."""
-        # As the user, without the docker group, with limits.
+        # As the user, without the docker group, with limits. The folder of the project is that of
+        # the first file, as compose has it.
+        folder = os.path.dirname(self.paths.export / (self.service.compose or COMPOSE_FILES)[0])
         words = [word for name in files for word in ("--file", name)]
-        env = {"PWD": self.folder, **self.environment(), "GIT_ALLOW_PROTOCOL": "none",
+        env = {"PWD": folder, **self.environment(), "GIT_ALLOW_PROTOCOL": "none",
                "DOCKER_CONFIG": str(self.paths.own / "none"), "GOMAXPROCS": "2"}
         with ExitStack() as stack:
             for _ in range(STAND_INS):
                 result = self.children.run(
                     [*self.program, "--project-name", self.service.name, "--project-directory",
-                     self.folder, *words, "config", "--format", "json"],
+                     folder, *words, "config", "--format", "json"],
                     RunAs(self.service.name, self.account, env, secrets=self.service.secrets,
                           limits=(f"--cpu={RENDER_CPU}", f"--data={RENDER_MEMORY}"), marked=False),
                     deadline=DEADLINE["render"], limit=RENDER_OUTPUT, kind=("compose", "config"))
