@@ -1532,8 +1532,6 @@ class Compose:
             return dict(json.loads(result.stdout)), [*dict.fromkeys(warnings)][:20]
         except (ValueError, TypeError):
             raise Refused("compose rendered the compose file to something else than JSON") from None
-        except RecursionError:
-            raise Refused("the compose file is nested too deeply") from None
     def stand_in(self, path: str, stack: ExitStack) -> bool:
         """Make an env file that the commit lacks, of the names in pgo.toml, until `stack` ends."""
         # A name without a value takes that of compose's environment: no secret is in the file.
@@ -3364,16 +3362,16 @@ def enforce(project: Project, model: Model, tree: Tree, notes: Iterable[str] = (
         log.warning("%s: %s answers to %s on network %s as well", service.name, other, name, key)
 def render(project: Project, tree: Tree) -> tuple[Model, list[str]]:
     """The exported commit's model, its paths those of the work tree; warnings. Raises Refused."""
-    model, warnings = project.compose.render(project.compose.files(tree))
-    if not compose_services(model):
-        raise Refused("the compose file has no services (or none in these profiles)")
     try:
-        moved: Model = moved_paths(model, str(project.paths.export), str(project.paths.worktree))
+        model, warnings = project.compose.render(project.compose.files(tree))
+        model = normalised(moved_paths(model, str(project.paths.export),
+                                       str(project.paths.worktree)))
     except RecursionError:
         raise Refused("the compose file is nested too deeply") from None
-    moved = normalised(moved)
+    if not compose_services(model):
+        raise Refused("the compose file has no services (or none in these profiles)")
     shares = project.context(tree).shares
-    return moved if project.service.trusted else without_raw_sockets(moved, shares), warnings
+    return model if project.service.trusted else without_raw_sockets(model, shares), warnings
 def read_values(project: Project, model: Model) -> dict[str, str]:
     """The variables that are configs or secrets, by `env`, then .env. Raises Refused."""
     # compose would make the container and not fill it, if one is not set.
