@@ -1441,13 +1441,6 @@ def render_fault(result: Result, files: Sequence[str]) -> Fault:
     elif match := re.search(r"yaml: (line \d+): (.*)", why):
         return Refused(f"{at}, {match[1]}: {match[2]}")
     return Refused(f"{at}: {why.replace(os.path.dirname(files[0]) + '/', '')}")
-def source_rules(images: Iterable[str], addresses: bool) -> list[Json]:
-    """What a build may not read, as BuildKit's source policies say it: these images, addresses."""
-    # An address is fetched by the engine, which reaches what listens on the host's loopback.
-    denied = [f"docker-image://{start}{text}*" for name in images
-              for text in (name, f"{repository_of(name)}@") for start in ("", "*/")]
-    denied += [] if addresses else ["http://*", "https://*", "git://*"]
-    return [{"action": "DENY", "selector": {"identifier": text}} for text in denied]
 
 # A registry may send the engine to any address; what it is told there, these words alone come from.
 PULL_TROUBLE = re.compile(
@@ -1575,7 +1568,12 @@ class Compose:
         # All builds of the engine share what `RUN --mount=type=cache` keeps, but for this.
         own = ("--build-arg", f"BUILDKIT_CACHE_MOUNT_NS={self.service.name}")
         # BuildKit's own rules: they also count for what variables, ONBUILD and frontends make up.
-        rules = source_rules(closed, "build:address" in self.service.allow or self.service.trusted)
+        # An address is fetched by the engine, which reaches what listens on the host's loopback.
+        denied = [f"docker-image://{start}{text}*" for name in closed
+                  for text in (name, f"{repository_of(name)}@") for start in ("", "*/")]
+        if "build:address" not in self.service.allow and not self.service.trusted:
+            denied += ["http://*", "https://*", "git://*"]
+        rules = [{"action": "DENY", "selector": {"identifier": text}} for text in denied]
         path = self.paths.own / "sources.json"
         write_atomic(path, json.dumps({"version": 1, "rules": rules}).encode())
         values = {"EXPERIMENTAL_BUILDKIT_SOURCE_POLICY": str(path),
