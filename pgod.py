@@ -1278,10 +1278,9 @@ class EngineApi:
             raise (NotThere if answer.status == 404 else Fault)(
                 one_line(text.decode(errors="replace")) or f"the engine says {answer.status}")
         return text, answer.headers
-    def ask(self, method: str, path: str, query: Json | None = None,
-            body: Any = None, seconds: float = API_SECONDS) -> Any:
+    def ask(self, method: str, path: str, query: Json | None = None, body: Any = None) -> Any:
         """The answer, parsed; None where there is none."""
-        text, _ = self.exchange(method, self.path(path, query or {}), body, seconds)
+        text, _ = self.exchange(method, self.path(path, query or {}), body)
         try:
             return json.loads(text) if text.strip() else None
         except ValueError:
@@ -1366,13 +1365,12 @@ class EngineApi:
         wrote = redact(b"".join(frames or [data]).decode(errors="replace").rstrip(), secrets)
         return (f"== {container.name}: {container.status}{health}, exit status "
                 f"{container.exit_code}{restarts}\n{redact(said, secrets)}{wrote[-WORDS_LENGTH:]}")
-    def act(self, method: str, path: str, query: Json | None = None,
-            body: Any = None, seconds: float = API_SECONDS) -> None:
+    def act(self, method: str, path: str, query: Json | None = None, body: Any = None) -> None:
         """Do something to what may be gone meanwhile. Raises Fault."""
-        with suppress(NotThere): self.ask(method, path, query, body, seconds)
+        with suppress(NotThere): self.ask(method, path, query, body)
     def stop(self, identities: Iterable[str]) -> None:
-        for identity in identities:
-            self.act("POST", f"/containers/{identity}/stop", seconds=API_SECONDS + 120)
+        for path in (self.path(f"/containers/{identity}/stop", {}) for identity in identities):
+            with suppress(NotThere): self.exchange("POST", path, seconds=API_SECONDS + 120)
     def remove(self, identities: Iterable[str], volumes: bool = False) -> None:
         """By force; `volumes`: also the anonymous ones that are its own."""
         for identity in identities:
