@@ -1302,11 +1302,10 @@ class EngineApi:
         return tuple(sorted(found, key=lambda container: container.name))
     def with_devices(self, container: Container) -> Container:
         """The container with the paths of the host that its volumes are bound to."""
-        found = ((device_of(self.facts(f"/volumes/{name}")), writable, target)
-                 for name, writable, target in container.volumes)
         return replace(container, binds=container.binds + tuple(
             Bind(container.compose_service, "bind", device, not writable, target)
-            for device, writable, target in found if device))
+            for name, writable, target in container.volumes
+            if (device := device_of(self.facts(f"/volumes/{name}")))))
     def was_ended(self, container: Container, ended: float) -> bool:
         """Whether somebody stopped or killed it. The engine remembers its last 256 events."""
         # It tells of a kill a moment later than it kills, and waits for what is yet to come.
@@ -1330,8 +1329,8 @@ class EngineApi:
         folder = str(self.facts("/info").get("DockerRootDir", ""))
         return folder if os.path.isdir(folder) else ""
     def images(self, names: Iterable[str]) -> dict[str, str]:
-        found = {name: str(self.image(name).get("Id", "")) for name in sorted({*names})}
-        return {name: identity for name, identity in found.items() if identity}
+        return {name: str(facts["Id"]) for name in sorted({*names})
+                if (facts := self.image(name)).get("Id")}
     def networks(self) -> tuple[dict[str, Json], float]:
         text, headers = self.exchange("GET", self.path("/networks", {}))
         now = email.utils.parsedate_to_datetime(headers["Date"]).timestamp()
