@@ -3127,19 +3127,17 @@ class Store:
         """Set `failure`, `done`, `announced` or `looks`, also on disk; whether that is news."""
         if all(getattr(self, name) == value for name, value in facts.items()): return False
         state = {name: getattr(self, name) for name in ("failure", "done", "announced", "looks")}
-        data = json.dumps(state | facts, default=asdict, indent=1, sort_keys=True)
-        self.write("state.json", data.encode())
+        self.write("state.json", state | facts)
         vars(self).update(facts)  # not before: what could not be written is news again
         return True
-    def write(self, name: str, data: bytes) -> None:
-        write_atomic(self.own / name, data)
+    def write(self, name: str, facts: object) -> None:
+        write_atomic(self.own / name, json.dumps(facts, default=asdict).encode())
     def set_current(self, release: Release, good: bool = False) -> None:
         """It is what runs; if it is good, a rollback goes back to it."""
-        data = json.dumps(asdict(release)).encode()
         if good:  # first: what is current and has ended well is not looked at again
-            self.write("good.json", data)
+            self.write("good.json", release)
             self.good = release
-        self.write("current.json", data)
+        self.write("current.json", release)
         self.current = release
     def digest_key(self) -> bytes:
         """Made once. Whoever lacks it cannot guess a secret by its digest."""
@@ -3150,7 +3148,7 @@ class Store:
         return dict(load_json(self.own / "tracked.json", {}, lambda stored: {
             path: (mode, blob) for path, (mode, blob) in stored.items()}))
     def set_tracked(self, tree: Tree) -> None:
-        self.write("tracked.json", json.dumps(tree, sort_keys=True).encode())
+        self.write("tracked.json", tree)
     def keys(self) -> tuple[str, tuple[PublicKey, ...], tuple[str, ...]]:
         """The newest commit, who may steer by it, and the lines in ssh/ that are no keys."""
         commit, keys, ignored = load_json(self.own / "keys.json", {}, lambda stored: (
@@ -3160,8 +3158,7 @@ class Store:
         return commit, keys, ignored
     def set_keys(self, commit: str, keys: Iterable[PublicKey], ignored: Iterable[str]) -> None:
         rows = [[key.fingerprint, key.comment] for key in keys]
-        self.write("keys.json", json.dumps(
-            {"commit": commit, "keys": rows, "ignored": [*ignored]}).encode())
+        self.write("keys.json", {"commit": commit, "keys": rows, "ignored": [*ignored]})
     def history(self) -> list[dict[str, Any]]:
         found = []
         with suppress(OSError):
@@ -3181,7 +3178,8 @@ class Store:
         return f"{newest.name}\n{newest.read_text()}" if newest else ""
     def append_history(self, line: Json) -> None:
         lines = [*self.history(), line][-HISTORY_LINES:]
-        self.write("history.jsonl", "".join(json.dumps(item) + "\n" for item in lines).encode())
+        text = "".join(json.dumps(item) + "\n" for item in lines)
+        write_atomic(self.own / "history.jsonl", text.encode())
 
     # Holds: each file is replaced or removed as a whole, so any thread may read them.
     def hold_file(self, kind: str) -> Path:
