@@ -3952,11 +3952,9 @@ class Reconciler:
         until, told, cures = self.project.clock() + self.project.service.wait, "", 0
         before = {c.identity: c.restarts for c in self.snapshot.containers}
         while True:
-            trouble_now = self.attempt(self.look)
-            release = self.store.current
-            if trouble_now or not release: return trouble_now
+            if unseen := self.attempt(self.look): return unseen
             over = self.project.clock() > until
-            verdict, why = judge(self.rows, before, release.ill, self.snapshot.now, over)
+            verdict, why = judge(self.rows, before, self.release.ill, self.snapshot.now, over)
             if verdict == "good": return None
             if verdict == "bad":
                 wait = format_duration(self.project.service.wait)
@@ -3969,9 +3967,8 @@ class Reconciler:
                     return trouble or Refused(why)
                 cures += 1
                 trouble = self.attempt(lambda: self.cure(self.rows, say))
-            if why != told:
-                say(f"waits: {why}")
-                told = why
+            if why != told: say(f"waits: {why}")
+            told = why
             self.pause(1.0)
     def record_success(self, by: str, began: float) -> None:
         release, good = self.release, self.store.good
@@ -4059,11 +4056,10 @@ class Reconciler:
         while rows := self.look():
             text, late = "; ".join(map(str, rows)), self.project.clock() > until
             if late or not any(row.how.ill or row.how.waits for row in rows):
-                commit = self.store.current.commit if self.store.current else ""
-                raise Fault(f"{short(commit)} is deployed, but {text}, as it was before")
-            if text != told:
-                say(f"waits: {text}")
-                told = text
+                commit = short(self.release.commit)
+                raise Fault(f"{commit} is deployed, but {text}, as it was before")
+            if text != told: say(f"waits: {text}")
+            told = text
             self.pause(1.0)
 
 # ---- Set-up ------------------------------------------------------------------------------------
