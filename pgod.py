@@ -5314,25 +5314,22 @@ class Daemon:
         return not dead
     def configuration_changed(self) -> bool:
         """Believed when two looks in a row agree and the result is valid."""
+        trouble = ""
         try:
             digest = configuration_digest(self.settings.config)
             stable, self.read_before = digest == self.read_before, digest
-            if digest == self.configuration.digest:
-                self.complain("")
-            elif stable:
-                read_configuration(self.settings.config)
-                return True
+            if digest != self.configuration.digest:
+                if stable: read_configuration(self.settings.config)
+                return stable
         except OSError as error:
-            self.complain(f"cannot be read: {error.strerror}")
+            trouble = f"cannot be read: {error.strerror}"
         except ConfigurationError as error:
-            self.complain(str(error))
+            trouble = str(error)
+        self.shared.metrics.set("pgo_configuration_valid", not trouble)
+        if trouble and trouble != self.complained:  # once for each new one
+            log.error("%s is not valid, the old one goes on:\n%s", self.settings.config, trouble)
+        self.complained = trouble
         return False
-    def complain(self, text: str) -> None:
-        """Once for each new trouble; nothing, where it is over."""
-        self.shared.metrics.set("pgo_configuration_valid", not text)
-        if text and text != self.complained:
-            log.error("%s is not valid, the old one goes on:\n%s", self.settings.config, text)
-        self.complained = text
     def end(self) -> None:
         """Containers keep running; children get a grace, threads are waited for."""
         notify("STOPPING=1")
