@@ -3161,9 +3161,8 @@ class Store:
         self.write("keys.json", {"commit": commit, "keys": rows, "ignored": [*ignored]})
     def history(self) -> list[dict[str, Any]]:
         found = []
-        with suppress(OSError):
-            text = (self.own / "history.jsonl").read_text(errors="replace")
-            for line in text.splitlines():
+        with suppress(OSError), (self.own / "history.jsonl").open(errors="replace") as lines:
+            for line in lines:
                 with suppress(ValueError): found.append(json.loads(line))
         return found
     def keep_words(self, commit: str, text: str) -> None:
@@ -3556,8 +3555,7 @@ def fetch_images(project: Project, prepared: Prepared, say: Progress) -> Prepare
         say("built")
     closed = built_by_others(project)  # others have built meanwhile
     facts = {name: project.api.image(name) for name in sorted({*release.image_names.values()})}
-    missing = [name for name, found in facts.items() if not found]
-    if missing:
+    if missing := [name for name, found in facts.items() if not found]:
         raise Fault(f"image {', '.join(missing)} cannot be pulled and is not on this server"
                     f"{': ' + trouble if trouble else ''}")
     text = sum(len(json.dumps(part(found, "Config", "Labels"))) for found in facts.values())
@@ -3810,8 +3808,7 @@ class Installation:
 
 def describe(rows: Iterable[Row], release: Release, former: Release | None) -> dict[str, str]:
     """For each compose service: what is done to it and why, in words."""
-    changes: dict[str, str] = {}
-    old = former.model if former else {}
+    changes, old = dict[str, str](), former.model if former else {}
     for row in (row for row in rows if row.how.does):
         name, new = row.compose_service, row.compose_service not in compose_services(old)
         if row.kind == "extra" or (row.kind == "missing" and new):
