@@ -1335,13 +1335,6 @@ class EngineApi:
         text, headers = self.exchange("GET", self.path("/networks", {}))
         now = email.utils.parsedate_to_datetime(headers["Date"]).timestamp()
         return {network["Name"]: network for network in json.loads(text)}, now
-    def snapshot(self, project: str, images: Iterable[str] = (),
-                 volumes: Iterable[str] = ()) -> Snapshot:
-        """What there is of a project, of the named images and volumes. Raises Fault."""
-        containers = self.containers(project)
-        networks, now = self.networks()
-        found = {name: facts for name in volumes if (facts := self.facts(f"/volumes/{name}"))}
-        return Snapshot(containers, networks, found, self.images(images), now)
     def last_words(self, container: Container, secrets: Sequence[str]) -> str:
         """The state of a container, what its health checks said, and the end of its logs."""
         # Redacted before it is cut: half of a secret is not found any more.
@@ -3226,9 +3219,12 @@ class Project:
         parts = (self.service.digest(), str(self.paths.worktree), str(self.paths.data))
         return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
     def snapshot(self, release: Release | None) -> Snapshot:
-        """What there is of the project now. Raises Fault."""
-        if not release: return self.api.snapshot(self.name)
-        return self.api.snapshot(self.name, release.image_names.values(), release.volume_names)
+        """What there is of the project now, and of what the release names. Raises Fault."""
+        containers, (networks, now) = self.api.containers(self.name), self.api.networks()
+        volumes = {name: facts for name in (release.volume_names if release else ())
+                   if (facts := self.api.facts(f"/volumes/{name}"))}
+        images = self.api.images(release.image_names.values() if release else ())
+        return Snapshot(containers, networks, volumes, images, now)
     def context(self, tree: Tree) -> PolicyContext:
         settings = self.shared.settings
         ports = tuple(address[1] for address in (settings.ssh, settings.metric) if address)
