@@ -2763,9 +2763,6 @@ class Release:
     notes: tuple[str, ...] = ()  # what its owner should know: warnings, and what is not followed
 
     @property
-    def expected(self) -> dict[str, int]:
-        return expected_replicas(self.model)
-    @property
     def image_names(self) -> dict[str, str]:
         """The image of each compose service."""
         return {name: image_of(self.project, name, service)
@@ -2909,7 +2906,7 @@ def compare(release: Release, snapshot: Snapshot, done: Jobs) -> tuple[Row, ...]
         for key in networks_used(service) if key in changed)]
     have = defaultdict[str, list[Container]](list)
     for container in snapshot.containers: have[container.compose_service].append(container)
-    for name, count in release.expected.items():
+    for name, count in expected_replicas(release.model).items():
         mine, job = have.pop(name, []), done.get(name)
         text = f"has {len(mine)} containers, not {count}" if mine else "is missing"
         if len(mine) < count and (job is None or job.job != release.job(name)):
@@ -3892,7 +3889,7 @@ class Reconciler:
             changed, current = self.project.clock(), self.store.current
             release = replace(prepared.release, ill=self.ill_before())
             changes = describe(compare(release, self.snapshot, self.store.done), release, current)
-            for name in {*release.adopted} & {*release.expected} if not current else ():
+            for name in {*release.adopted} & {*release.digests} if not current else ():
                 changes.setdefault(name, "already runs, taken over")
             for name, change in changes.items(): say(f"{name}: {change}")
             with self.project.shared.naming:
