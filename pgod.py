@@ -3073,12 +3073,12 @@ def retry_delay(interval: float, failures: int, chance: float) -> float:
 # ---- Store -------------------------------------------------------------------------------------
 HISTORY_LINES = 200
 WORDS_KEPT = 10  # failed deploys, of which it is known what the containers said
-def load_json(path: Path, default: Any, parse: Callable[[Any], Any] = lambda value: value) -> Any:
-    """A JSON file of pgod's, parsed; as the default would be, where it is missing or damaged."""
+def load_json(path: Path, parse: Callable[[dict[str, Any]], Any] = dict) -> Any:
+    """A JSON file of pgod's, parsed; as {} would be, where it is missing or damaged."""
     with suppress(OSError, ValueError, TypeError, AttributeError, KeyError):
         value = json.loads(path.read_bytes())
-        if isinstance(value, type(default)): return parse(value)
-    return parse(default)
+        if isinstance(value, dict): return parse(value)
+    return parse({})
 def revived(kind: Callable[..., Any], stored: Json) -> Any:
     """The dataclass of a stored mapping; None where that is of another version."""
     with suppress(TypeError, AttributeError):
@@ -3102,14 +3102,14 @@ class Store:
     def __init__(self, paths: ServicePaths) -> None:
         self.paths = paths
         self.own = paths.own
-        facts = load_json(self.own / "state.json", {})
+        facts = load_json(self.own / "state.json")
         self.failure: Failure | None = revived(Failure, part(facts, "failure"))
         self.done: dict[str, DoneJob] = {name: job for name, stored in part(facts, "done").items()
                                          if (job := revived(DoneJob, stored))}
         self.announced = str(facts.get("announced", ""))
         self.looks: dict[str, int] = part(facts, "looks")  # at a commit, that did not end
-        self.current: Release | None = revived(Release, load_json(self.own / "current.json", {}))
-        self.good: Release | None = revived(Release, load_json(self.own / "good.json", {}))
+        self.current: Release | None = revived(Release, load_json(self.own / "current.json"))
+        self.good: Release | None = revived(Release, load_json(self.own / "good.json"))
         if not self.current and self.good:
             log.warning("%s: what runs is not known, the last good deploy serves", paths.service)
             self.set_current(self.good)
@@ -3135,13 +3135,13 @@ class Store:
         if not path.exists() or path.stat().st_size != 32: write_atomic(path, os.urandom(32))
         return path.read_bytes()
     def tracked(self) -> Tree:
-        return dict(load_json(self.own / "tracked.json", {}, lambda stored: {
+        return dict(load_json(self.own / "tracked.json", lambda stored: {
             path: (mode, blob) for path, (mode, blob) in stored.items()}))
     def set_tracked(self, tree: Tree) -> None:
         self.write("tracked.json", tree)
     def keys(self) -> tuple[str, tuple[PublicKey, ...], tuple[str, ...]]:
         """The newest commit, who may steer by it, and the lines in ssh/ that are no keys."""
-        commit, keys, ignored = load_json(self.own / "keys.json", {}, lambda stored: (
+        commit, keys, ignored = load_json(self.own / "keys.json", lambda stored: (
             str(stored.get("commit", "")), tuple(PublicKey(str(key), str(comment)) for key, comment
                                                  in stored.get("keys", ())),
             tuple(map(str, stored.get("ignored", ())))))
@@ -3180,7 +3180,7 @@ class Store:
             since = path.stat().st_mtime
         except FileNotFoundError:
             return None
-        hold: Hold = load_json(path, {}, lambda facts: Hold(
+        hold: Hold = load_json(path, lambda facts: Hold(
             str(facts.get("by", "an administrator")), str(facts.get("reason", "")),
             float(facts.get("since", since)), float(facts.get("until", 0)), kind,
             tuple(map(str, facts.get("services", ()))), kind == "stop" and "by" not in facts))
