@@ -3481,15 +3481,15 @@ def run_by_hand(project: Project, model: Model, digests: Json) -> dict[str, str]
         name, made = labels.get(SERVICE_LABEL), labels.get("com.docker.compose.config-hash")
         right[name].add(DIGEST_LABEL not in labels and made == hashes.get(name))
     return {name: digest for name, digest in digests.items() if right[name] == {True}}
-def make_release(project: Project, commit: str, model: Model, tree: Tree,
-                 values: Mapping[str, str], adopted: Mapping[str, str]) -> Release:
-    """The release of a checked model; its images are not known yet."""
+def make_release(project: Project, commit: str, model: Model, tree: Tree) -> Release:
+    """The release of a checked model; its images are not known yet. Raises Refused."""
+    values, current = read_values(project, model), project.store.current
     generated = {path: digest_of(text, b"") for path, text in import_of(project).items()}
     files, key = Files(tree, str(project.paths.worktree), generated), project.store.digest_key()
     inputs = input_digests(model, files, key)
     digests = {name: digest_of(service_facts(model, name, files, values), key)
                for name in compose_services(model)}
-    adopted = adopted or run_by_hand(project, model, digests)
+    adopted = (current.adopted if current else {}) or run_by_hand(project, model, digests)
     return Release(commit, project.configuration(), project.name,
                    with_labels(with_value_names(model), digests, adopted), digests,
                    inputs, values=values, adopted=adopted)
@@ -3498,9 +3498,8 @@ def prepare(project: Project, commit: str) -> Prepared:
     tree = project.git.export(commit, spare=True)
     model, notes = render(project, tree)
     enforce(project, model, tree, notes)
-    values, current = read_values(project, model), project.store.current
     # It counts what is bound before anything goes through all of that.
-    release = make_release(project, commit, model, tree, values, current.adopted if current else {})
+    release = make_release(project, commit, model, tree)
     keys, ignored = project.git.public_keys(tree)
     notes += [f"key ignored: {why}" for why in ignored] or (
         [] if keys else ["no key is in ssh/: nobody can steer this service with pgoctl"])
@@ -4105,7 +4104,7 @@ def adopt(project: Project, commit: str) -> None:
     project.store.set_tracked(tree)
     model, _ = render(project, tree)
     enforce(project, model, tree)
-    release = make_release(project, commit, model, tree, read_values(project, model), {})
+    release = make_release(project, commit, model, tree)
     names = release.image_names
     images = project.api.images(names.values()) | {
         names[c.compose_service]: c.image for c in project.api.containers(project.name)
