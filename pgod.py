@@ -1530,13 +1530,14 @@ class Compose:
                     file.write("".join(f"{name}\n" for name in names))
                 return True
         return False
+    def docker(self, command: str, *words: str, stdin: bytes = b"") -> Result:
+        return self.children.run(["docker", command, *words], self.who(), stdin=stdin,
+                                 deadline=DEADLINE[command], kind=("docker", command))
     def login(self) -> None:
         """Log in to every registry, with a configuration of the service's own. Raises Fault."""
         for registry in self.service.registries:
-            result = self.children.run(
-                ["docker", "login", "--username", registry.user, "--password-stdin",
-                 registry.address], self.who(), stdin=registry.token.encode(),
-                deadline=DEADLINE["login"], kind=("docker", "login"))
+            result = self.docker("login", "--username", registry.user, "--password-stdin",
+                                 registry.address, stdin=registry.token.encode())
             result.check(f"login to {registry.address} failed")
     def pull(self, names: Sequence[str], disk: str) -> str:
         """Pull the images of compose services; why not all of them came, or nothing."""
@@ -3669,9 +3670,7 @@ def restore_images(project: Project, release: Release, wanted: Iterable[str]) ->
             project.compose.build(builders, built_by_others(project), "")
         elif digest:
             project.compose.login()
-            project.shared.children.run(
-                ["docker", "pull", "--quiet", "--", digest], project.compose.who(),
-                deadline=DEADLINE["pull"], kind=("docker", "pull")).check("pull")
+            project.compose.docker("pull", "--quiet", "--", digest).check("pull")
         images[name] = str(project.api.image(name if builders else digest or name).get("Id", ""))
         if not images[name]: raise Fault(f"image {name} is gone and cannot be had again")
         project.say(f"image {name} was gone, and is there again")
