@@ -3266,11 +3266,9 @@ def deploy_slot(shared: Shared, user: str) -> Iterator[None]:
     """One of a few, so that a boot is no stampede. Raises Stopping."""
     # Four of one user's, or four that hang, must not keep all others from a deploy.
     until = shared.clock() + SLOW_DEPLOY * (1 + shared.chance())
-    def free() -> bool:
-        most = DEPLOYS if shared.deploying[user] else 2 * DEPLOYS
-        return shared.deploying.total() < most or shared.clock() >= until
     with shared.turn:
-        while not free():
+        while (shared.deploying.total() >= (DEPLOYS if shared.deploying[user] else 2 * DEPLOYS)
+               and shared.clock() < until):
             if shared.stopping.is_set(): raise Stopping
             shared.turn.wait(0.1)
         shared.deploying[user] += 1
