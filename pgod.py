@@ -2848,8 +2848,7 @@ def lost_network(container: Container, wanted: Iterable[str], snapshot: Snapshot
     known = {str(network.get("Id")) for network in snapshot.networks.values()}
     for name, identity in container.networks.items():
         if identity not in known if identity else name not in snapshot.networks: return name
-    on = {*container.networks}
-    return next((name for name in wanted if name not in on), "")
+    return next((name for name in wanted if name not in container.networks), "")
 
 Facts = Iterator[tuple[object, str, str]]  # whether it is so, the kind of its row, the text
 def namespace_facts(container: Container, snapshot: Snapshot) -> Facts:
@@ -3744,9 +3743,8 @@ class Installation:
             match = re.fullmatch(r"[0-9a-f]{12}_(.+)", container.name)
             if match and match[1] not in names:
                 api.act("POST", f"/containers/{container.identity}/rename", {"name": match[1]})
-            elif match:
-                api.remove([container.identity])
-            elif not container.replaces: api.remove([container.identity], volumes=True)
+            elif match or not container.replaces:
+                api.remove([container.identity], volumes=not match)
     def remove_heirs(self, snapshot: Snapshot) -> None:
         """Remove containers whose bind mount would outlive the model that had it."""
         services, images = compose_services(self.release.model), self.release.image_names
@@ -3754,8 +3752,7 @@ class Installation:
             service = services.get(container.compose_service)
             if not service or not container.binds: continue
             image = self.project.api.image(images[container.compose_service])
-            volumes = (image.get("Config") or {}).get("Volumes") or ()
-            if inherits_bind(container.binds, service, volumes):
+            if inherits_bind(container.binds, service, part(image, "Config", "Volumes")):
                 self.project.api.remove([container.identity])
     def remove_networks(self, names: Iterable[str], snapshot: Snapshot) -> None:
         """Take everything off networks that are to be made anew; compose would do it otherwise."""
@@ -5206,8 +5203,7 @@ def remove_service(shared: Shared, path: Path) -> None:
         [*shared.compose_program, "--project-name", name, "down", "--remove-orphans"], who,
         deadline=DEADLINE["up"], kind=("compose", "down")).check("down")
     for kept in shared.api.kept(name): shared.api.untag(kept)
-    stamp = datetime.datetime.now(datetime.UTC).strftime("%Y%m%dT%H%M%SZ")
-    aside = path.parent / "removed" / f"{name}-{stamp}"
+    aside = path.parent / "removed" / time.strftime(f"{name}-%Y%m%dT%H%M%SZ", time.gmtime())
     make_folder(path.parent / "removed", 0o700)
     make_folder(aside, 0o700)
     worktree = shared.settings.directory / name
