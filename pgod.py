@@ -5421,12 +5421,11 @@ class LogFormatter(logging.Formatter):
 def check_identity(configuration: Configuration) -> None:
     """pgod is root, unless every service's user is who runs it. Raises Fault."""
     me = pwd.getpwuid(os.geteuid()).pw_name
-    others = sorted({s.user for s in configuration.services if s.user != me})
-    if os.geteuid() != 0 and others:
-        raise Fault(f"must be root to run services as {', '.join(others)}")
     if os.geteuid() == 0:
         os.setgroups([])
         os.umask(0o022)
+    elif others := sorted({service.user for service in configuration.services} - {me}):
+        raise Fault(f"must be root to run services as {', '.join(others)}")
 def main(words: Sequence[str]) -> int:
     settings, options = parse_arguments(words)
     if options.version:
