@@ -1580,11 +1580,10 @@ class Compose:
             raise Refused(f"build failed: {why}{remedy if 'denied by policy' in why else ''}")
     def up(self, services: Sequence[str], values: Mapping[str, str], force: bool = False) -> None:
         """Bring up these compose services and no others; no orphans. Raises Fault or EngineGone."""
-        forced = ["--force-recreate"] if force else []
         result = self.run(
             "up", "--detach", "--no-build", "--quiet-pull", "--pull", "never", "--no-deps",
-            "--remove-orphans", *forced, "--", *services, deadline="up", values=values,
-            on_line=lambda line: log.debug("%s: %s", self.service.name, line))
+            "--remove-orphans", *["--force-recreate"] * force, "--", *services, deadline="up",
+            values=values, on_line=lambda line: log.debug("%s: %s", self.service.name, line))
         if re.search(r"Cannot connect to the Docker daemon|error during connect|"
                      "server is shutting down", result.stderr) and result.status:
             raise EngineGone(f"the engine went away: {result.complaint}")
@@ -2861,7 +2860,6 @@ def namespace_facts(container: Container, snapshot: Snapshot) -> Facts:
                "namespace older", f"shares a namespace with {other.name}, which started later")
 def running_facts(container: Container, now: float) -> Facts:
     """What has not ended. The engine says "unhealthy" of what restarts, "healthy" between ends."""
-    age = now - container.started
     status, health = container.status, container.health if container.status == "running" else ""
     yield (status == "restarting", "restarting",
            f"exited with status {container.exit_code} and is restarted")
@@ -2869,8 +2867,8 @@ def running_facts(container: Container, now: float) -> Facts:
     yield status == "removing", "starting", "is being removed"
     yield health == "unhealthy", "unhealthy", "is unhealthy"
     yield health == "starting", "starting", "is starting"
-    yield (age < STEADY_SECONDS and (not health or container.restarts > 0), "starting",
-           f"has to run for {STEADY_SECONDS:.0f} s")
+    yield (now - container.started < STEADY_SECONDS and (not health or container.restarts > 0),
+           "starting", f"has to run for {STEADY_SECONDS:.0f} s")
 def ended_facts(container: Container, job: DoneJob | None, known: str) -> Facts:
     """What has ended; nothing of it is true where it is done."""
     # `job`: what is known of its compose service; `known`: the job that the release has there.
@@ -5204,8 +5202,7 @@ def remove_service(shared: Shared, path: Path) -> None:
         deadline=DEADLINE["up"], kind=("compose", "down")).check("down")
     for kept in shared.api.kept(name): shared.api.untag(kept)
     aside = path.parent / "removed" / time.strftime(f"{name}-%Y%m%dT%H%M%SZ", time.gmtime())
-    make_folder(path.parent / "removed", 0o700)
-    make_folder(aside, 0o700)
+    for folder in (aside.parent, aside): make_folder(folder, 0o700)
     worktree = shared.settings.directory / name
     if worktree.is_dir() and not worktree.is_symlink(): worktree.rename(aside / "worktree")
     path.rename(aside / "state")
