@@ -3458,12 +3458,11 @@ def check_image_facts(facts: Json, closed: set[str]) -> str:
     return f"has a health check more often than each {LEAST_INTERVAL} s" if often else ""
 def bound_links(project: Project, containers: Iterable[Container], tree: Tree) -> list[str]:
     """Why the tree must not be put beneath these: their next restart would follow a link."""
-    reasons = set()
-    for bind in (bind for container in containers for bind in container.binds):
-        relative = beneath(bind.source, str(project.paths.worktree))
-        if relative and not project.service.trusted and (why := link_above(relative, tree)):
-            reasons.add(f"{bind.compose_service}: {relative}, which is mounted now, {why}")
-    return sorted(reasons)
+    if project.service.trusted: return []
+    return sorted({f"{bind.compose_service}: {relative}, which is mounted now, {why}"
+                   for container in containers for bind in container.binds
+                   if (relative := beneath(bind.source, str(project.paths.worktree)))
+                   and (why := link_above(relative, tree))})
 def run_by_hand(project: Project, model: Model, digests: Json) -> dict[str, str]:
     """The digests of what somebody else started, just as compose would start it now."""
     rows = project.api.listed("containers", label=[f"{PROJECT_LABEL}={project.name}"])
@@ -3505,10 +3504,9 @@ def prepare(project: Project, commit: str) -> Prepared:
              *(foreign_frontends(project, model) if not project.service.trusted else ()),
              *bound_links(project, project.api.containers(project.name), tree)]
     if wrong: raise Refused("; ".join(wrong))
-    release = replace(release, notes=tuple(notes))
     # Built is from the export alone, also where the file names the work tree itself.
     rendered = moved_paths(model, str(project.paths.worktree), str(project.paths.export))
-    return Prepared(release, tree, rendered)
+    return Prepared(replace(release, notes=tuple(notes)), tree, rendered)
 def prepare_or_give_up(project: Project, commit: str, asked: bool) -> Prepared:
     """As `prepare`. Raises Refused, also where pgod was killed at it twice, unless `asked`."""
     store, times = project.store, 0 if asked else project.store.looks.get(commit, 0)
@@ -3579,10 +3577,9 @@ def port_taken(host: str, port: int, protocol: str) -> bool:
     return False
 def ports_of(model: Model) -> set[tuple[str, int, str]]:
     """The addresses that a project publishes: host ("" is any), port and protocol."""
-    items = [item for service in compose_services(model).values()
-             for item in service.get("ports") or ()]
     return {(str(item.get("host_ip") or ""), int(item["published"]), str(item.get("protocol")))
-            for item in items if str(item.get("published") or "0").isdigit()} - {("", 0, "tcp")}
+            for service in compose_services(model).values() for item in service.get("ports") or ()
+            if str(item.get("published") or "0").isdigit()} - {("", 0, "tcp")}
 def lacking(project: Project, model: Model, snapshot: Snapshot) -> Iterator[str]:
     """What only somebody else can bring about; it is tried again by itself until he has."""
     for kind, there in (("network", {*snapshot.networks}), ("volume", set[str]())):
@@ -3730,7 +3727,6 @@ class Installation:
         self.project.api.stop(racing)
         self.project.api.remove(racing)
         make_binds(self.project, self.release.model, self.say)
-
     def remove_half_made(self, snapshot: Snapshot) -> None:
         """Remove what was created and cannot be filled or started; never start it half-made."""
         # compose creates the new container as ID_NAME with the volumes of the old one, removes
