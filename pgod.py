@@ -4069,9 +4069,7 @@ def follow_user(project: Project) -> None:
     former = root.lstat().st_uid if root.exists() else account.uid
     if former != account.uid:
         chown_tracked(root, project.store.tracked(), former, account)
-        chown_tracked(git, [os.path.relpath(os.path.join(top, name), git)
-                            for top, folders, files in os.walk(git)
-                            for name in (*folders, *files)], former, account)
+        chown_tracked(git, [str(path.relative_to(git)) for path in git.rglob("*")], former, account)
 def take_over(project: Project) -> None:
     """Go on where the Go program stopped, touching neither its files nor its containers."""
     # Its .git goes last: until then, the next start begins again. Keys in it are not believed: a
