@@ -22,6 +22,7 @@ import contextlib
 import errno
 import getopt
 import os
+import queue
 import re
 import shlex
 import signal
@@ -77,6 +78,8 @@ OPTIONS = (  # short, long, its value, help
     ("i", "identity", "FILE", "private key, without passphrase"),
     ("p", "port", "PORT", f"port of pgod (default: as ~/.ssh/config says, else {PORT})"),
     ("t", "tty", "", "exec in a terminal, also where pgoctl has none; needs OpenSSH's ssh"),
+    ("q", "quiet", "", "with a host alone: the names of the services"),
+    ("", "json", "", "with a host alone: all that is known of them, for programs"),
     ("", "completion", "SHELL", "print what bash, zsh or fish completes pgoctl's words with"),
     ("v", "version", "", "print the version"),
     ("h", "help", "", "print this"),
@@ -88,12 +91,13 @@ STATUSES = {
     "255": "also: no connection, or it broke; a line on standard error says why",
 }
 ENVIRONMENT = {
-    "PGOCTL_ID": "the private key itself, for CI (default: the agent, then ~/.ssh/id_*)",
+    "PGOCTL_ID": "the private key itself, for CI (default: root's own on the server, then the "
+                 "agent, then ~/.ssh/id_*)",
     "PGOCTL_HOSTKEY": "the server's public key, 'ssh-ed25519 AAAA...' (default: known_hosts)",
     "PGOCTL_TRANSPORT": "ssh or asyncssh (default: ssh where it is installed)",
 }
 EXAMPLES = {
-    "pgoctl example.org": "list the services",
+    "pgoctl example.org": "list the services, with their state; `watch pgoctl @prod` of all hosts",
     "pgoctl -i id_pgo example.org:web//logs -f": "follow the logs",
     "pgoctl [::1]:db//exec db psql < dump.sql": "feed a program",
     "pgoctl a.example,b.example:web//up": "ask several hosts at once",
@@ -107,6 +111,8 @@ CONFIGURATION = {  # of ~/.config/pgoctl.toml
     '[hosts."a.example"]': "identity and port of that host",
 }
 
+# The key that pgod makes for root on its own machine, in its default folder.
+ADMIN_KEY, LOCAL_HOSTS = "/var/lib/pgo/.pgod/admin_key", ("localhost", "127.0.0.1", "::1")
 DEFAULT_KEYS = ("id_ed25519", "id_ecdsa", "id_rsa")
 # ssh takes the first value that it meets, so these win over ~/.ssh/config. Nobody sees the log: it
 # tells which keys were offered, whether a status came, and of writes that failed.
@@ -235,7 +241,7 @@ def parse_target(text: str) -> tuple[str, str, str]:
         (not host, "the host is missing"),
         (not slashes and host.rpartition("]")[2].count(":") == 1, "//command is missing"),
         (not all(re.fullmatch(HOST_NAME, name) for name in host.split(",")),
-         "that is no host (an IPv6 address stands in brackets)"),
+         "that is no host and no @group (an IPv6 address stands in brackets)"),
         (slashes and not service, "the service is missing"),
         (slashes and not command, "the command is missing"),
     ):
@@ -312,13 +318,13 @@ def private_file(text: str, stack: contextlib.ExitStack) -> str:
     return path
 
 def start_child(words: Sequence[str], stdin: bool = False, stdout: int | None = None,
-                key: str = "") -> subprocess.Popen[bytes]:
+                stderr: int | None = None, key: str = "") -> subprocess.Popen[bytes]:
     """The one door to other programs. They do not get to see our key, unless it is given."""
     environ = {name: value for name, value in os.environ.items() if name != "PGOCTL_ID"}
     environ |= {"PGOCTL_ID": key} if key else {}
     try:
         return subprocess.Popen(words, stdin=None if stdin else subprocess.DEVNULL, stdout=stdout,
-                                stderr=stdout, env=environ)
+                                stderr=stderr, env=environ)
     except OSError as error:
         raise ControlError(f"{words[0]}: {error.strerror}") from None
 
@@ -668,6 +674,10 @@ def settings_path() -> str:
     folder = os.environ.get("XDG_CONFIG_HOME") or os.path.expanduser("~/.config")
     return os.path.join(folder, "pgoctl.toml")
 
+def is_host(name: str) -> bool:
+    """Whether it is a host; an IPv6 address stands in brackets."""
+    return bool(re.fullmatch(HOST_NAME, name)) and name[0] != "@"
+
 def settings_trouble(table: Mapping[str, Any]) -> str:
     """What is wrong with a configuration, the first of it; empty where all is well."""
     groups, hosts = table.get("groups", {}), table.get("hosts", {})
@@ -678,16 +688,20 @@ def settings_trouble(table: Mapping[str, Any]) -> str:
         if not re.fullmatch(r"(?a)\w[\w.-]*", name):
             return f"groups: {name!r} cannot be written as @{name}"
         if not isinstance(members, list) or not members or not all(
-                isinstance(host, str) and re.fullmatch(HOST_NAME, host) and host[0] != "@"
-                for host in members):
-            return f'groups: {name} is no list of hosts, as ["a.example", "[2001:db8::1]"]'
+                isinstance(host, str) and is_host(host) for host in members):
+            return (f'groups: {name} is no list of hosts, as ["a.example", "[2001:db8::1]"]; it '
+                    "cannot have other groups in it")
     own = {key: value for key, value in table.items() if key not in ("groups", "hosts")}
+    if wrong := [name for name in hosts if not is_host(f"[{name}]" if ":" in name else name)]:
+        return f"hosts: {wrong[0]!r} is no host"
     for title, part in (("", own), *((f"hosts: {name}: ", part) for name, part in hosts.items())):
         if not isinstance(part, dict):
             return f"{title}is no table"
         for key, value in part.items():
             if key not in ("identity", "port"):
-                return f"{title}there is no key {key!r}; there are identity and port"
+                more = (', [groups] and [hosts."NAME"]' if not title else
+                        "; a name with dots stands in quotes" if isinstance(value, dict) else "")
+                return f"{title}there is no key {key!r}; there are identity, port{more}"
             if key == "identity" and not isinstance(value, str):
                 return f"{title}identity is the path of a file"
             if key == "port" and (type(value) is not int or not 0 < value < 65536):
@@ -707,7 +721,7 @@ def load_settings() -> Settings:
     import tomllib
     try:
         table = tomllib.loads(data.decode())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UsageError(f"{path}: {error}") from None
     if trouble := settings_trouble(table):
         raise UsageError(f"{path}: {trouble}")
@@ -717,9 +731,11 @@ def expand_hosts(text: str, settings: Settings) -> list[str]:
     """Every host that is named or in a group that is, once."""
     hosts: dict[str, None] = {}
     for name in text.split(","):
+        if not re.fullmatch(HOST_NAME, name):
+            raise UsageError(f"{name!r} is no host and no @group")
         if name.startswith("@") and name[1:] not in settings.groups:
-            known = ", ".join(f"@{group}" for group in sorted(settings.groups)) or "none"
-            raise UsageError(f"there is no group {name}; {settings_path()} has: {known}")
+            known = ", ".join(f"@{group}" for group in sorted(settings.groups)) or "no groups"
+            raise UsageError(f"there is no group {name}; {settings_path()} has {known}")
         hosts |= dict.fromkeys(settings.groups[name[1:]] if name[0] == "@" else [name])
     return list(hosts)
 
@@ -749,7 +765,7 @@ def parse_options(words: Sequence[str]) -> tuple[dict[str, str], list[str]]:
     """The options by their long names, and the words from the target on."""
     short = "".join(letter + ":" * bool(value) for letter, _, value, _ in OPTIONS if letter)
     long = [name + "=" * bool(value) for _, name, value, _ in OPTIONS]
-    long.append("complete=")  # for the shells' sake
+    long.append("complete=")  # for the shells' sake; its value is the line up to the cursor
     try:
         pairs, rest = getopt.getopt(list(words), short, long)
     except getopt.GetoptError as error:
@@ -815,10 +831,14 @@ def build_request(options: Mapping[str, str], words: Sequence[str],
     identity = options.get("identity")
     if identity is None and "PGOCTL_ID" not in environ and settings.of(host, "identity"):
         identity = os.path.expanduser(settings.of(host, "identity"))
+    if (identity is None and "PGOCTL_ID" not in environ and host in LOCAL_HOSTS
+            and os.geteuid() == 0 and os.path.exists(ADMIN_KEY)):
+        identity = ADMIN_KEY
     key_name, key = find_key(identity, environ)
     pin = environ.get("PGOCTL_HOSTKEY")
     return Request(
-        host, int(port), render_command(service, command or "list", words[1:]),
+        host, int(port), render_command(service, command or "list",
+                                        words[1:] or ["--json"] * ("json" in options)),
         stdin=command in READS_STDIN, terminal="tty" in options or (
             command == "exec" and wants_terminal(words[1:]) and find_ssh()
             and environ.get("PGOCTL_TRANSPORT") != "asyncssh"), key_name=key_name, key=key,
@@ -837,9 +857,10 @@ def choose_transport(wanted: str) -> Callable[[Request], int]:
 
 COLOURS = (36, 33, 35, 32, 34, 31)  # SGR, of a host's name at the beginning of its lines
 
-def is_colourful() -> bool:
-    """Whether standard output shows colours (no-color.org)."""
-    return os.isatty(1) and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
+def is_colourful(descriptor: int) -> bool:
+    """Whether it shows colours (no-color.org)."""
+    environ = os.environ
+    return os.isatty(descriptor) and not environ.get("NO_COLOR") and environ.get("TERM") != "dumb"
 
 class Lines:
     """The output of several children, line by line, each behind the name of its host."""
@@ -847,20 +868,21 @@ class Lines:
     def __init__(self) -> None:
         self.lock = threading.Lock()
         self.threads: list[threading.Thread] = []
-        self.failure: ControlError | SignalError | None = None
+        self.ended: queue.SimpleQueue[ControlError | SignalError | None] = queue.SimpleQueue()
 
     def follow(self, source: Any, descriptor: int, prefix: bytes) -> None:
         """Copy what a child writes there."""
         self.threads.append(start_thread(self.copy, source, descriptor, prefix))
 
     def put(self, lines: Iterable[bytes], descriptor: int, prefix: bytes) -> None:
-        text = b"".join(prefix + line + b"\n" for line in lines)
+        """Write them; nothing in one can change another, or its host's name."""
+        text = b"".join(prefix + plain_line(line) + b"\n" for line in lines)
         with self.lock:
             write_output(descriptor, text)
 
     def copy(self, source: Any, descriptor: int, prefix: bytes) -> None:
-        """To its end; a very long line comes in pieces."""
-        rest = b""
+        """To its end, which is told; a very long line comes in pieces."""
+        rest, failure = b"", None
         try:
             with source:  # closed, it ends the child
                 while data := source.read1(CHUNK):
@@ -870,82 +892,183 @@ class Lines:
                     self.put(lines, descriptor, prefix)
                 self.put([rest] if rest else [], descriptor, prefix)
         except (ControlError, SignalError) as error:
-            self.failure = error
+            failure = error
+        finally:
+            self.ended.put(failure)
+
+def plain_line(line: bytes) -> bytes:
+    """Without what moves a terminal's cursor; colours stay, and end with the line."""
+    text = re.sub(rb"(\x1b\[[0-9;]{0,20}m)|[\0-\x08\x0b-\x1f\x7f]|\xc2[\x80-\x9f]",
+                  lambda match: match[1] or b"?", line.removesuffix(b"\r"))
+    return text + b"\x1b[0m" * (b"\x1b" in text)
+
+def feeds(command: str) -> bool:
+    """Whether the command would get standard input, and there is something in it."""
+    kind = os.fstat(0).st_mode
+    return command in READS_STDIN and (stat.S_ISFIFO(kind) or stat.S_ISREG(kind))
+
+STATES = {"in sync": 32, "failed": 31, "refused": 31, "unhealthy": 31, "unreachable": 31}  # SGR
+OVERVIEW_BYTES = 8 << 20  # of what one host says of its services
+UNITS = ((86400, "d"), (3600, "h"), (60, "m"), (1, "s"))
+
+def age(seconds: float) -> str:
+    """In the largest unit, as 3d."""
+    return next((f"{seconds / size:.0f}{unit}" for size, unit in UNITS if seconds >= size), "0s")
+
+def overview(services: Sequence[tuple[str, Mapping[str, Any]]], now: float, width: int,
+             colour: bool) -> str:
+    """A table of services, each with its host; `width` cuts the lines, 0 does not."""
+    several = len({host for host, _ in services}) > 1
+    rows = [["HOST"] * several + ["SERVICE", "STATE", "COMMIT", "AGE", "UP", "SUBJECT, OR WHY NOT"]]
+    for host, facts in services:
+        containers = facts["containers"]
+        well = sum(c["status"] == "running" and c["health"] in ("", "healthy") for c in containers)
+        rows.append([host] * several + [
+            facts["service"], facts["state"], facts["commit"][:10] or "-",
+            age(now - facts["since"]) if facts["since"] else "-", f"{well}/{len(containers)}",
+            facts["subject"] if facts["state"] == "in sync" else facts["why"]])
+    rows = [[re.sub(r"[^\x20-\x7e\xa0-\U0010ffff]", "?", cell) for cell in row] for row in rows]
+    widths = [*(max(map(len, column)) for column in [*zip(*rows, strict=True)][:-1]), 0]
+    lines = []
+    for row in rows:
+        line = "  ".join(f"{cell:<{size}}" for cell, size in zip(row, widths, strict=True)).rstrip()
+        line = line if not width or len(line) <= width else line[:width - 1] + "…"
+        state = row[1 + several]
+        if colour and state in STATES:
+            line = line.replace(f"  {state}", f"  \x1b[{STATES[state]}m{state}\x1b[0m", 1)
+        lines.append(line)
+    return "\n".join(lines) + "\n"
+
+def show_overview(hosts: Sequence[str], options: Mapping[str, str], key: str) -> int:
+    """The services of all hosts in one table; the worst of the statuses."""
+    import json
+    import time
+    more = ["-p", options["port"]] if "port" in options else []
+    children: list[subprocess.Popen[bytes]] = []
+    outputs = [b""] * len(hosts)
+
+    def collect(number: int) -> None:
+        outputs[number] = children[number].stdout.read(OVERVIEW_BYTES)  # type: ignore[union-attr]
+    services: list[tuple[str, Mapping[str, Any]]] = []
+    worst = 0
+    try:
+        for host in hosts:
+            words = [sys.executable, os.path.abspath(__file__), "--json", *more, "--", host]
+            children.append(start_child(words, stdout=subprocess.PIPE, key=key))
+        for thread in [start_thread(collect, number) for number in range(len(hosts))]:
+            thread.join()
+        for host, child, output in zip(hosts, children, outputs, strict=True):
+            status = 0 if len(output) == OVERVIEW_BYTES else child.wait()
+            worst = max(worst, status if status >= 0 else 128 - status)
+            try:
+                services += [(host, facts) for facts in json.loads(output)] if not status else []
+            except (ValueError, RecursionError):
+                raise ControlError(f"{host}: pgod's answer is not understood") from None
+    finally:
+        for child in children:
+            child.terminate()
+    if services or not worst:
+        terminal = os.isatty(1)
+        write_output(1, overview(services, time.time(), os.get_terminal_size(1)[0] if terminal
+                                 else 0, is_colourful(1)).encode())
+    return worst
 
 def ask_all(hosts: Sequence[str], rest: str, options: Mapping[str, str], words: Sequence[str],
             key: str) -> int:
     """Ask every host at once, each by a pgoctl of its own; the worst of the statuses."""
     # rest: what stands behind the host, as :web//up; words: what follows.
     lines, width, children = Lines(), max(map(len, hosts)), list[subprocess.Popen[bytes]]()
-    port = ["-p", options["port"]] if "port" in options else []
+    more = ["-p", options["port"]] if "port" in options else []
+    more += [f"--{name}" for name in ("json", "quiet") if name in options]
     try:
         for number, host in enumerate(hosts):
-            child = start_child([sys.executable, os.path.abspath(__file__), *port, "--",
-                                 host + rest, *words], stdout=subprocess.PIPE, key=key)
+            child = start_child([sys.executable, os.path.abspath(__file__), *more, "--",
+                                 host + rest, *words], stdout=subprocess.PIPE,
+                                stderr=subprocess.PIPE, key=key)
             children.append(child)
-            name = f"{host:<{width}}"
-            if is_colourful():
-                name = f"\x1b[{COLOURS[number % len(COLOURS)]}m{name}\x1b[0m"
             for stream, descriptor in ((child.stdout, 1), (child.stderr, 2)):
+                name = f"{host:<{width}}"
+                if is_colourful(descriptor):
+                    name = f"\x1b[{COLOURS[number % len(COLOURS)]}m{name}\x1b[0m"
                 lines.follow(stream, descriptor, f"{name}  ".encode())
-        for thread in lines.threads:
-            thread.join()
-        statuses = [child.wait() for child in children]
+        for _ in lines.threads:
+            if failure := lines.ended.get():
+                raise failure
+        statuses = {host: child.wait() for host, child in zip(hosts, children, strict=True)}
     finally:
         for child in children:
             child.terminate()
-    if lines.failure:
-        raise lines.failure
-    return max(status if status >= 0 else 128 - status for status in statuses)
+        for thread in lines.threads:  # what was begun is written
+            thread.join(0.2)
+    worst = 0
+    for host, status in statuses.items():
+        status = status if status >= 0 else 128 - status
+        worst = max(worst, status)
+        if status:
+            say(f"{host} ended with {status}")
+    return worst
 
 # ==== Completion ==================================================================================
 
 COMPLETE_SECONDS, CACHE_SECONDS = 1.0, 60.0
 SCRIPTS = {
     "bash": r"""_pgoctl() {
-  local line="${COMP_LINE:0:COMP_POINT}" IFS=$'\n'
+  local line="${COMP_LINE:0:COMP_POINT}"
   local word="${line##* }"
-  COMPREPLY=($(pgoctl --complete "$word" 2>/dev/null))
+  mapfile -t COMPREPLY < <(pgoctl --complete "$line" 2>/dev/null)
   # bash takes what stands behind the last colon for the word.
   [[ $word == *:* && $COMP_WORDBREAKS == *:* ]] && COMPREPLY=("${COMPREPLY[@]#"${word%:*}:"}")
 }
-complete -o nospace -F _pgoctl pgoctl
+complete -o nospace -o default -F _pgoctl pgoctl
 """,
-    "zsh": r"""_pgoctl() {
+    "zsh": r"""(( $+functions[compdef] )) || { autoload -Uz compinit; compinit; }
+_pgoctl() {
   local -a found
-  found=("${(@f)$(pgoctl --complete "$words[CURRENT]" 2>/dev/null)}")
-  compadd -S '' -Q -- $found
+  found=("${(@f)$(pgoctl --complete "${(j: :)words[1,CURRENT-1]} $PREFIX" 2>/dev/null)}")
+  [[ -n $found ]] && compadd -S '' -Q -- $found || _files
 }
 compdef _pgoctl pgoctl
 """,
-    "fish": r"""complete -c pgoctl -f -a '(pgoctl --complete (commandline -ct) 2>/dev/null)'
+    "fish": r"""complete -c pgoctl -f -a '(pgoctl --complete (commandline -cp) 2>/dev/null)'
+complete -c pgoctl -s i -l identity -r -F
+complete -c pgoctl -s p -l port -x
+complete -c pgoctl -l completion -x -a 'bash zsh fish'
 """,
 }
 
-def cached_answer(target: str) -> list[str]:
-    """What the server says to a target, a minute old at most; where it is late, what it said."""
+def cached_answer(words: Sequence[str]) -> list[str]:
+    """What the server says to words, a minute old at most; where it is late, what it said."""
     import time
     folder = os.path.join(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"),
                           "pgoctl")
-    path, text = os.path.join(folder, target.replace("/", "%")), ""
-    with contextlib.suppress(OSError), open(path, encoding="utf-8", errors="replace") as file:
-        text = file.read(CHUNK)
-        if os.fstat(file.fileno()).st_mtime + CACHE_SECONDS > time.time():
-            return text.splitlines()
-    child = start_child([sys.executable, os.path.abspath(__file__), "--", target],
-                        stdout=subprocess.PIPE, key=os.environ.get("PGOCTL_ID", ""))
+    path, text = os.path.join(folder, " ".join(words).replace("/", "%")[-200:]), ""
+    ours = os.O_NOFOLLOW | os.O_NONBLOCK  # what somebody else put there is not opened, or not read
+    with contextlib.suppress(OSError), open(os.open(path, os.O_RDONLY | ours), "rb") as file:
+        status = os.fstat(file.fileno())
+        if stat.S_ISREG(status.st_mode) and status.st_uid == os.getuid():
+            text = file.read(CHUNK).decode(errors="replace")
+            if abs(time.time() - status.st_mtime) < CACHE_SECONDS:
+                return text.splitlines()
+    child = start_child([sys.executable, os.path.abspath(__file__), *words],
+                        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                        key=os.environ.get("PGOCTL_ID", ""))
+    output: list[bytes] = []
+    start_thread(lambda: output.append(child.stdout.read(CHUNK))  # type: ignore[union-attr]
+                 ).join(COMPLETE_SECONDS)
     try:
-        output, _ = child.communicate(timeout=COMPLETE_SECONDS)
-    except subprocess.TimeoutExpired:
-        child.terminate()
+        if not output or child.wait(COMPLETE_SECONDS / 10) != 0:
+            return text.splitlines()
+    except subprocess.TimeoutExpired:  # it has more to say than anybody completes
         return text.splitlines()
-    if child.returncode == 0:
-        text = output.decode(errors="replace")
-        with contextlib.suppress(OSError):
-            os.makedirs(folder, mode=0o700, exist_ok=True)
-            with open(f"{path}.{os.getpid()}", "w", encoding="utf-8") as file:
-                file.write(text)
-            os.replace(file.name, path)
+    finally:
+        child.terminate()
+    text = output[0].decode(errors="replace")
+    with contextlib.suppress(OSError):
+        os.makedirs(folder, mode=0o700, exist_ok=True)
+        fresh = f"{path}.{os.urandom(8).hex()}"
+        with open(os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_EXCL | ours, 0o600), "wb") as file:
+            file.write(output[0])
+        os.replace(fresh, path)
     return text.splitlines()
 
 def known_hosts_names() -> list[str]:
@@ -956,25 +1079,37 @@ def known_hosts_names() -> list[str]:
         text = file.read(1 << 20)
     return re.findall(r"(?m)^\[([\w.-]+)\]:\d+ ", text)
 
-def complete(word: str, settings: Settings) -> list[str]:
-    """The words that may stand there instead."""
+def complete(line: str, settings: Settings) -> list[str]:
+    """What the last word of a command line may become; nothing where no host is to stand."""
+    *words, word = line.split(" ")[1:] or [""]
+    try:
+        options, target = parse_options(list(filter(None, words)))
+    except UsageError:  # the word is what an option takes
+        return [*SCRIPTS] if words[-1] == "--completion" else []
+    if target:
+        return []
+    if word.startswith("-"):
+        return [f"--{name}" for _, name, _, _ in OPTIONS if f"--{name}".startswith(word)]
+    asks = [part for name, value in options.items() if value
+            for part in (f"--{name}", os.path.expanduser(value))]
     place, slashes, _ = word.partition("//")
     before, comma, last = place.rpartition(",")
     colon = re.search(r":(?![^\[]*\])", last)
     if not slashes and not colon:
         hosts = {*known_hosts_names(), *settings.hosts, *(f"@{name}" for name in settings.groups),
                  *(host for members in settings.groups.values() for host in members)}
-        return sorted(f"{before}{comma}{host}" for host in hosts if host.startswith(last))
+        return sorted(f"{before}{comma}{host}:" for host in hosts if host.startswith(last))
     head, _, service = place.rpartition(":")
     host = expand_hosts(head, settings)[0]
     if not slashes:
-        names = [f"{head}:{name}//" for name in cached_answer(host)]
+        names = [f"{head}:{name}//" for name in cached_answer([*asks, "-q", "--", host])
+                 if re.fullmatch(r"(?a)[\w-]+", name)]
     else:
-        lines = cached_answer(f"{host}:{service}//help")
-        names = [f"{place}//{line[:9].strip()}" for line in lines if line[:1].strip()]
-    # A shell puts it on the command line: nothing of a server's that means something there.
-    return [name for name in names if name.startswith(word)
-            and re.fullmatch(r"(?a)[\w. -]+", name.removeprefix(f"{head}:").replace("//", " "))]
+        lines = cached_answer([*asks, "--", f"{host}:{service}//help"])
+        names = [f"{place}//{line[:9].strip()}" for line in lines
+                 if re.fullmatch("(git )?[a-z]+", line[:9].strip())]
+    # A shell puts it on the command line: nothing of a server's but names.
+    return [name for name in names if name.startswith(word)][:1000]
 
 # ==== Main ========================================================================================
 
@@ -1001,14 +1136,19 @@ def run(words: Sequence[str], environ: Mapping[str, str]) -> int:
         "completion": lambda: SCRIPTS[shell], "complete": lambda: "".join(
             f"{found}\n" for found in complete(options["complete"], load_settings()))}
     for name in texts.keys() & options.keys():
-        write_output(1, texts[name]().encode())
+        write_output(1, texts[name]().encode(errors="surrogateescape"))
         return 0
     if not rest:
         raise UsageError("the target is missing: pgoctl host:service//command; see pgoctl --help")
-    host, settings = parse_target(rest[0])[0], load_settings()
+    (host, _, command), settings = parse_target(rest[0]), load_settings()
+    if not command and not rest[1:] and not {"json", "quiet"} & options.keys():
+        return show_overview(expand_hosts(host, settings), options,
+                             find_key(options.get("identity"), environ)[1])
     if "," in host or "@" in host:
         if "tty" in options:
             raise UsageError("-t is for one host alone")
+        if feeds(command):
+            raise UsageError("standard input is for one host alone; here it must be </dev/null")
         return ask_all(expand_hosts(host, settings), rest[0].removeprefix(host), options, rest[1:],
                        find_key(options.get("identity"), environ)[1])
     request = build_request(options, rest, environ, settings)

@@ -40,9 +40,9 @@ from __future__ import annotations
 
 import argparse, asyncio, base64, binascii, bisect, ctypes, datetime, difflib, email.utils, errno
 import fcntl, functools, getopt, grp, hashlib, hmac, http.client, http.server, io, ipaddress
-import itertools, json, logging, math, os, pwd, queue, random, re, select, selectors, shlex, shutil
-import signal, socket, stat, struct, subprocess, sys, tempfile, termios, threading, time, tomllib
-import urllib.parse, warnings
+import itertools, json, logging, math, os, pwd, queue, random, re, resource, select, selectors
+import shlex, shutil, signal, socket, stat, struct, subprocess, sys, tempfile, termios, threading
+import time, tomllib, urllib.parse, warnings
 from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
@@ -221,7 +221,8 @@ class Service:
 class Configuration:
     """A whole pgo.toml; `digest` changes when the file or an env_file it names changes."""
     services: tuple[Service, ...]
-    digest: str
+    admins: tuple[PublicKey, ...] = ()
+    digest: str = ""
     warnings: tuple[str, ...] = ()
 @dataclass(frozen=True)
 class Settings:
@@ -246,9 +247,24 @@ class ServicePaths:
         self.roots = (self.worktree, self.data)  # where bind mounts may come from
 @dataclass(frozen=True)
 class PublicKey:
-    """A key from ssh/: `fingerprint` as `ssh-keygen -l` shows it."""
+    """A line of a key file: `fingerprint` as `ssh-keygen -l` shows it, options as in sshd(8)."""
     fingerprint: str
     comment: str
+    options: Mapping[str, str] = field(default_factory=dict)
+    role: str = "owner"
+
+    def opens(self, service: str, address: str) -> bool:
+        """Whether it opens the service now, and from there."""
+        given = {name: KEY_OPTIONS[name](value) for name, value in self.options.items()}
+        host = ipaddress.ip_address(address.removeprefix("::ffff:").partition("%")[0])
+        return (("from" not in given or any(host in network for network in given["from"]))
+                and time.time() < given.get("expiry-time", math.inf)
+                and service in given.get("services", [service]))
+    def permits(self, command: str) -> bool:
+        return command in parse_permitted(self.options.get("command", command))
+    def __str__(self) -> str:
+        limits = (f'{name}="{value}"' if value else name for name, value in self.options.items())
+        return " ".join((self.role, self.comment or self.fingerprint, *limits))
 
 # ---- Parsing -----------------------------------------------------------------------------------
 DURATION_UNITS = {"h": 3600.0, "m": 60.0, "s": 1.0, "ms": 0.001}
@@ -366,11 +382,45 @@ KEY_TYPES = ("ssh-ed25519", "ecdsa-sha2-nistp256", "ecdsa-sha2-nistp384", "ecdsa
 def key_fingerprint(blob: bytes) -> str:
     """As `ssh-keygen -l` shows it."""
     return "SHA256:" + base64.b64encode(hashlib.sha256(blob).digest()).decode().rstrip("=")
-def parse_public_key(line: str) -> PublicKey:
-    """One line of a .pub file. Options in front of a key are refused: they would be ignored."""
-    kind, _, rest = line.strip().partition(" ")
+def parse_expiry(text: str) -> float:
+    """Seconds since the epoch; in the machine's time zone, or UTC with Z."""
+    match = re.fullmatch(r"(\d{8})(\d{4}(?:\d\d)?)?(Z?)", text)
+    if not match: raise ValueError(f"{text!r} is not YYYYMMDD or YYYYMMDDHHMM, with Z for UTC")
+    when = datetime.datetime.fromisoformat(f"{match[1]}T{(match[2] or '').ljust(6, '0')}")
+    return when.replace(tzinfo=datetime.UTC if match[3] else None).timestamp()
+def parse_permitted(text: str) -> set[str]:
+    """Names of commands; `read` is all that change nothing."""
+    words = re.findall(r"git \w+|\S+", text)
+    if unknown := [*{*words} - {*COMMANDS, "read"}, *["nothing"] * (not words)]:
+        raise ValueError(f"{unknown[0]!r} is no command; there are read, {', '.join(COMMANDS)}")
+    return {name for name in COMMANDS
+            if name in words or (name in READ_COMMANDS and "read" in words)}
+# What may stand before a key (sshd(8), AUTHORIZED_KEYS FILE FORMAT); `services` is pgod's own.
+KEY_OPTIONS: dict[str, Callable[[str], Any]] = {
+    "command": parse_permitted, "expiry-time": parse_expiry, "restrict": str,
+    "from": lambda text: [ipaddress.ip_network(part) for part in text.split(",")],
+    "services": lambda text: every(as_name, text.split(","))}
+OPTION_PATTERN = re.compile(r'([A-Za-z-]+)(?:="((?:[^"\\]|\\.)*)")?(?:,|\s+)')
+def parse_key_options(line: str, role: str) -> tuple[dict[str, str], str]:
+    """The options before a key, and the rest of the line. One that is not known is refused."""
+    options, known = dict[str, str](), {*KEY_OPTIONS} - ({"services"} if role == "owner" else set())
+    while (name := line.partition(" ")[0]) not in KEY_TYPES:
+        match = OPTION_PATTERN.match(line)
+        name = match[1].lower() if match else name[:40]
+        if not match or name not in known or name in options:
+            raise ValueError(f"{name!r} is not a key type or an option that is accepted"
+                             f"{' twice' if name in options else ''}")
+        options[name], line = match[2] or "", line[match.end():]
+        try:
+            KEY_OPTIONS[name](options[name])
+        except (ValueError, OverflowError) as error:
+            raise ValueError(f"option {name}: {error}") from None
+    return options, line
+def parse_public_key(line: str, role: str = "owner") -> PublicKey:
+    """One line of a .pub file, or of authorized_keys."""
+    options, line = parse_key_options(line.strip(), role)
+    kind, _, rest = line.partition(" ")
     encoded, _, comment = rest.strip().partition(" ")
-    if kind not in KEY_TYPES: raise ValueError(f"{kind[:40]!r} is not a key type that is accepted")
     try:
         blob = base64.b64decode(encoded, validate=True)
     except binascii.Error:
@@ -379,8 +429,9 @@ def parse_public_key(line: str) -> PublicKey:
         raise ValueError("is not a key of the type it names")
     if kind == "ssh-rsa" and rsa_bits(blob) < 2048:
         raise ValueError("is an RSA key of under 2048 bits")
-    return PublicKey(key_fingerprint(blob), re.sub(r"[^\x20-\x7e]", "?", comment)[:100])
-def parse_key_file(data: bytes) -> tuple[list[PublicKey], list[str]]:
+    comment = re.sub(r"[^\x20-\x7e]", "?", comment)[:100]
+    return PublicKey(key_fingerprint(blob), comment, options, role)
+def parse_key_file(data: bytes, role: str = "owner") -> tuple[list[PublicKey], list[str]]:
     """The keys in a file of at most 16 KiB, one a line, and what is wrong with the other lines."""
     if len(data) > KEY_FILE_BYTES: return [], ["has more than 16 KiB"]
     if b"PRIVATE KEY-----" in data: return [], ["is a PRIVATE key: remove it and make a new one"]
@@ -389,12 +440,12 @@ def parse_key_file(data: bytes) -> tuple[list[PublicKey], list[str]]:
         for number, line in enumerate(text_of(data).splitlines(), 1):
             if line.strip() and not line.startswith("#"):
                 try:
-                    keys.append(parse_public_key(line))
+                    keys.append(parse_public_key(line, role))
                 except ValueError as error:
                     wrong.append(f"line {number} {error}")
     except ValueError as error:
         wrong.append(str(error))
-    return keys, wrong if keys or wrong else ["has no key"]
+    return keys, wrong if keys or wrong or role == "admin" else ["has no key"]
 def redact(text: str, secrets: Iterable[str]) -> str:
     """The text with every secret in it as ***; longer ones first, for one may hold another."""
     for secret in sorted(filter(None, secrets), key=len, reverse=True):
@@ -530,10 +581,11 @@ def replace_beneath(root: Path, path: str, make: Callable[[str, int], None]) -> 
                 os.rmdir(name, dir_fd=folder)
             os.rename(UNFINISHED, name, src_dir_fd=folder, dst_dir_fd=folder)
             os.fsync(folder)  # before it is noted that the file is there
-        except IsADirectoryError:
-            raise Refused(f"{root}/{path} is a folder, not a file; move or remove it") from None
+        except IsADirectoryError as error:
+            at = "/".join((str(root), *parts, error.filename2 or error.filename))
+            raise Refused(f"{at} is a folder, not a file; move or remove it") from None
         finally:
-            with suppress(FileNotFoundError): os.unlink(UNFINISHED, dir_fd=folder)
+            with suppress(OSError): os.unlink(UNFINISHED, dir_fd=folder)
 def write_beneath(root: Path, path: str, data: BinaryIO, mode: int = 0o644) -> None:
     """A regular file beneath root, by a temporary name; a folder in its place is Refused."""
     def make(temporary: str, folder: int) -> None:
@@ -576,10 +628,23 @@ METRICS: dict[str, tuple[str, str]] = {
     "pgo_service_heals_total": ("counter", "Times that containers were brought back."),
     "pgo_service_policy_violations": ("gauge", "Violations in the newest commit."),
     "pgo_service_last_deploy_duration_seconds": ("gauge", "How long the last deploy took."),
+    "pgo_service_deploy_duration_seconds": ("histogram", "How long deploys took."),
+    "pgo_service_deploy_duration_seconds_bucket": ("", ""),
+    "pgo_service_deploy_duration_seconds_sum": ("", ""),
+    "pgo_service_deploy_duration_seconds_count": ("", ""),
     "pgo_service_containers": ("gauge", "Containers, by state, each in one of them."),
     "pgo_configuration_valid": ("gauge", "0 while pgo.toml on disk is not valid."),
     "pgo_build_info": ("gauge", "Version of pgod; always 1."),
+    # As the official client libraries have them.
+    "process_cpu_seconds_total": ("counter", "Processor time, of the user and the system."),
+    "process_resident_memory_bytes": ("gauge", "Resident memory."),
+    "process_virtual_memory_bytes": ("gauge", "Virtual memory."),
+    "process_open_fds": ("gauge", "Open file descriptors."),
+    "process_max_fds": ("gauge", "File descriptors that it may have open."),
+    "process_start_time_seconds": ("gauge", "When it began, since the epoch."),
 }
+DEPLOY_SECONDS = (1, 2, 5, 10, 20, 60, 120, 300, 600, 1800, math.inf)
+STARTED = time.time()
 
 class Metrics:
     """Counters, and gauges that are set; thread-safe."""
@@ -591,6 +656,13 @@ class Metrics:
         """One more command of that kind: (command, subcommand)."""
         for name in ("pgo_command_count", "pgo_command_error_count")[:1 + failed]:
             self.add(name, service=service, cmd=kind[0], subcmd=kind[1])
+    def observe(self, service: str, seconds: float = 0.0, count: int = 1) -> None:
+        """That many more deploys, which took so long; 0 begins the counters."""
+        for most in DEPLOY_SECONDS:
+            self.add("pgo_service_deploy_duration_seconds_bucket", count * (seconds <= most),
+                     service=service, le=f"{most:g}".replace("inf", "+Inf"))
+        self.add("pgo_service_deploy_duration_seconds_sum", seconds, service=service)
+        self.add("pgo_service_deploy_duration_seconds_count", count, service=service)
     def add(self, name: str, value: float = 1, /, **labels: str) -> None:
         with self._lock:
             key = tuple(labels.items())
@@ -608,7 +680,7 @@ class Metrics:
         lines = []
         with self._lock:
             for name, (kind, text) in METRICS.items():
-                lines += [f"# HELP {name} {text}", f"# TYPE {name} {kind}"]
+                if kind: lines += [f"# HELP {name} {text}", f"# TYPE {name} {kind}"]
                 for key, value in self._values[name].items():
                     labels = ",".join(f"{label}={json.dumps(text)}" for label, text in key)
                     number = f"{value:.3f}".rstrip("0").rstrip(".")
@@ -1071,9 +1143,12 @@ def worktree_conflicts(root: Path, export: Path, tracked: Tree, new: Tree) -> li
         with (refuse_on_permission_error(root, path),
               suppress(FileNotFoundError, Refused),
               folder_beneath(root, folder.split("/") if folder else ()) as descriptor):
-            with suppress(FileNotFoundError): os.unlink(UNFINISHED, dir_fd=descriptor)
-            os.symlink(".", UNFINISHED, dir_fd=descriptor)
-            os.unlink(UNFINISHED, dir_fd=descriptor)
+            try:
+                with suppress(FileNotFoundError): os.unlink(UNFINISHED, dir_fd=descriptor)
+                os.symlink(".", UNFINISHED, dir_fd=descriptor)
+                os.unlink(UNFINISHED, dir_fd=descriptor)
+            except IsADirectoryError:
+                conflicts.append(f"{path.rpartition('/')[0]}/{UNFINISHED}")
     return conflicts
 def write_entry(root: Path, export: Path, path: str, mode: str) -> None:
     """What the export has at `path`, to the work tree, if that is not there already."""
@@ -2577,8 +2652,8 @@ as_file_in_repository = matching(r"(?!(.*/)?(\.|\.\.|\.git)?(/|$)|ssh/)[^\n]+",
 as_mount = matching(r"nfs://[A-Za-z0-9][A-Za-z0-9.:-]*/[^\s,]*",
                     "is not of the form nfs://server/path")
 as_network = matching(r"[A-Za-z0-9][A-Za-z0-9_.-]*", "is not a name of a network")
-as_name = matching(NAME_PATTERN.pattern, "is not a name; use a-z 0-9 _ - (60 at most), "
-                   "a letter or digit first")
+as_name: Callable[[object], str] = matching(
+    NAME_PATTERN.pattern, "is not a name; use a-z 0-9 _ - (60 at most), a letter or digit first")
 # What `git check-ref-format --branch` takes.
 as_branch = matching(r"(?!refs/)(?!.*(\.\.|@\{|//|/\.|\.lock(/|$)|[/.]$))"
                      r"[^-/.\x00-\x20~^:?*\[\\\x7f][^\x00-\x20~^:?*\[\\\x7f]*",
@@ -2641,6 +2716,14 @@ def as_exception(entry: str) -> str:
         example = ":".join(filter(None, (kind, ALLOW[kind].example)))
         raise ValueError(f"{entry!r} permits nothing; write it like {example!r}")
     return entry
+def as_tables(value: object) -> list[dict[str, Any]]:
+    if isinstance(value, list) and all(isinstance(table, dict) for table in value): return value
+    raise ValueError("must be written as [[services]]")
+def as_admins(value: object) -> tuple[PublicKey, ...]:
+    path = as_outside_file(value)
+    keys, wrong = parse_key_file(read_beneath(Path("/"), path[1:], KEY_FILE_BYTES + 1), "admin")
+    if wrong: raise ValueError("\n".join(f"{path}: {why}" for why in wrong))
+    return tuple(keys)
 def as_env_file(value: object) -> tuple[tuple[str, str], ...]:
     path = as_outside_file(value)
     try:
@@ -2648,6 +2731,8 @@ def as_env_file(value: object) -> tuple[tuple[str, str], ...]:
     except (ValueError, OSError, Refused) as error:
         raise ValueError(f"{path}: {error}") from None
 
+# The keys of pgo.toml beside its services, and their parsers.
+TOP_KEYS: dict[str, Callable[[Any], Any]] = {"services": as_tables, "admins": as_admins}
 # The keys of a [[services]] entry and their parsers. What needs two keys is done below.
 SERVICE_KEYS: dict[str, Callable[[Any], Any]] = {
     "name": as_name, "user": as_known_user, "branch": as_branch, "compose": as_compose,
@@ -2661,17 +2746,22 @@ SERVICE_KEYS: dict[str, Callable[[Any], Any]] = {
     "wait": lambda value: parse_duration(str(value), 1), "rollback": as_bool,
 }
 REQUIRED_KEYS = ("name", "user", "repository")
-def parse_service(table: Json, label: str) -> tuple[dict[str, Any], list[str]]:
-    """The fields of a Service that are right, and every reason why others are not."""
+def parse_table(table: Json, parsers: Mapping[str, Callable[[Any], Any]], label: str,
+                more: str = "") -> tuple[dict[str, Any], list[str]]:
+    """The values that are right, and every reason why others are not."""
     errors, fields = [], {}
     for key, value in table.items():
-        if key not in SERVICE_KEYS:
-            errors.append(f"{label}: unknown key {key!r}{nearest(key, SERVICE_KEYS)}")
+        if key not in parsers:
+            errors.append(f"{label}unknown key {key!r}{nearest(key, parsers)}{more}")
             continue
         try:
-            fields["import_file" if key == "import" else key] = SERVICE_KEYS[key](value)
+            fields["import_file" if key == "import" else key] = parsers[key](value)
         except ValueError as error:
-            errors += [f"{label}: {key}: {line}" for line in str(error).splitlines()]
+            errors += [f"{label}{key}: {line}" for line in str(error).splitlines()]
+    return fields, errors
+def parse_service(table: Json, label: str) -> tuple[dict[str, Any], list[str]]:
+    """The fields of a Service that are right, and every reason why others are not."""
+    fields, errors = parse_table(table, SERVICE_KEYS, f"{label}: ")
     errors += [f"{label}: {key} is missing" for key in REQUIRED_KEYS if key not in table]
     if fields.get("reload") and "import" not in table:
         errors.append(f"{label}: reload needs an import, which is what it announces")
@@ -2691,17 +2781,14 @@ def check_services(services: Mapping[str, Json], names: Iterable[str]) -> list[s
             errors.append(f"{label}: reload: there is no service {reload.service!r}"
                           f"{nearest(reload.service, names)}")
     return errors
-def parse_configuration(text: str) -> tuple[Service, ...]:
-    """The services of a pgo.toml. Raises ConfigurationError with every error at once."""
+def parse_configuration(text: str) -> Configuration:
+    """What a pgo.toml says. Raises ConfigurationError with every error at once."""
     try:
         document = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
         raise ConfigurationError(f"not TOML: {error}") from None
-    errors = [f"unknown key {key!r}{nearest(key, ['services'])}; services are written as "
-              "[[services]]" for key in document if key != "services"]
-    tables = document.get("services", [])
-    if not isinstance(tables, list) or not all(isinstance(table, dict) for table in tables):
-        raise ConfigurationError("\n".join([*errors, "services must be written as [[services]]"]))
+    top, errors = parse_table(document, TOP_KEYS, "", "; services are written as [[services]]")
+    tables = top.get("services", ())
     if not tables and not errors:
         errors.append("has no [[services]]; an empty configuration would take everything down")
     services = dict[str, dict[str, Any]]()
@@ -2715,14 +2802,18 @@ def parse_configuration(text: str) -> tuple[Service, ...]:
                for name, count in names.items() if count > 1]
     errors += check_services(services, names)
     if errors: raise ConfigurationError("\n".join(errors))
-    return tuple(Service(**fields) for fields in services.values())
+    top["services"] = tuple(Service(**fields) for fields in services.values())
+    return Configuration(**top)
+OUTSIDE_FILES = ("admins", "env_file", "deploy_key")
 def configuration_digest(path: Path) -> str:
-    """Changes when pgo.toml does, or an env_file or deploy_key in it. Raises OSError."""
+    """Changes when pgo.toml does, or another file that it names. Raises OSError."""
     text = path.read_bytes()
     digest, tables = hashlib.sha256(text), []
-    with suppress(ValueError): tables = tomllib.loads(text_of(text)).get("services", [])
+    with suppress(ValueError, TypeError):
+        document = tomllib.loads(text_of(text))
+        tables = [document, *document.get("services", [])]
     for table in filter(lambda table: isinstance(table, dict), tables):
-        for name in (str(table.get(key)) for key in ("env_file", "deploy_key") if key in table):
+        for name in (str(table[key]) for key in OUTSIDE_FILES if key in table):
             with suppress(OSError, Refused):
                 digest.update(name.encode() + b"\0" + read_beneath(
                     Path("/"), name[1:], OUTSIDE_BYTES))
@@ -2731,14 +2822,14 @@ def read_configuration(path: Path) -> Configuration:
     """pgo.toml from disk. Raises ConfigurationError, also where it cannot be read."""
     try:
         digest = configuration_digest(path)
-        services = parse_configuration(text_of(path.read_bytes()))
+        configuration = parse_configuration(text_of(path.read_bytes()))
         others = path.stat().st_mode & stat.S_IROTH
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else error
         raise ConfigurationError(f"cannot be read: {reason}") from None
-    secret = any(s.secrets for s in services)
+    secret = any(service.secrets for service in configuration.services)
     warning = f"{path} may hold secrets, and everybody can read it: chmod 600 {path}"
-    return Configuration(services, digest, (warning,) if others and secret else ())
+    return replace(configuration, digest=digest, warnings=(warning,) if others and secret else ())
 
 # ---- Release -----------------------------------------------------------------------------------
 STEADY_SECONDS = 7.0  # without a health check, what runs so long is well
@@ -3002,6 +3093,11 @@ class Hold:
     def stops(self) -> bool:
         """Whether containers are to be stopped; a lock and `hold` leave them as they are."""
         return self.kind == "stop" and not self.by_hand
+    @property
+    def way_out(self) -> str:
+        ends = "an administrator who removes the .stop file" if self.by_hand else (
+            "release" if self.kind == "hold" else "up or start")
+        return f"{self}; only {ends} ends that"
     def __str__(self) -> str:
         end = f" until {format_time(self.until)}" if self.until else ""
         reason = f": {self.reason}" if self.reason else ""
@@ -3099,6 +3195,7 @@ class Store:
     """
     def __init__(self, paths: ServicePaths) -> None:
         self.paths = paths
+        self.guard = threading.Lock()  # guards that a hold is not taken for the one before it
         self.own = paths.own
         facts = load_json(self.own / "state.json")
         self.failure: Failure | None = revived(Failure, part(facts, "failure"))
@@ -3140,12 +3237,11 @@ class Store:
     def keys(self) -> tuple[str, tuple[PublicKey, ...], tuple[str, ...]]:
         """The newest commit, who may steer by it, and the lines in ssh/ that are no keys."""
         commit, keys, ignored = load_json(self.own / "keys.json", lambda stored: (
-            str(stored.get("commit", "")), tuple(PublicKey(str(key), str(comment)) for key, comment
-                                                 in stored.get("keys", ())),
+            str(stored.get("commit", "")), tuple(PublicKey(*row) for row in stored.get("keys", ())),
             tuple(map(str, stored.get("ignored", ())))))
         return commit, keys, ignored
     def set_keys(self, commit: str, keys: Iterable[PublicKey], ignored: Iterable[str]) -> None:
-        rows = [[key.fingerprint, key.comment] for key in keys]
+        rows = [[key.fingerprint, key.comment, key.options] for key in keys]
         self.write("keys.json", {"commit": commit, "keys": rows, "ignored": [*ignored]})
     def history(self) -> list[dict[str, Any]]:
         found = []
@@ -3188,12 +3284,10 @@ class Store:
     def set_hold(self, hold: Hold) -> None:
         facts = {key: value for key, value in asdict(hold).items()
                  if key not in ("kind", "by_hand")}
-        write_atomic(self.hold_file(hold.kind), json.dumps(facts).encode())
+        with self.guard: write_atomic(self.hold_file(hold.kind), json.dumps(facts).encode())
     def release(self, kind: str) -> None:
         """End what a command made. Raises Refused at an administrator's lock."""
-        hold = self.hold_of(kind)
-        if hold and hold.by_hand:
-            raise Held(f"{hold}; only an administrator ends that: he removes {self.paths.stop}")
+        if (hold := self.hold_of(kind)) and hold.by_hand: raise Held(hold.way_out)
         self.hold_file(kind).unlink(missing_ok=True)
 
 class Project:
@@ -3254,6 +3348,7 @@ class Shared:
     naming: threading.Lock = field(default_factory=threading.Lock)  # guards who takes a name first
     stopping: threading.Event = field(default_factory=threading.Event)
     events_flow: threading.Event = field(default_factory=threading.Event)
+    removed: threading.Event = field(default_factory=threading.Event)  # what left pgo.toml is gone
     workers: dict[str, Worker] = field(default_factory=dict)  # whole before a thread starts
     clock: Callable[[], float] = time.monotonic
     chance: Callable[[], float] = random.random
@@ -3334,9 +3429,10 @@ def enforce(project: Project, model: Model, tree: Tree, notes: Iterable[str] = (
                                service=service.name)
     if violations and not service.trusted:
         entries = json.dumps([*dict.fromkeys(v.allow for v in violations if v.allow)])
-        remedy = [f"an administrator permits all with allow = {entries}"] * (", " in entries)
+        what = "all" if all(v.allow for v in violations) else "the others"
+        remedy = [f"an administrator permits {what} with allow = {entries}"] * (", " in entries)
         lines = "".join(f"\n  {text}" for text in (*violations, *remedy))
-        raise Refused(f"the policy refuses it:{lines}")
+        raise Refused(f"{REFUSES}:{lines}")
     for violation in violations:
         log.warning("%s: root's repository, so only reported: %s", service.name, violation)
     for key, name, other, _ in sorted({*name_clashes(model, project.context(tree))})[:10]:
@@ -3507,6 +3603,7 @@ def prepare(project: Project, commit: str) -> Prepared:
     # Built is from the export alone, also where the file names the work tree itself.
     rendered = moved_paths(model, str(project.paths.worktree), str(project.paths.export))
     return Prepared(replace(release, notes=tuple(notes)), tree, rendered)
+REFUSES = "the policy refuses it"
 def prepare_or_give_up(project: Project, commit: str, asked: bool) -> Prepared:
     """As `prepare`. Raises Refused, also where pgod was killed at it twice, unless `asked`."""
     store, times = project.store, 0 if asked else project.store.looks.get(commit, 0)
@@ -4017,6 +4114,7 @@ class Reconciler:
         metrics, name = self.project.shared.metrics, self.project.name
         metrics.add("pgo_service_deploys_total", service=name, outcome=outcome)
         metrics.set("pgo_service_last_deploy_duration_seconds", seconds, service=name)
+        metrics.observe(name, seconds)
 
     # Besides deploys:
     def stop(self, decision: Decision) -> None:
@@ -4143,6 +4241,16 @@ class View:
         release = self.release
         return bool(release and release.since and release.commit == self.wanted and not self.rows
                     and release.configuration == self.configuration and not self.engine_error)
+    def state(self, hold: Hold | None) -> str:
+        """One word for all of it; the first that is true."""
+        failed = self.failure if self.failure and self.failure.commit == self.wanted else None
+        words = {
+            "unreachable": self.engine_error or self.remote_error,
+            "stopped": hold and hold.stops, "held": hold,
+            "deploying": self.release and not self.release.since,
+            "unhealthy": any(row.how.ill for row in self.rows), "in sync": self.in_sync,
+            "refused": failed and failed.reason.startswith(REFUSES), "failed": failed}
+        return next((word for word, is_so in words.items() if is_so), "out of sync")
     def why(self, hold: Hold | None) -> str:
         if self.engine_error: return f"what runs is not known: {self.engine_error}"
         if hold: return str(hold)
@@ -4163,6 +4271,7 @@ class Worker(threading.Thread):
         self.project = Project(service, shared)
         self.store = self.project.store
         self.reconciler = Reconciler(self.project, self.store, self.pause, self.publish)
+        self.was_held = False
         self.heal_after = -1e9  # what ends by itself is not brought back before
         self.watch_until = -1e9  # what is on its way is looked at until then
         wanted, keys, ignored = self.store.keys()
@@ -4201,7 +4310,9 @@ class Worker(threading.Thread):
 
     # The thread:
     def run(self) -> None:
-        prepared = False
+        prepared, shared = False, self.shared
+        # A new one may want the ports of one that is being removed.
+        while not (self.store.current or shared.removed.wait(0.2) or shared.stopping.is_set()): pass
         while not self.shared.stopping.is_set():
             job, wakes = self.next_turn()
             if self.shared.stopping.is_set() and not job: break
@@ -4230,8 +4341,11 @@ class Worker(threading.Thread):
         """The next job, or what it was woken by; sleeps until there is something."""
         with self._condition:
             while not self._jobs and not self._wakes and not self.shared.stopping.is_set():
-                now = self.shared.clock()
-                watching = now < self.watch_until
+                held, was_held, now = self.store.hold(), self.was_held, self.shared.clock()
+                self.was_held, watching = bool(held), now < self.watch_until
+                if was_held and not held:  # its time is over, or an administrator took it away
+                    self._wakes.add("event")
+                    break
                 left = min(self.view.next_poll - now, WATCH_SECONDS if watching else 5.0)
                 if left <= 0:
                     self._wakes.add("timer")
@@ -4313,9 +4427,10 @@ class Worker(threading.Thread):
     def end_hold(self) -> Hold | None:
         """The hold in force; one whose time is over is removed."""
         hold = self.store.hold()
-        if not self.store.hold_of("hold") and self.store.hold_file("hold").exists():
-            self.store.release("hold")
-            self.project.say("hold ended: its time is over")
+        with self.store.guard:  # a new one may come at this moment
+            if not self.store.hold_of("hold") and self.store.hold_file("hold").exists():
+                self.store.release("hold")
+                self.project.say("hold ended: its time is over")
         return hold
     def ask_remote(self, say: Callable[..., None]) -> None:
         """Learn the branch's commit; fetch it, and the keys in it, if it is new."""
@@ -4378,6 +4493,16 @@ def show_metrics(shared: Shared) -> None:
             metrics.add(f"pgo_service_{total}_total", 0, service=name)
         for outcome in ("deployed", "failed"):
             metrics.add("pgo_service_deploys_total", 0, service=name, outcome=outcome)
+        metrics.observe(name, count=0)
+    used = resource.getrusage(resource.RUSAGE_SELF)
+    virtual, resident = map(int, Path("/proc/self/statm").read_text().split()[:2])
+    for name, value in {
+            "cpu_seconds_total": used.ru_utime + used.ru_stime, "start_time_seconds": STARTED,
+            "virtual_memory_bytes": virtual * resource.getpagesize(),
+            "resident_memory_bytes": resident * resource.getpagesize(),
+            "open_fds": len(os.listdir("/proc/self/fd")),
+            "max_fds": resource.getrlimit(resource.RLIMIT_NOFILE)[0]}.items():
+        metrics.set(f"process_{name}", value)
 
 # ---- Commands ----------------------------------------------------------------------------------
 @dataclass(frozen=True)
@@ -4404,7 +4529,7 @@ class ParsedCommand:
 
 # What a service's thread does:
 def refuse_hold(worker: Worker) -> None:
-    if held := worker.store.hold_of("hold"): raise Held(f"{held}; release it first")
+    if held := worker.store.hold_of("hold"): raise Held(held.way_out)
 def job_up(worker: Worker, job: Job) -> None:
     """Release a stop, deploy the newest commit, and fail where the deploy fails."""
     refuse_hold(worker)
@@ -4446,7 +4571,7 @@ def job_start(worker: Worker, job: Job) -> None:
     job.say(f"runs {short(require_release(worker).commit)}, healthy")
 def job_restart(worker: Worker, job: Job) -> None:
     refuse_hold(worker)
-    if hold := worker.store.hold(): raise Held(f"{hold}; up or start ends that")
+    if hold := worker.store.hold(): raise Held(hold.way_out)
     installation = Installation(worker.project, require_release(worker), job.say)
     worker.reconciler.look()
     installation.guard(worker.reconciler.snapshot.containers)
@@ -4515,17 +4640,23 @@ def answer_help(worker: Worker, command: ParsedCommand, by: str) -> str:
         if options or entry.operands:
             rows.append(f"          {' '.join([*options, entry.operands]).strip()}")
     return "\n".join(rows)
-def status_facts(worker: Worker, now: float) -> dict[str, Any]:
+def status_facts(worker: Worker, now: float, view: View) -> dict[str, Any]:
     """All that is known of a service, for programs. Times are seconds since the epoch."""
-    view, hold, release = worker.fresh_view(), worker.store.hold(), worker.view.release
+    hold, release, commit = worker.store.hold(), view.release, ""
+    if release: commit = release.commit
+    told = [line for line in worker.store.history() if line["commit"] == commit][-1:]
     return {
-        "service": worker.name, "commit": release.commit if release else "",
+        "service": worker.name, "state": view.state(hold), "commit": commit,
+        "author": "".join(line["author"] for line in told),
+        "subject": "".join(line["subject"] for line in told),
         "since": release.since if release else 0.0, "wanted": view.wanted,
         "in_sync": view.in_sync, "why": view.why(hold),
         "hold": asdict(hold) if hold else None, "last_error": view.last_error,
         "failures": view.failures,
         "next_poll": now + view.next_poll - worker.shared.clock(),
         "differences": [str(row) for row in view.rows],
+        "keys": [str(key) for key in (*view.keys, *worker.shared.configuration.admins)
+                 if worker.name in key.options.get("services", worker.name).split(",")],
         "notes": [*dict.fromkeys((*(release.notes if release else ()),
                                   *(f"key ignored: {why}" for why in view.ignored)))],
         "containers": [{"name": c.name, "service": c.compose_service, "status": c.status,
@@ -4541,7 +4672,8 @@ def render_status(facts: Json) -> str:
     if facts["last_error"] and facts["last_error"] not in facts["why"]:
         rows.append(("last error", facts["last_error"]))
     pause = format_duration(max(0, facts["next_poll"] - now))
-    rows += [("git", f"is checked again in {pause}"), *(("note", text) for text in facts["notes"])]
+    rows += [("git", f"is checked again in {pause}"), *(("note", text) for text in facts["notes"]),
+             *(("key", text) for text in facts["keys"])]
     lines = [f"{name:<11}{text}" for name, text in rows]
     width = max([len(c["name"]) for c in facts["containers"]], default=0)
     for container in facts["containers"]:
@@ -4550,7 +4682,7 @@ def render_status(facts: Json) -> str:
         lines.append(f"  {container['name']:<{width}}  {container['status']}{health}{restarts}")
     return "\n".join(lines)
 def answer_status(worker: Worker, command: ParsedCommand, by: str) -> str:
-    facts = status_facts(worker, time.time())
+    facts = status_facts(worker, time.time(), worker.fresh_view())
     return render_status(facts) if command.option("--json") is None else json.dumps(facts)
 def answer_history(worker: Worker, command: ParsedCommand, by: str) -> str:
     lines = worker.store.history()[::-1][:int(command.option("-n") or 20)]
@@ -4570,7 +4702,7 @@ def answer_hold(worker: Worker, command: ParsedCommand, by: str) -> str:
     """Takes force at once, also for a deploy that has not begun to change anything."""
     span, now = command.option("--for"), time.time()
     try:
-        until = now + parse_duration(span) if span else 0.0
+        until = 0.0 if span is None else now + parse_duration(span, 1)
         format_time(until)
     except (ValueError, OverflowError) as error:
         raise Refused(f"hold: --for: {error}") from None
@@ -4581,7 +4713,7 @@ def answer_hold(worker: Worker, command: ParsedCommand, by: str) -> str:
 def answer_release(worker: Worker, command: ParsedCommand, by: str) -> str:
     if not worker.store.hold_of("hold"):
         hold = worker.store.hold()
-        raise Refused(f"{hold}; up or start ends that" if hold else "there is no hold")
+        raise Refused(hold.way_out if hold else "there is no hold")
     worker.store.release("hold")
     log.info("%s: hold released by %s", worker.name, by)
     worker.wake("release")
@@ -4634,6 +4766,8 @@ COMMANDS: dict[str, Command] = {
     "journal": Command("is disabled", answer=answer_journal),
     "help": Command("show the commands", answer=answer_help),
 }
+READ_COMMANDS = frozenset(("git hash", "help", "history", "journal", "load", "logs", "ping", "plan",
+                           "ps", "status", "why"))  # they change nothing
 # Options that pgod sets itself, or that mean nothing without a terminal of the engine's.
 DROPPED_OPTIONS = frozenset(("-T", "--no-TTY", "-i", "--interactive", "-t", "--tty"))
 AUDIT_BYTES = 64 << 20  # of the audit log and of the one before it
@@ -4815,14 +4949,15 @@ def supported_algorithms(asyncssh: Any) -> dict[str, Any]:
     return {name: [a for a in wanted if a not in bad
                    and (name not in have or a.encode() in have[name])]
             for name, wanted in SSH_ALGORITHMS.items()}
-def host_key(path: Path, asyncssh: Any) -> Any:
+ON_THIS_MACHINE = {"from": "127.0.0.0/8,::1"}
+def kept_key(path: Path, asyncssh: Any) -> Any:
     """Made once, kept ever after. Raises Fault."""
     if not path.exists():
         write_atomic(path, asyncssh.generate_private_key("ssh-ed25519").export_private_key())
     try:
         return asyncssh.read_private_key(str(path))
     except (OSError, asyncssh.KeyImportError) as error:
-        raise Fault(f"host key {path} cannot be read: {error}") from None
+        raise Fault(f"key {path} cannot be read: {error}") from None
 def end_stream(children: Children, child: Child, mark: str) -> None:
     """End the child, and what it began in a container (docker does not)."""
     ended_by_itself = child.poll() is not None
@@ -4838,6 +4973,10 @@ class SshServer:
         self.unproven: dict[Any, str] = {}  # connection: its network, oldest first
         self.loop = asyncio.new_event_loop()
         self.beat = time.monotonic()
+        # Who can read the file is root here, and needs no key of his own.
+        own = kept_key(shared.settings.directory / ".pgod" / "admin_key", asyncssh)
+        root = PublicKey(key_fingerprint(own.public_data), "root", ON_THIS_MACHINE, "admin")
+        self.admins = root, *shared.configuration.admins
     def serve(self, address: tuple[str, int]) -> None:
         """Listen, in a thread. Raises Fault."""
         threading.Thread(target=self.loop.run_forever, name="ssh", daemon=True).start()
@@ -4860,13 +4999,14 @@ class SshServer:
                 return True
             def validate_public_key(self, username: str, key: Any) -> bool:
                 mark = key_fingerprint(key.public_data)
-                known = bool(server.services_of(mark))
+                address = self.connection.pgod_client.address
+                known = bool(server.opened_by(mark, address))
                 if not known:
-                    self.connection.send_auth_banner(
-                        f"{mark} opens nothing; a key counts from the next fetch on\r\n")
+                    self.connection.send_auth_banner(f"{mark} opens nothing from {address}; "
+                                                     "a key counts from the next fetch on\r\n")
                 return known
-        key = host_key(self.shared.settings.directory / ".pgod" / "ssh_host_ed25519_key",
-                       self.asyncssh)
+        own = self.shared.settings.directory / ".pgod"
+        key = kept_key(own / "ssh_host_ed25519_key", self.asyncssh)
         log.info("host key: %s", key_fingerprint(key.public_data))
         await self.asyncssh.create_server(
             Server, address[0], address[1], server_host_keys=[key], reuse_address=True,
@@ -4876,10 +5016,11 @@ class SshServer:
             login_timeout=SSH_LOGIN_SECONDS, keepalive_interval=30, keepalive_count_max=3,
             server_version=f"pgod_{VERSION}", **supported_algorithms(self.asyncssh))
 
-    def services_of(self, fingerprint: str) -> list[str]:
-        return sorted(name for name, worker in self.shared.workers.items()
-                      if any(hmac.compare_digest(key.fingerprint, fingerprint)
-                             for key in worker.view.keys))
+    def opened_by(self, fingerprint: str, address: str) -> dict[str, PublicKey]:
+        """The services that the key opens now, from there, and the line that says so."""
+        return {name: key for name, worker in sorted(self.shared.workers.items())
+                for key in (*worker.view.keys, *self.admins)
+                if hmac.compare_digest(key.fingerprint, fingerprint) and key.opens(name, address)}
     def admit(self, connection: Any) -> None:
         """Limits for clients that have proven nothing, and the proof itself."""
         # A key counts when its signature was verified. That it was offered, or that some key was
@@ -4937,12 +5078,17 @@ class SshServer:
             (stream or process.stderr).write(f"{text}\n".encode())
     async def handle_exec(self, process: Any, client: Client) -> int:
         """Parse, permit, audit and carry out; the exit status."""
-        mine, text = self.services_of(client.key), process.command or ""
+        mine, text = self.opened_by(client.key, client.address), process.command or ""
         if process.subsystem or not client.key:
             self.tell(process, "refused")
             return DENIED_STATUS
         if text in ("", "//list"):
             process.stdout.write("".join(f"{name}\n" for name in mine).encode())
+            return 0
+        if text == "//list --json":
+            workers = [self.shared.workers[name] for name in mine if mine[name].permits("status")]
+            process.stdout.write(json.dumps(await self.loop.run_in_executor(None, lambda: [
+                status_facts(worker, time.time(), worker.view) for worker in workers])).encode())
             return 0
         try:
             parsed = parse_command(text)
@@ -4958,15 +5104,18 @@ class SshServer:
             return DENIED_STATUS
         self.sessions[parsed.service] += 1
         try:
-            return await self.audited(process, client, parsed)
+            return await self.audited(process, client, parsed, mine[parsed.service])
         finally:
             self.sessions[parsed.service] -= 1
-    async def audited(self, process: Any, client: Client, command: ParsedCommand) -> int:
+    async def audited(self, process: Any, client: Client, command: ParsedCommand,
+                      key: PublicKey) -> int:
         """A job of the service's thread, an answer at once, or a command of compose."""
         worker, entry = self.shared.workers[command.service], COMMANDS[command.command]
-        comment = next((k.comment for k in worker.view.keys if k.fingerprint == client.key), "")
-        by, status = f"{comment or client.key} from {client.address}", 1
+        by, status = f"{key.comment or client.key} from {client.address}", 1
         try:
+            if not key.permits(command.command):
+                raise Refused(f"this key is not for {command.command}, but for: "
+                              f"{key.options['command']}")
             refuse_unknown(worker, command)
             if entry.job:
                 status = await self.run_job(process, command, worker, entry.job, by)
@@ -4975,15 +5124,15 @@ class SshServer:
                 self.tell(process, text, process.stdout)
                 status = 0
             else:
-                status = await self.stream(process, command, worker, client.key)
+                status = await self.stream(process, command, worker, client)
         except (Fault, OSError) as error:
             if isinstance(error, ConnectionError): raise
             self.tell(process, str(error))
         finally:
             with suppress(OSError):
                 audit(self.shared.settings.directory, address=client.address, key=client.key,
-                      comment=comment, service=command.service, command=command.audited()[:4096],
-                      status=status)
+                      role=key.role, comment=key.comment, service=command.service,
+                      command=command.audited()[:4096], status=status)
         return status
     async def run_job(self, process: Any, command: ParsedCommand, worker: Worker,
                       act: Callable[[Worker, Job], None], by: str) -> int:
@@ -5002,7 +5151,8 @@ class SshServer:
         gone.cancel()
         return await done if done.done() else 1
 
-    async def stream(self, process: Any, command: ParsedCommand, worker: Worker, key: str) -> int:
+    async def stream(self, process: Any, command: ParsedCommand, worker: Worker,
+                     client: Client) -> int:
         """A compose command with its three streams tied to the session's. Raises Fault."""
         require_release(worker)
         compose, reads = worker.project.compose, command.command == "exec"
@@ -5013,8 +5163,10 @@ class SshServer:
         words = compose.words(*compose_command(command, terminal))
         child, streams = (start_in_terminal(compose, words, process) if terminal
                           else start_stream(compose, words, reads))
-        status = await self.pump(process, child, streams, mark,
-                                 lambda: worker.name in self.services_of(key))
+        def permitted() -> bool:
+            key = self.opened_by(client.key, client.address).get(worker.name)
+            return key is not None and key.permits(command.command)
+        status = await self.pump(process, child, streams, mark, permitted)
         self.shared.metrics.count_command(worker.name, ("compose", command.command), status != 0)
         return 128 - status if status < 0 else status
     async def pump(self, process: Any, child: Child, streams: Mapping[str, Any], mark: str,
@@ -5063,7 +5215,7 @@ WEBHOOK_SIGNATURES = (
     ("X-Gogs-Signature", ""))
 
 class HttpHandler(http.server.BaseHTTPRequestHandler):
-    """Two pages, and webhooks, which wake a service: nothing in them is believed."""
+    """Pages, and webhooks, which wake a service: nothing in them is believed but the branch."""
     server: HttpServer
     timeout, server_version, sys_version = HTTP_SECONDS, "pgod", ""
 
@@ -5073,8 +5225,14 @@ class HttpHandler(http.server.BaseHTTPRequestHandler):
             self.answer(200, self.server.shared.metrics.render(), "text/plain; version=0.0.4")
         elif self.path == "/healthz":
             self.answer(200, "ok\n")
+        elif self.path == "/readyz":
+            missing = [name for name, worker in self.server.shared.workers.items()
+                       if not (worker.view.last_success or worker.view.last_error)]
+            missing += ["the engine"] * (not self.server.shared.events_flow.is_set())
+            self.answer(503 if missing else 200,
+                        f"not looked at yet: {', '.join(missing)}\n" if missing else "ok\n")
         else:
-            self.answer(404, "there are /metrics and /healthz\n")
+            self.answer(404, "there are /metrics, /healthz and /readyz\n")
     do_HEAD = do_GET
     def do_POST(self) -> None:
         """A service that is unknown or has no webhook gets the answer of a wrong signature."""
@@ -5084,14 +5242,20 @@ class HttpHandler(http.server.BaseHTTPRequestHandler):
             return
         worker = self.server.shared.workers.get(name)
         secret = worker.service.webhook if worker else ""
-        code, left = hmac.new(secret.encode(), digestmod="sha256"), int(length)
+        code, left, head = hmac.new(secret.encode(), digestmod="sha256"), int(length), b""
         while left and (data := self.rfile.read(min(left, 1 << 16))):
             code.update(data)
+            head = head or data
             left -= len(data)
         right = [(name, prefix + code.hexdigest()) for name, prefix in WEBHOOK_SIGNATURES]
         if worker and secret and any(
                 hmac.compare_digest(self.headers.get(name, "").encode(), value.encode())
                 for name, value in (*right, ("X-Gitlab-Token", secret))):
+            # Quotes in a text are escaped in JSON: this is a key, and where none is, all is asked.
+            ref = re.search(rb'"ref"\s*:\s*"(refs/[^"\\]*)"', head)
+            if ref and ref[1].decode(errors="replace") != f"refs/heads/{worker.service.branch}":
+                self.answer(202, "nobody follows that branch\n")
+                return
             worker.wake("webhook")
             self.answer(202, "looks at the repository\n")
         else:
@@ -5210,8 +5374,9 @@ def remove_stale(shared: Shared) -> None:
         if known and path.name not in followed and NAME_PATTERN.fullmatch(path.name):
             try:
                 remove_service(shared, path)
-            except (Fault, OSError) as error:
+            except Exception as error:  # the thread's outermost line
                 log.error("%s: removal failed, the next start tries again: %s", path.name, error)
+    shared.removed.set()
 def remove_unfinished(folder: Path) -> None:
     """What a kill left of files and folders that were not whole yet."""
     for place in ("", ".pgod/", ".pgod/*/", ".pgod/*/*/", ".pgod/*/git/info/"):
@@ -5243,8 +5408,8 @@ class Daemon:
         metrics.set("pgo_configuration_valid", 1)
         metrics.set("pgo_build_info", 1, version=VERSION)
         try:
-            remove_stale(self.shared)
             self.start(asyncssh)
+            threading.Thread(target=remove_stale, args=(self.shared,), daemon=True).start()
             return self.watch()
         finally:
             self.end()
@@ -5385,8 +5550,11 @@ OPTIONS: tuple[tuple[str, str, dict[str, Any], str], ...] = (
     ("unit", "--unit", FLAG, "print a systemd unit"),
 )
 def parse_arguments(words: Sequence[str]) -> tuple[Settings, argparse.Namespace]:
-    """The command line; exits with 2 and a message where it is wrong."""
-    parser = argparse.ArgumentParser(
+    """The command line; exits with 1 and a message where it is wrong."""
+    class Parser(argparse.ArgumentParser):
+        def error(self, message: str) -> NoReturn:
+            self.exit(1, f"{self.prog}: {message}; see pgod --help\n")  # 2: restart me
+    parser = Parser(
         "pgod", description="git decides what runs: follow the repositories of the configuration "
         "and run their compose files.", epilog="exit status: 0 normal, 1 error, 2 after SIGHUP",
         allow_abbrev=False)

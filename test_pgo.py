@@ -34,6 +34,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import types
 import time
 import tomllib
 import urllib.error
@@ -218,6 +219,7 @@ class Lab:
         self.ssh_port, self.metric_port = free_port(), free_port()
         self.duration = "2s"
         self.services: dict[str, dict[str, Any]] = {}
+        self.top: dict[str, Any] = {}  # keys of pgo.toml beside its services
         self.repositories: dict[str, Repository] = {}
         self.daemons: list[Pgod] = []
         self.exits = contextlib.ExitStack()
@@ -244,7 +246,7 @@ class Lab:
         return name
 
     def write_config(self) -> None:
-        lines = []
+        lines = [f"{key} = {toml_value(value)}" for key, value in self.top.items()]
         for keys in self.services.values():
             lines.append("[[services]]")
             lines += [f"{key} = {toml_value(value)}" for key, value in keys.items()]
@@ -732,9 +734,43 @@ def test_keys_of_a_repository_are_bounded(tmp_path: Path) -> None:
     assert pgod.parse_key_file(b"#" * 16385) == ([], ["has more than 16 KiB"])
 
 
+@pytest.mark.parametrize(("options", "role", "opens", "permits"), [
+    ("", "owner", True, True), ("restrict", "owner", True, True),
+    ('command="read"', "owner", True, False), ('command="up git pull"', "owner", True, True),
+    ('command="status ps"', "owner", True, False),
+    ('from="10.0.0.0/8,2001:db8::/32"', "owner", True, True),
+    ('from="10.1.2.4"', "owner", False, True), ('Expiry-Time="29990101"', "owner", True, True),
+    ('expiry-time="20000101"', "owner", False, True),
+    ('expiry-time="200001011200Z",restrict', "owner", False, True),
+    ('services="a,b"', "admin", True, True), ('services="b"', "admin", False, True),
+])
+def test_options_limit_a_key(options: str, role: str, opens: bool, permits: bool) -> None:
+    (key,), wrong = pgod.parse_key_file(f"{options} {public_key()}".encode(), role)
+    assert not wrong
+    assert (key.comment, key.role) == ("ann", role)
+    assert (key.opens("a", "10.1.2.3"), key.permits("up")) == (opens, permits)
+    assert key.opens("a", "::ffff:10.1.2.3") == opens
+    assert key.permits("status") == ("up" not in options)
+
+
+@pytest.mark.parametrize(("options", "why"), [
+    ("no-pty", "'no-pty' is not a key type or an option"), ('services="a"', "'services' is not"),
+    ('command=""', "'nothing' is no command"), ("command", "'nothing'"),
+    ('command="ps sh"', "'sh' is no command"), ('from="*.example"', "IPv6 network"),
+    ("from", "IPv6 network"), ('from="10.1.2.3/8"', "host bits"),
+    ('expiry-time="2027"', "YYYYMMDD"),
+    ('expiry-time="20271301"', "month"), ('expiry-time="00000101"', "year"),
+    ("restrict,restrict", "twice"), ('command="ps', "is not a key type"),
+])
+def test_option_that_is_not_understood_refuses_the_key(options: str, why: str) -> None:
+    keys, (wrong,) = pgod.parse_key_file(f"{options} {public_key()}".encode())
+    assert not keys
+    assert why in wrong, wrong
+
+
 def test_interval_of_nothing_is_refused() -> None:
     done = run(sys.executable, HERE / "pgod.py", "--check", "-t", "0s", check=False)
-    assert done.returncode == 2
+    assert done.returncode == 1
     assert "too short" in done.stderr
 
 
@@ -918,7 +954,38 @@ def test_state_is_read_as_it_was_written(tree: Any, keys: Any, ignored: Any, hol
         assert pgod.Store(paths).hold_of("hold") == hold
 
 
+def test_hold_that_comes_as_another_ends_is_kept(tmp_path: Path) -> None:
+    """Whoever looks whether a hold is over, does not remove the one that is new."""
+    paths = pgod.ServicePaths("a", tmp_path, tmp_path / "data")
+    paths.own.mkdir(parents=True)
+    store = pgod.Store(paths)
+    worker = types.SimpleNamespace(store=store, project=types.SimpleNamespace(say=str))
+    for _ in range(100):
+        store.set_hold(pgod.Hold("a", "", 0.0, time.time() - 1, "hold"))
+        ends = threading.Thread(target=pgod.Worker.end_hold, args=(worker,))
+        ends.start()
+        store.set_hold(pgod.Hold("b", "", 0.0, 0.0, "hold"))
+        ends.join()
+        assert store.hold_of("hold")
+        store.release("hold")
+
+
 # ---- Files ---------------------------------------------------------------------------------------
+
+
+def test_folder_of_a_container_is_no_obstacle_without_a_name(tmp_path: Path) -> None:
+    """Who can write in the work tree makes a folder where pgod's unfinished files are."""
+    root, export = tmp_path / "root", tmp_path / "export"
+    for folder in (root / "d", export / "d"):
+        folder.mkdir(parents=True)
+    (root / "d" / ".pgod-new").mkdir()
+    for name in ("d/a", "z"):
+        (export / name).write_text("new")
+    tracked, tree = {"d/a": ("100644", "1")}, {"d/a": ("100644", "2"), "z": ("100644", "3")}
+    assert pgod.worktree_conflicts(root, export, tracked, tree) == ["d/.pgod-new"]
+    (failure,) = pgod.update_worktree(root, export, tracked, tree, frozenset())
+    assert failure.startswith(f"{root}/d/.pgod-new is a folder")
+    assert (root / "z").read_text() == "new"
 
 
 def test_link_that_a_container_made_is_not_followed(lab: Lab) -> None:
@@ -1057,6 +1124,40 @@ def test_promtool_finds_no_fault(quiet: Lab) -> None:
     lint = [line for line in (done.stdout + done.stderr).splitlines()
             if not line.startswith("pgo_command_")]  # their names are the Go program's
     assert not lint
+
+
+def test_alerts_of_the_readme_are_rules(tmp_path: Path) -> None:
+    found = re.search(r"(?s)```yaml\n(groups:.*?)```", (HERE / "README.md").read_text())
+    assert found
+    (tmp_path / "rules.yml").write_text(found[1])
+    assert "4 rules found" in run("promtool", "check", "rules", tmp_path / "rules.yml").stdout
+    named = {*re.findall(r"pgo_\w+", found[1])}
+    assert named <= {*pgod.METRICS}
+
+
+def test_deploys_are_counted_by_their_seconds() -> None:
+    metrics = pgod.Metrics()
+    metrics.observe("a", count=0)
+    assert 'seconds_count{service="a"} 0' in metrics.render()
+    for seconds in (0.5, 7.0, 5000.0):
+        metrics.observe("a", seconds)
+    name = 'pgo_service_deploy_duration_seconds_bucket{service="a",le='
+    counts = [int(line.split()[-1]) for line in metrics.render().splitlines()
+              if line.startswith(name)]
+    assert counts == sorted(counts) == [1, 1, 1, 2, 2, 2, 2, 2, 2, 2, 3]
+    assert f'{name}"+Inf"}} 3' in metrics.render()
+
+
+def test_readiness_waits_for_the_first_look(lab: Lab) -> None:
+    def ready() -> str:
+        return run("curl", "-s", f"http://127.0.0.1:{lab.metric_port}/readyz").stdout
+
+    first = lab.service("a")
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        hung = lab.service("b", repository=f"git://127.0.0.1:{silent.getsockname()[1]}/none")
+        deployed(lab, first)
+        until(lambda: ready() == f"not looked at yet: {hung}\n", "the other one hangs")
+    until(lambda: ready() == "ok\n", "both were looked at")
 
 
 # ---- Children ------------------------------------------------------------------------------------
@@ -3189,7 +3290,7 @@ def entry(**keys: Any) -> pgod.Service:
     lines = "".join(f"{key.rstrip('_')} = {toml_value(value)}\n" for key, value in keys.items())
     head = "".join(line for line in ENTRY.splitlines(True)
                    if line.split(" = ")[0] not in keys)
-    (service,) = pgod.parse_configuration(head + lines)
+    (service,) = pgod.parse_configuration(head + lines).services
     return service
 
 
@@ -3336,7 +3437,7 @@ def test_example_shows_every_key_and_is_valid(tmp_path: Path) -> None:
     (tmp_path / "deploy_key").write_text("-----BEGIN RSA PRIVATE KEY-----\n")
     whole = re.sub(r"^# (\w+ = )", r"\1", text, flags=re.M)
     whole = re.sub(r"^(env_file|deploy_key) = .*", rf'\1 = "{tmp_path}/\1"', whole, flags=re.M)
-    services = pgod.parse_configuration(whole)
+    services = pgod.parse_configuration(whole).services
     assert {user.user for user in services} <= {"root", "nobody", "www-data"}
 
 
@@ -3558,7 +3659,7 @@ def test_pauses_grow_to_an_hour_at_most() -> None:
 
 def slots_taken(tmp_path: Path, clock: Callable[[], float], *users: str) -> pgod.Shared:
     children = pgod.Children(pgod.Metrics())
-    shared = pgod.Shared(pgod.Settings(), pgod.Configuration((), ""), children, children.metrics,
+    shared = pgod.Shared(pgod.Settings(), pgod.Configuration(()), children, children.metrics,
                          ("docker", "compose"), pgod.EngineApi("unix:///nowhere"), clock=clock)
     shared.deploying.update(users)
     return shared
@@ -5046,7 +5147,7 @@ def test_hold_ends_when_its_time_is_over(lab: Lab) -> None:
     commit = lab.push(name, {"compose.yaml": compose_file("sleep 321")})
     for command in ("up", "start", "restart"):
         done = lab.ssh(f"{name}//{command}")
-        assert (done.returncode, "release it first" in done.stderr) == (1, True), command
+        assert (done.returncode, "only release ends that" in done.stderr) == (1, True), command
     lab.runs(name, commit)
 
 
@@ -5058,12 +5159,28 @@ def test_file_made_by_hand_holds_a_service_down(lab: Lab) -> None:
     lab.start()
     until(lambda: polls(lab, name) >= 2)
     assert not lab.containers(name)
-    for command in ("up", "start"):
+    for command in ("up", "start", "restart", "release"):
         assert "an administrator" in lab.ssh(f"{name}//{command}").stderr
     assert not lab.containers(name)
     (lab.directory / f"{name}.stop").unlink()
     lab.ssh(f"{name}//up", check=True)
     assert lab.containers(name)
+
+
+@pytest.mark.parametrize("ends", ["file", "time"])
+def test_what_fell_in_a_hold_is_back_when_it_ends(lab: Lab, ends: str) -> None:
+    lab.duration = "1h"
+    name = lab.service("a")
+    deployed(lab, name)
+    if ends == "time":
+        lab.ssh(f"{name}//hold --for 8s", check=True)
+    else:
+        (lab.directory / f"{name}.stop").touch()
+    docker("kill", f"{name}-web-1")
+    until(lambda: "exited" in lab.ssh(f"{name}//status").stdout, "it fell")
+    until(lambda: "held" in lab.ssh(f"{name}//status").stdout, "and is held")
+    (lab.directory / f"{name}.stop").unlink(missing_ok=True)
+    until(lambda: lab.containers(name, "--filter", "status=running"), "it is back", 20)
 
 
 def test_plan_says_what_would_be_done_and_does_nothing(lab: Lab) -> None:
@@ -5363,6 +5480,58 @@ def test_audit_log_has_one_line_a_command_and_no_values(shared: Lab) -> None:
     assert SECRET not in shared.daemon.log()
 
 
+def test_keys_have_roles(lab: Lab) -> None:
+    """Owners' keys with limits, administrators', and root's own."""
+    def line(name: str, options: str = "") -> str:
+        return f"{options} {lab.key(name).with_suffix('.pub').read_text()}".lstrip()
+    web = lab.service("web", {"ssh/more.pub": line("reader", 'command="read"') + line(
+        "far", 'from="10.0.0.0/8"') + line("old", 'expiry-time="20200101Z"') + line(
+        "late", f'expiry-time="{time.strftime("%Y%m%d%H%M%S", time.gmtime(time.time() + 40))}Z"')})
+    db = lab.service("db", key="other")
+    admins = lab.folder / "admins"
+    lab.top["admins"] = str(admins)
+    admins.write_text(line("chief") + line("half", f'services="{db}"') + "junk\n")
+    lab.write_config()
+    done = run(sys.executable, HERE / "pgod.py", "--check", "-c", lab.config, check=False)
+    assert (done.returncode, f"admins: {admins}: line 3" in done.stderr) == (1, True), done.stderr
+    admins.write_text(line("chief") + line("half", f'services="{db}"'))
+    lab.start()
+    lab.runs(web, lab.repositories[web].head())
+    lab.runs(db, lab.repositories[db].head())
+
+    def opened(key: str) -> list[str]:
+        return lab.ssh("", key=key).stdout.split()
+
+    assert (opened("id"), opened("other"), opened("half"), opened("chief"), opened("reader")) == (
+        [web], [db], [db], [db, web], [web])
+    far = lab.ssh("", key="far")
+    assert (far.returncode, opened("old")) == (255, [])
+    for command in ("status", "ps", "logs", "plan", "git hash"):
+        assert lab.ssh(f"{web}//{command}", key="reader").returncode == 0
+    for command in ("up", "down", "exec web id", "hold", "git pull"):
+        refused = lab.ssh(f"{web}//{command}", key="reader")
+        assert (refused.returncode, "but for: read" in refused.stderr) == (1, True)
+    assert {(entry["comment"], entry["role"]) for entry in audit_lines(lab)} == {
+        ("reader@test", "owner")}
+    assert lab.ssh(f"{db}//ping", key="chief").stdout == "pong\n"
+    assert audit_lines(lab)[-1]["role"] == "admin"
+    status = lab.ssh(f"{web}//status", key="chief").stdout
+    assert 'owner reader@test command="read"' in status and "admin chief@test" in status
+    assert "half@test" not in status
+    env = process_environment(HOME=str(lab.home))
+    own = run(sys.executable, HERE / "pgoctl.py", "-p", str(lab.ssh_port), "-i",
+              lab.directory / ".pgod" / "admin_key", f"127.0.0.1:{web}//ping", env=env)
+    assert own.stdout == "pong\n"
+    with subprocess.Popen(lab.ssh_words(f"{web}//exec web sh -c 'echo in; sleep 1000'", key="late"),
+                          stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True) as child:
+        assert child.stdout and child.stdout.readline() == "in\n"
+        assert child.wait(60) != 0  # its time is over
+    assert opened("late") == []
+    admins.write_text("")  # who is no administrator any more opens nothing after the restart
+    until(lambda: lab.daemon.process.poll() is not None, "pgod ends to read it")
+    assert lab.daemon.process.returncode == 2
+
+
 @pytest.mark.parametrize(("options", "why"), [
     (("-N", "-o", "ExitOnForwardFailure=yes", "-R", "0:127.0.0.1:1"), "port forwarding failed"),
     (("-W", "127.0.0.1:{metric}"), "stdio forwarding failed"),
@@ -5632,7 +5801,8 @@ def test_ssh_audit_finds_no_failure(shared: Lab) -> None:
 
 @pytest.mark.parametrize(("host", "method", "path", "status"), [
     ("127.0.0.1", "GET", "/healthz", 200), ("[::1]", "GET", "/metrics", 200),
-    ("127.0.0.1", "GET", "/", 404), ("127.0.0.1", "HEAD", "/metrics", 200)])
+    ("127.0.0.1", "GET", "/", 404), ("127.0.0.1", "HEAD", "/metrics", 200),
+    ("127.0.0.1", "GET", "/readyz", 200)])
 def test_pages(quiet: Lab, host: str, method: str, path: str, status: int) -> None:
     done = run("curl", "-sg", *(["-I"] if method == "HEAD" else []), "-m", "10", "-w",
                "\n%{http_code}", f"http://{host}:{quiet.metric_port}{path}")
@@ -5644,6 +5814,21 @@ SIGNATURES = {
     "Forgejo": ("X-Forgejo-Signature", "{}"), "Gogs": ("X-Gogs-Signature", "{}"),
     "GitLab": ("X-Gitlab-Token", "webhook-secret-1234"),
 }
+
+
+# The beginnings of what the forges' documentation shows for a push, with a text that looks like it.
+PAYLOADS = {
+    "GitHub": {"ref": "{}", "before": "1" * 40, "after": "2" * 40, "created": False,
+               "repository": {"id": 1, "full_name": "a/b", "default_branch": "main"},
+               "commits": [{"message": 'say "ref": "refs/heads/none"'}]},
+    "Gitea": {"ref": "{}", "before": "1" * 40, "after": "2" * 40, "compare_url": "",
+              "commits": [{"message": "x"}], "repository": {"default_branch": "main"}},
+    "Gogs": {"ref": "{}", "before": "1" * 40, "after": "2" * 40, "compare_url": "", "commits": []},
+    "GitLab": {"object_kind": "push", "event_name": "push", "before": "1" * 40, "after": "2" * 40,
+               "ref": "{}", "ref_protected": True, "checkout_sha": "2" * 40,
+               "project": {"default_branch": "main"}},
+}
+PAYLOADS["Forgejo"] = PAYLOADS["Gitea"]
 
 
 def post(lab: Lab, path: str, body: bytes, headers: Mapping[str, str]) -> int:
@@ -5681,6 +5866,31 @@ def test_webhook_of_each_forge_wakes_its_service_alone(lab: Lab) -> None:
     assert [line["by"] for line in history][:len(SIGNATURES) - 1] == (
         ["webhook"] * (len(SIGNATURES) - 1))
     assert "webhook-secret" not in lab.daemon.log()
+
+
+def test_webhook_of_another_branch_wakes_nothing(lab: Lab) -> None:
+    lab.duration = "1h"
+    name = lab.service("a", webhook="webhook-secret-1234")
+    deployed(lab, name)
+
+    def announce(forge: str, ref: str) -> str:
+        header, form = SIGNATURES[forge]
+        for indent in (None, 1):
+            body = json.dumps(PAYLOADS[forge], indent=indent).replace("{}", ref).encode()
+            right = form.format(hmac.digest(b"webhook-secret-1234", body, "sha256").hex())
+            assert post(lab, f"/webhook/{name}", body, {header: right}) == 202
+        return forge
+
+    before = lab.commit(name)
+    for forge in SIGNATURES:
+        commit = lab.push(name, {"by": forge})
+        announce(forge, "refs/heads/other")
+        announce(forge, "refs/tags/main")
+        assert lab.ssh(f"{name}//git hash").stdout == f"{before}\n"
+        assert json.loads(lab.ssh(f"{name}//status --json").stdout)["wanted"] == before
+        announce(forge, "refs/heads/main")
+        lab.runs(name, commit)
+        before = commit
 
 
 def test_slow_clients_do_not_blind_the_monitoring(quiet: Lab) -> None:
@@ -5791,6 +6001,24 @@ def test_service_that_left_the_configuration_ends_without_losing_data(lab: Lab) 
     assert (foreign / "compose.yaml").exists()
 
 
+def test_slow_removal_keeps_nobody_waiting_but_who_is_new(lab: Lab) -> None:
+    """He may want a port of the one that goes."""
+    ports = [f"127.0.0.1:{free_port()}:80"]
+    slow = lab.service("slow", {"compose.yaml": compose_file(
+        ["sh", "-c", "trap : TERM; while :; do sleep 1; done"], init=False, ports=ports,
+        stop_grace_period="9s")})
+    kept = lab.service("kept")
+    deployed(lab, slow, kept)
+    del lab.services[slow]
+    fresh = lab.service("fresh", {"compose.yaml": compose_file(ports=ports)})
+    new_start(lab)
+    assert lab.ssh(f"{kept}//up").returncode == 0
+    assert lab.containers(slow), "it is still ending"
+    lab.runs(fresh, lab.repositories[fresh].head())
+    assert not lab.containers(slow)
+    assert not lab.failure(fresh)
+
+
 # ---- Command line --------------------------------------------------------------------------------
 
 
@@ -5878,7 +6106,7 @@ def test_pgoctl_streams_and_ends_as_the_command_does(steered: tuple[Lab, str],
     lab, name = steered
     target = f"127.0.0.1:{name}//"
     assert ctl(lab, transport, target + "ping").stdout == "pong\n"
-    assert ctl(lab, transport, "127.0.0.1").stdout == f"{name}\n"
+    assert ctl(lab, transport, "-q", "127.0.0.1").stdout == f"{name}\n"
     done = ctl(lab, transport, target + "exec", "web", "sh", "-c", "echo out; echo err >&2; exit 7")
     assert (done.returncode, done.stdout, done.stderr) == (7, "out\n", "err\n")
     fed = ctl(lab, transport, target + "exec", "-T", "web", "cat", input="a\0b\n")
@@ -5902,21 +6130,85 @@ def test_several_hosts_are_asked_at_once(steered: tuple[Lab, str], transport: st
                           'bad = ["127.0.0.1", "nohost."]')
     ask = functools.partial(ctl, lab, transport, env=env)
     for target in ("127.0.0.1,localhost", "@all", "@all,localhost,127.0.0.1"):
-        done = ask(target)
+        done = ask("-q", target)
         assert sorted(done.stdout.splitlines()) == [f"127.0.0.1  {name}", f"localhost  {name}"]
         assert done.returncode == 0
     words = ["exec", "web", "sh", "-c", "echo a; printf b; echo c >&2; exit 7"]
     done = ask(f"@all:{name}//{words[0]}", *words[1:])
     assert sorted(done.stdout.splitlines()) == sorted(
         f"{host:<9}  {line}" for host in ("127.0.0.1", "localhost") for line in "ab")
-    assert sorted(done.stderr.splitlines()) == ["127.0.0.1  c", "localhost  c"]
+    assert sorted(done.stderr.splitlines()) == [
+        "127.0.0.1  c", "localhost  c", *(f"pgoctl: {host} ended with 7" for host in
+                                          ("127.0.0.1", "localhost"))]
     assert done.returncode == 7
+    forged = ask(f"@all:{name}//exec", "web", "printf", r"a\rlocalhost  b\033[1Ac\033[31md\n")
+    assert {*forged.stdout.splitlines()} == {
+        f"{host:<9}  a?localhost  b?[1Ac\x1b[31md\x1b[0m" for host in ("127.0.0.1", "localhost")}
+    fed = ask(f"@all:{name}//exec", "web", "cat", input="a")
+    assert (fed.returncode, fed.stdout, "</dev/null" in fed.stderr) == (2, "", True)
     half = ask(f"@bad:{name}//ping")
     assert (half.stdout, half.returncode) == ("127.0.0.1  pong\n", 255)
     assert "no such host" in half.stderr
     unknown = ask("@nobody")
     assert (unknown.returncode, "@all, @bad" in unknown.stderr) == (2, True)
     assert "-t is for one host" in ask("-t", f"@all:{name}//exec", "web", "true").stderr
+
+
+def test_one_look_at_everything(steered: tuple[Lab, str], transport: str) -> None:
+    lab, name = steered
+    until(lambda: "in sync" in ctl(lab, transport, "127.0.0.1").stdout, "it is looked at")
+    head, line = ctl(lab, transport, "127.0.0.1").stdout.splitlines()
+    assert head.split()[:5] == ["SERVICE", "STATE", "COMMIT", "AGE", "UP"]
+    commit = lab.commit(name)
+    assert re.fullmatch(rf"{name}  in sync  {commit[:10]}  \d+[smh]\s+1/1  change", line), line
+    env = configured(lab, '[groups]\nall = ["127.0.0.1", "localhost", "nohost."]')
+    both = ctl(lab, transport, "@all", env=env)
+    assert both.returncode == 255
+    assert "nohost." in both.stderr
+    assert [row.split()[:2] for row in both.stdout.splitlines()] == [
+        ["HOST", "SERVICE"], ["127.0.0.1", name], ["localhost", name]]
+    (facts,) = json.loads(ctl(lab, transport, "--json", "127.0.0.1").stdout)
+    assert (facts["service"], facts["state"], facts["commit"], facts["subject"]) == (
+        name, "in sync", commit, "change")
+    wrong = ctl(lab, transport, "-i", str(lab.key("stranger")), "127.0.0.1")
+    assert (wrong.returncode, wrong.stdout) == (255, "")
+
+
+def test_overview_is_cut_to_the_terminal() -> None:
+    facts = {"service": "web", "state": "failed", "commit": "a" * 40, "since": 1000.0,
+             "containers": [{"status": "running", "health": "unhealthy"},
+                            {"status": "running", "health": ""}],
+             "subject": "", "why": "x" * 200 + "\x1b[2K"}
+    text = pgoctl.overview([("a", facts), ("b.example", facts | {"service": "a-long-one"})],
+                           1000.0 + 3 * 86400, 80, colour=False)
+    head, *lines = text.splitlines()
+    assert {len(line) for line in lines} == {80}
+    assert head.index("STATE") == lines[0].index("failed") == lines[1].index("failed")
+    assert "aaaaaaaaaa  3d   1/2  xx" in lines[0] and lines[0].endswith("…")
+    assert "\x1b" not in pgoctl.overview([("a", facts)], 1000.0, 0, colour=False)
+    assert "\x1b[31mfailed\x1b[0m" in pgoctl.overview([("a", facts)], 1000.0, 0, colour=True)
+    assert pgoctl.overview([], 0, 80, colour=False).split()[0] == "SERVICE"
+
+
+RELEASE = pgod.Release("a" * 40, "", "p", since=1.0)
+
+
+@pytest.mark.parametrize(("facts", "hold", "word"), [
+    ({"release": RELEASE}, None, "in sync"), ({"release": None}, None, "out of sync"),
+    ({"release": RELEASE.__class__("a" * 40, "", "p")}, None, "deploying"),
+    ({"release": RELEASE, "wanted": "b" * 40}, None, "out of sync"),
+    ({"release": RELEASE, "engine_error": "gone"}, None, "unreachable"),
+    ({"release": RELEASE, "remote_error": "gone"}, None, "unreachable"),
+    ({"release": RELEASE}, pgod.Hold("a", "", 0.0), "stopped"),
+    ({"release": RELEASE}, pgod.Hold("a", "", 0.0, kind="hold"), "held"),
+    ({"release": RELEASE, "wanted": "b" * 40,
+      "failure": pgod.Failure("b" * 40, "", "it crashed")}, None, "failed"),
+    ({"release": RELEASE, "wanted": "b" * 40,
+      "failure": pgod.Failure("b" * 40, "", "the policy refuses it:\n  x")}, None, "refused"),
+])
+def test_state_of_a_service_is_one_word(facts: dict[str, Any], hold: pgod.Hold | None,
+                                        word: str) -> None:
+    assert pgod.View(**({"wanted": "a" * 40} | facts)).state(hold) == word
 
 
 def test_interrupt_ends_all_hosts(steered: tuple[Lab, str], transport: str) -> None:
@@ -5930,6 +6222,16 @@ def test_interrupt_ends_all_hosts(steered: tuple[Lab, str], transport: str) -> N
             "127.0.0.1  here\n", "localhost  here\n"]
         os.killpg(child.pid, signal.SIGTERM)  # the other one is ignored in a job in the background
         assert child.wait(PATIENCE) == 143
+
+
+def test_reader_that_leaves_ends_all_hosts(steered: tuple[Lab, str], transport: str) -> None:
+    lab, name = steered
+    words = shlex.join(ctl_words(lab, f"127.0.0.1,localhost:{name}//exec", "web", "sh", "-c",
+                                 "mkdir /tmp/first || exec sleep 1000; yes"))
+    done = run("sh", "-c", f"{words} </dev/null | head -n 1",
+               env=process_environment(HOME=str(lab.home), PGOCTL_TRANSPORT=transport))
+    assert done.stdout.endswith("  y\n")
+    ctl(lab, transport, f"127.0.0.1:{name}//exec", "web", "rmdir", "/tmp/first")
 
 
 def test_colours_are_for_terminals(steered: tuple[Lab, str]) -> None:
@@ -5960,9 +6262,25 @@ def test_configuration_of_pgoctl(steered: tuple[Lab, str], transport: str) -> No
                          ("port = 'a'", "port is a number"), ("[groups]\na = 'b'", "no list of"),
                          ("[groups]\na = ['@b']", "no list of"), ("groups = 1", "no table"),
                          ("[hosts]\na = 1", "hosts: a: is no table"),
+                         ('[hosts."a;b"]', "'a;b' is no host"), ("[hosts.a.b]", "in quotes"),
+                         ("a = " + "[" * 20_000, "recursion"),
                          ("[hosts.a]\nuser = 'x'", "hosts: a: there is no key 'user'")):
         done = run(*ask, target, check=False, env=env | configured(lab, wrong))
         assert (done.returncode, words in done.stderr) == (2, True), done.stderr
+
+
+def test_completion_is_nothing_but_names(monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = pgoctl.Settings({}, {}, {})
+    for said in ("web//down  x", "a;b", "$(id)", "a b", "-x\x1b[0m", ""):
+        monkeypatch.setattr(pgoctl, "cached_answer", lambda *_, said=said: [said, "web"])
+        assert pgoctl.complete("pgoctl a:", settings) == ["a:web//"]
+    for said in ("down x    now", "r`id`     x", "up;x      y"):
+        monkeypatch.setattr(pgoctl, "cached_answer", lambda *_, said=said: [said, "up"])
+        assert pgoctl.complete("pgoctl a:web//", settings) == ["a:web//up"]
+    for line in ("pgoctl :", "pgoctl a,:x", "pgoctl //"):
+        with pytest.raises(pgoctl.UsageError):
+            pgoctl.complete(line, settings)
+    assert pgoctl.complete("pgoctl a:web//exec web b:", settings) == []
 
 
 def test_words_are_completed(steered: tuple[Lab, str]) -> None:
@@ -5975,11 +6293,15 @@ def test_words_are_completed(steered: tuple[Lab, str]) -> None:
              '[groups]\nprod = ["127.0.0.1", "late.invalid"]\n')
 
     def found(word: str) -> list[str]:
-        return run(sys.executable, HERE / "pgoctl.py", "--complete", word, env=env).stdout.split()
+        return run(sys.executable, HERE / "pgoctl.py", "--complete", f"pgoctl {word}",
+                   env=env).stdout.split()
 
-    assert found("") == ["127.0.0.1", "@prod", "known.example", "late.invalid"]
-    assert found("@") == ["@prod"]
-    assert found("127.0.0.1,kn") == ["127.0.0.1,known.example"]
+    assert found("") == ["127.0.0.1:", "@prod:", "known.example:", "late.invalid:"]
+    assert found("@") == ["@prod:"]
+    assert found("-i x -p 3 127.0.0.1,kn") == ["127.0.0.1,known.example:"]
+    assert found("-i ") == found("127.0.0.1 ") == found("@prod:x//logs 1") == []
+    assert found("--i") == ["--identity"]
+    assert found("--completion ") == ["bash", "zsh", "fish"]
     until(lambda: found("127.0.0.1:") == [f"127.0.0.1:{name}//"], "an answer within a second")
     assert found("@prod:") == [f"@prod:{name}//"]
     until(lambda: found(f"127.0.0.1:{name}//stat") == [f"127.0.0.1:{name}//status"], "that too")
@@ -5999,8 +6321,7 @@ def test_words_are_completed(steered: tuple[Lab, str]) -> None:
                    env=env)
         assert {f"127.0.0.1:{name}//status"} <= {*done.stdout.split()}
     if shutil.which("zsh"):
-        assert run("zsh", "-fc", "autoload -U compinit; compinit -D; "
-                   'eval "$(pgoctl --completion zsh)"; echo $_comps[pgoctl]',
+        assert run("zsh", "-fc", 'eval "$(pgoctl --completion zsh)"; echo $_comps[pgoctl]',
                    env=env).stdout == "_pgoctl\n"
 
 
