@@ -3431,12 +3431,13 @@ def test_example_shows_every_key_and_is_valid(tmp_path: Path) -> None:
     done = check(example)
     assert done.returncode == 0, done.stderr
     text = example.read_text()
-    for key in pgod.SERVICE_KEYS:
+    for key in pgod.SERVICE_KEYS | {"admins": 0}:
         assert re.search(rf"^(# )?{key} = ", text, re.M), f"the example lacks {key}"
     (tmp_path / "env_file").touch()
+    (tmp_path / "admins").touch()
     (tmp_path / "deploy_key").write_text("-----BEGIN RSA PRIVATE KEY-----\n")
     whole = re.sub(r"^# (\w+ = )", r"\1", text, flags=re.M)
-    whole = re.sub(r"^(env_file|deploy_key) = .*", rf'\1 = "{tmp_path}/\1"', whole, flags=re.M)
+    whole = re.sub(r"^(admins|env_file|deploy_key) = .*", rf'\1 = "{tmp_path}/\1"', whole, flags=re.M)
     services = pgod.parse_configuration(whole).services
     assert {user.user for user in services} <= {"root", "nobody", "www-data"}
 
