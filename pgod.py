@@ -435,26 +435,24 @@ def as_user(account: Account) -> Iterator[None]:
         _libc.setfsuid(0)
         _libc.setfsgid(0)
 Owner = Account | None  # None: root
-def chown(path: Path | int, account: Owner, gid: int | None = None) -> None:
+def chown(path: Path | int, account: Owner) -> None:
     """Give a path or descriptor to the account, where pgod may."""
-    if os.geteuid() == 0:
-        uid = account.uid if account else 0
-        os.chown(path, uid, gid if gid is not None else account.gid if account else 0)
-def make_folder(path: Path, mode: int, owner: Owner = None, gid: int | None = None) -> None:
+    uid, gid = (account.uid, account.gid) if account else (0, 0)
+    if os.geteuid() == 0: os.chown(path, uid, gid)
+def make_folder(path: Path, mode: int, owner: Owner = None) -> None:
     """A folder of pgod's own with that mode and owner, also where it was there already."""
     path.mkdir(parents=True, exist_ok=True)
     if not stat.S_ISDIR(path.lstat().st_mode): raise Fault(f"{path} is not a folder; remove it")
-    chown(path, owner, gid)
+    chown(path, owner)
     path.chmod(mode)
 UNFINISHED = ".pgod-new"  # begins the name of what is not whole yet; a kill may leave it
-def write_atomic(path: Path, data: bytes, mode: int = 0o600, owner: Owner = None,
-                 gid: int | None = None) -> None:
+def write_atomic(path: Path, data: bytes, mode: int = 0o600, owner: Owner = None) -> None:
     """Old content or new content, never half of it, also after a loss of power."""
     descriptor, temporary = tempfile.mkstemp(prefix=UNFINISHED, dir=path.parent)
     try:
         with os.fdopen(descriptor, "wb") as file:
             file.write(data)
-            chown(file.fileno(), owner, gid)
+            chown(file.fileno(), owner)
             os.fchmod(file.fileno(), mode)
             file.flush()
             os.fsync(file.fileno())
@@ -801,7 +799,7 @@ def taken_over(descriptor: int, gid: int, prefix: str = "") -> dict[str, str]:
     # Root's docker builds from it, and would follow a link. The folder first: then it is at rest.
     found, root = dict[str, str](), os.geteuid() == 0
     try:
-        chown(descriptor, None, gid)
+        if root: os.chown(descriptor, 0, gid)
         os.fchmod(descriptor, 0o750)
         for name in os.listdir(descriptor):
             mode = (facts := os.stat(name, dir_fd=descriptor, follow_symlinks=False)).st_mode
