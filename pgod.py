@@ -876,8 +876,7 @@ class Repository:
     def git(self, *words: str, deadline: str = "git", folder: Path | None = Path(),
             env: Mapping[str, str] | None = None) -> bytes:
         """Run git on the git folder (or on none); its standard output. Raises Fault."""
-        git_dir = self.folder if folder == Path() else folder
-        where = [] if folder is None else [f"--git-dir={git_dir}"]
+        where = [] if folder is None else [f"--git-dir={self.folder / folder}"]
         subcommand = "pull" if words[0] == "fetch" else words[0]
         who = RunAs(self.service.name, self.account, self.environment() | dict(env or {}),
                     secrets=self.service.secrets,
