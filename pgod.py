@@ -1038,15 +1038,12 @@ def untracked_in(root: Path, at: str, known: set[str]) -> Iterator[str]:
             elif name not in known: yield name
 def conflicts_at(root: Path, export: Path, path: str, mode: str, known: set[str]) -> Iterable[str]:
     """Untracked files that a new one at `path` would overwrite, unless they are the same."""
-    parts = path.split("/")
-    for depth in range(1, len(parts) + 1):
-        at = "/".join(parts[:depth])
+    for at in (*folders_of(path), path):
         found = stat_beneath(root, at)
-        if found is None or (at in known and depth < len(parts)): return []
-        if depth < len(parts) and stat.S_ISDIR(found.st_mode): continue
-        if stat.S_ISDIR(found.st_mode): return untracked_in(root, at, known)
-        return [] if same_entry(root, export, path, mode) else [at]
-    return []
+        if found is None or (at in known and at != path): return []
+        if not stat.S_ISDIR(found.st_mode):
+            return [] if same_entry(root, export, path, mode) else [at]
+    return untracked_in(root, path, known)
 @contextmanager
 def refuse_on_permission_error(root: Path, path: str) -> Iterator[None]:
     """Say what to do where the user is kept out of his own work tree."""
@@ -2092,11 +2089,8 @@ def check_hooks(where: str, value: Any, context: PolicyContext) -> Found:
 def link_above(relative: str, tree: Tree) -> str:
     """Why the commit makes a path unsafe: a symlink or submodule at it or above it."""
     if len(relative) > PATH_LENGTH: return f"has over {PATH_LENGTH} characters"
-    parts = relative.split("/")
-    for depth in range(1, len(parts) + 1):
-        mode, _ = tree.get("/".join(parts[:depth]), ("", ""))
-        if mode in LINK_MODES:
-            return f"leads through {LINK_MODES[mode]} ({'/'.join(parts[:depth])})"
+    for at in (*folders_of(relative), relative):
+        if kind := LINK_MODES.get(tree.get(at, ("", ""))[0]): return f"leads through {kind} ({at})"
     return ""
 def outside_commit(path: str, context: PolicyContext) -> str:
     """Why a path is not a plain one of the commit, or nothing. compose doubles $ in a model."""
