@@ -551,12 +551,12 @@ def remove_beneath(root: Path, path: str, keep: frozenset[str]) -> None:
             os.unlink(name, dir_fd=folder)
             os.fsync(folder)
         while parts and "/".join(parts) not in keep:
-            with folder_beneath(root, parts[:-1]) as folder:
+            *parts, name = parts
+            with folder_beneath(root, parts) as folder:
                 try:
-                    os.rmdir(parts[-1], dir_fd=folder)
+                    os.rmdir(name, dir_fd=folder)
                 except OSError:
                     return
-            parts = parts[:-1]
 
 # ---- Metrics -----------------------------------------------------------------------------------
 # The first two are untyped: their names are the Go program's, and end in _count, which the
