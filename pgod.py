@@ -110,18 +110,17 @@ STREAM_MEMORY = 192 << 20  # bytes of data of a command that writes to a client
 SSH_KEY_SECONDS = 2.0  # between two looks whether the key of a stream is still there
 SSH_LOGIN_SECONDS = 20
 SSH_COMMAND_BYTES, SSH_ARGUMENTS = 64 * 1024, 256
-SSH_ALGORITHMS: dict[str, Any] = {
-    "kex_algs": "mlkem768x25519-sha256,sntrup761x25519-sha512@openssh.com,curve25519-sha256,"
-                "curve25519-sha256@libssh.org".split(","),
-    "encryption_algs": "chacha20-poly1305@openssh.com,aes256-gcm@openssh.com,"
-                       "aes128-gcm@openssh.com,aes256-ctr,aes128-ctr".split(","),
-    "mac_algs": "hmac-sha2-256-etm@openssh.com,hmac-sha2-512-etm@openssh.com".split(","),
-    "compression_algs": ["none"],
-    "signature_algs": [
-        "ssh-ed25519", "sk-ssh-ed25519@openssh.com", "ecdsa-sha2-nistp256", "ecdsa-sha2-nistp384",
-        "ecdsa-sha2-nistp521", "sk-ecdsa-sha2-nistp256@openssh.com", "rsa-sha2-512",
-        "rsa-sha2-256"],
-}
+SSH_ALGORITHMS: dict[str, Any] = {kind: names.split() for kind, names in {
+    "kex_algs": "mlkem768x25519-sha256 sntrup761x25519-sha512@openssh.com curve25519-sha256 "
+        "curve25519-sha256@libssh.org",
+    "encryption_algs": "chacha20-poly1305@openssh.com aes256-gcm@openssh.com "
+        "aes128-gcm@openssh.com aes256-ctr aes128-ctr",
+    "mac_algs": "hmac-sha2-256-etm@openssh.com hmac-sha2-512-etm@openssh.com",
+    "compression_algs": "none",
+    "signature_algs": "ssh-ed25519 sk-ssh-ed25519@openssh.com ecdsa-sha2-nistp256 "
+        "ecdsa-sha2-nistp384 ecdsa-sha2-nistp521 sk-ecdsa-sha2-nistp256@openssh.com rsa-sha2-512 "
+        "rsa-sha2-256",
+}.items()}
 # docker's templates have functions; `pad` alone takes as much memory as it is told to.
 PLAIN_TEMPLATE = re.compile(r"([^{}]|\{\{ *(json +)?\.\w* *\}\})*")
 HTTP_CONNECTIONS, HTTP_SECONDS = 100, 10.0
@@ -284,11 +283,10 @@ def remote_with_token(parts: urllib.parse.SplitResult) -> Remote:
     host = parts.netloc.rpartition("@")[2]
     url = urllib.parse.urlunsplit((parts.scheme, host, parts.path, parts.query, ""))
     if parts.username is None: return Remote(url)
-    raw = [text for text in (parts.username, parts.password) if text]
     user, token = (urllib.parse.unquote(text or "") for text in (parts.username, parts.password))
     basic = base64.b64encode(f"{user}:{token}".encode()).decode()
-    secrets = {basic, raw[-1], urllib.parse.unquote(raw[-1]),
-               urllib.parse.quote(urllib.parse.unquote(raw[-1]), safe="")}
+    secrets = {basic, parts.password or parts.username, token or user,
+               urllib.parse.quote(token or user, safe="")}
     return Remote(url, f"Authorization: Basic {basic}", tuple(sorted(secrets)))
 def parse_remote(text: str) -> Remote:
     """A repository's address, with its credentials taken out of it."""
@@ -361,8 +359,8 @@ def rsa_bits(blob: bytes) -> int:
         length = int.from_bytes(blob[:4], "big")
         number, blob = blob[4:4 + length], blob[4 + length:]
     return int.from_bytes(number, "big").bit_length()
-KEY_TYPES = ("ssh-ed25519", "ecdsa-sha2-nistp256", "ecdsa-sha2-nistp384", "ecdsa-sha2-nistp521",
-             "sk-ssh-ed25519@openssh.com", "sk-ecdsa-sha2-nistp256@openssh.com", "ssh-rsa")
+# A signature is called like its key, but for RSA (RFC 8332).
+KEY_TYPES = {re.sub("^rsa-.*", "ssh-rsa", name) for name in SSH_ALGORITHMS["signature_algs"]}
 def key_fingerprint(blob: bytes) -> str:
     """As `ssh-keygen -l` shows it."""
     return "SHA256:" + base64.b64encode(hashlib.sha256(blob).digest()).decode().rstrip("=")
