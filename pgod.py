@@ -1707,13 +1707,16 @@ def inherits_bind(binds: Iterable[Bind], service: Json, image_volumes: Iterable[
 def image_of(project: str, name: str, service: Json) -> str:
     """The image's name; compose makes one up for what it builds."""
     return str(service.get("image") or f"{project}-{name}")
-def named_things(project: str, model: Model, kind: str) -> dict[str, tuple[str, Any]]:
-    """The project's own networks or volumes: key: (name in the engine, configuration)."""
+def all_named(project: str, model: Model, kind: str) -> dict[str, tuple[str, Any]]:
+    """The networks or volumes of a model: key: (name in the engine, configuration)."""
     return {key: (str((entry or {}).get("name") or f"{project}_{key}"), entry or {})
-            for key, entry in (model.get(kind) or {}).items() if not (entry or {}).get("external")}
+            for key, entry in part(model, kind).items()}
+def named_things(project: str, model: Model, kind: str) -> dict[str, tuple[str, Any]]:
+    """Those of them that are the project's own."""
+    return {key: (name, entry) for key, (name, entry) in all_named(project, model, kind).items()
+            if not entry.get("external")}
 def networks_used(service: Json) -> list[str]:
-    networks = service.get("networks") or ()
-    return [str(key) for key in networks]
+    return [str(key) for key in service.get("networks") or ()]
 def names_of(where: str, service: Json, key: str) -> set[str]:
     names = (where, service.get("hostname"), service.get("container_name"),
              *(part(service, "networks", key).get("aliases") or ()))
@@ -1722,27 +1725,25 @@ def plain(name: str) -> str:
     return name.lower().rstrip(".")
 def names_on(project: str, model: Model, network: str) -> tuple[set[str], set[str]]:
     """What a project's containers on a network answer to there, and what only they know inside."""
-    services = compose_services(model)
-    keys = {key for key, entry in part(model, "networks").items()
-            if ((entry or {}).get("name") or f"{project}_{key}") == network}
+    called = {key: name for key, (name, _) in all_named(project, model, "networks").items()}
+    keys = {key for key, name in called.items() if name == network}
     if not keys: return set(), set()
-    on = {name for name, service in services.items() if keys & {*networks_used(service)}}
-    near = {key for name in on for key in networks_used(services[name])}
-    replicas = expected_replicas(model)
-    def known(name: str, key: str) -> set[str]:
-        return names_of(name, services[name], key) | {
-            f"{project}-{name}-{number + 1}" for number in range(max(1, replicas[name]))}
+    services, replicas = compose_services(model), expected_replicas(model)
+    used = {name: {*networks_used(service)} for name, service in services.items()}
+    on = {name for name in services if keys & used[name]}
+    near = {key for name in on for key in used[name]}
+    def known(those: Iterable[str], among: set[str]) -> set[tuple[str, str]]:
+        """Each name of these compose services on each of these networks, and the network."""
+        return {(text, key) for name in those for key in among & used[name] for text in (
+            *names_of(name, services[name], key),
+            *(f"{project}-{name}-{number + 1}" for number in range(max(1, replicas[name]))))}
     # The engine asks all networks for NAME.NETWORK as a whole before it splits it.
-    scoped = {f"{text}.{part(model, 'networks', key).get('name') or f'{project}_{key}'}"
-              for name in services for key in (near - keys) & {*networks_used(services[name])}
-              for text in known(name, key)}
-    names = [(False, scoped), (False, {str(link).partition(":")[2] for name in on
-                      for link in services[name].get("links") or ()} - {""}), *(
-        (name in on, known(name, key))
-        for name, service in services.items()
-        for key in (keys if name in on else near) & {*networks_used(service)})]
-    return ({plain(text) for outside, found in names for text in found if outside},
-            {plain(text) for outside, found in names for text in found if not outside})
+    scoped = {f"{text}.{called.get(key, f'{project}_{key}')}"
+              for text, key in known(services, near - keys)}
+    links = {str(link).partition(":")[2]
+             for name in on for link in services[name].get("links") or ()}
+    inside = {text for text, _ in known({*services} - on, near)} | scoped | links - {""}
+    return {plain(text) for text, _ in known(on, keys)}, {plain(text) for text in inside}
 def shared_with(service: Json) -> set[str]:
     modes = [str(service.get(key) or "") for key in ("network_mode", "ipc", "pid")]
     sources = [str(text).split(":") for text in service.get("volumes_from") or ()]
@@ -2292,9 +2293,8 @@ def check_compose_service(where: str, service: Json, context: PolicyContext) -> 
         yield Violation(where, "container_name", f"{made_up}-1", "is a neighbour's name")
 def check_networks(model: Model, context: PolicyContext) -> Found:
     """Networks are the project's own bridges, or external ones that are permitted."""
-    for key, network in part(model, "networks").items():
-        network, permitted = network or {}, context.service.networks
-        name = str(network.get("name") or f"{context.name}_{key}")
+    permitted = context.service.networks
+    for key, (name, network) in all_named(context.name, model, "networks").items():
         def refuse(value: Any, why: str, entry: str, key: str = key) -> Violation:
             return Violation("networks", key, shown(value), why, f"network:{entry}")
         yield from unknown_keys("networks", f"{key}.", network, KNOWN["network"])
@@ -2358,8 +2358,8 @@ def check_attachments(model: Model, context: PolicyContext) -> Found:
 def name_clashes(model: Model, context: PolicyContext) -> Iterator[tuple[str, str, str, bool]]:
     """Network, name and neighbour, where both answer to it; whether one of them knows it inside."""
     # The engine asks all networks of a container for a name, in an order that nobody chooses.
-    for name, key in {str((network or {}).get("name") or f"{context.name}_{key}"): key
-                      for key, network in part(model, "networks").items()}.items():
+    networks = all_named(context.name, model, "networks")
+    for name, key in {name: key for key, (name, _) in networks.items()}.items():
         there = [(other, *names_on(other, theirs, name)) for other, theirs in context.models]
         mine, inside = names_on(context.name, model, name) if any(
             their or within for _, their, within in there) else (set[str](), set[str]())
@@ -2374,9 +2374,7 @@ def check_inner_names(model: Model, context: PolicyContext) -> Found:
                             "well, and one of the two looks it up inside; rename yours",
                             f"network:{key}_name_{name}")
 def check_volumes(model: Model, context: PolicyContext) -> Found:
-    for key, volume in part(model, "volumes").items():
-        volume = volume or {}
-        name = str(volume.get("name") or f"{context.name}_{key}")
+    for key, (name, volume) in all_named(context.name, model, "volumes").items():
         yield from unknown_keys("volumes", f"{key}.", volume, KNOWN["volume"])
         yield from LABELS.violations(f"volumes.{key}", volume.get("labels"), context)
         if volume.get("external") or not context.owns(name, "_"):
