@@ -866,11 +866,6 @@ class Repository:
             trusted += [url, f"{url.rstrip('/')}/.git"]
         lines = "".join(f"\tdirectory = {json.dumps(path)}\n" for path in trusted)
         write_atomic(own / "gitconfig", f"[safe]\n{lines}".encode(), 0o644)
-    def init(self, folder: Path) -> None:
-        """A git folder with hashes of the remote's kind."""
-        kind = "sha256" if len(self.asked) == 64 else "sha1"
-        self.git("init", "--quiet", "--bare", "--template=", f"--object-format={kind}",
-                 str(folder), folder=None)
     def git(self, *words: str, deadline: str = "git", folder: Path | None = Path(),
             env: Mapping[str, str] | None = None) -> bytes:
         """Run git on the git folder (or on none); its standard output. Raises Fault."""
@@ -903,13 +898,18 @@ class Repository:
         return {name: commit for commit, name in rows}
     def fetch(self, folder: Path = Path()) -> str:
         """Fetch the branch's commit alone, by force; its identity. Raises Fault."""
-        ref = f"+refs/heads/{self.service.branch}:refs/pgod/wanted"
-        self.fetch_ref(self.service.repository.url, ref, folder)
-        return self.identity("refs/pgod/wanted", folder)
-    def fetch_ref(self, url: str, ref: str, folder: Path = Path()) -> None:
-        if not (self.folder / folder / "HEAD").exists(): self.init(self.folder / folder)
-        self.git("fetch", "--quiet", "--no-tags", "--depth=1", "--no-write-fetch-head", url, ref,
-                 deadline="fetch", folder=folder)
+        ref = f"refs/heads/{self.service.branch}"
+        return self.fetch_ref(self.service.repository.url, ref, "refs/pgod/wanted", folder)
+    def fetch_ref(self, url: str, ref: str, name: str, folder: Path = Path()) -> str:
+        """Fetch a ref under a name of ours; its commit. A git folder is made if there is none."""
+        if not (self.folder / folder / "HEAD").exists():  # with hashes of the remote's kind
+            kind = "sha256" if len(self.asked) == 64 else "sha1"
+            self.git("init", "--quiet", "--bare", "--template=", f"--object-format={kind}",
+                     str(self.folder / folder), folder=None)
+        self.git("fetch", "--quiet", "--no-tags", "--depth=1", "--no-write-fetch-head", url,
+                 f"+{ref}:{name}", deadline="fetch", folder=folder)
+        words = ("rev-parse", "--verify", "--quiet", f"{name}^{{commit}}")
+        return self.git(*words, folder=folder).decode().strip()
     def repaired(self, act: Callable[[], Any]) -> Any:
         """What `act` returns; where it fails, once more with a git folder that is made again."""
         try:
@@ -924,17 +924,13 @@ class Repository:
         fresh, old = (self.folder.with_name(f"{UNFINISHED}-git.{n}") for n in ("new", "old"))
         for path in (fresh, old): shutil.rmtree(path, ignore_errors=True)
         make_folder(fresh, 0o700, self.account)
-        self.init(fresh)
         self.fetch(fresh)
         with suppress(Fault):  # the last good commit, for a rollback
-            self.fetch_ref(str(self.folder), "+refs/pgod/good:refs/pgod/good", fresh)
+            self.fetch_ref(str(self.folder), "refs/pgod/good", "refs/pgod/good", fresh)
         self.folder.rename(old)
         fresh.rename(self.folder)
         shutil.rmtree(old, ignore_errors=True)
         log.warning("%s: git folder made again: %s", self.service.name, reason)
-    def identity(self, ref: str, folder: Path = Path()) -> str:
-        words = ("rev-parse", "--verify", "--quiet", f"{ref}^{{commit}}")
-        return self.git(*words, folder=folder).decode().strip()
     def describe(self, commit: str) -> tuple[str, str]:
         """Author and subject, for people; empty if git cannot say."""
         try:
@@ -992,8 +988,7 @@ class Repository:
         # upload-pack is made for repositories that are not trusted: it runs nothing of theirs.
         there = str(self.paths.worktree / ".git")
         self.asked = self.git("ls-remote", there, "HEAD", folder=None).decode().partition("\t")[0]
-        self.fetch_ref(there, "+HEAD:refs/pgod/good")
-        return self.identity("refs/pgod/good")
+        return self.fetch_ref(there, "HEAD", "refs/pgod/good")
     def public_keys(self, tree: Tree) -> tuple[tuple[PublicKey, ...], tuple[str, ...]]:
         """The keys in ssh/ of the export, and what in it is none, and why."""
         keys, ignored = dict[str, PublicKey](), list[str]()
