@@ -870,12 +870,11 @@ class Repository:
             env: Mapping[str, str] | None = None) -> bytes:
         """Run git on the git folder (or on none); its standard output. Raises Fault."""
         where = [] if folder is None else [f"--git-dir={self.folder / folder}"]
-        subcommand = "pull" if words[0] == "fetch" else words[0]
         who = RunAs(self.service.name, self.account, self.environment() | dict(env or {}),
                     secrets=self.service.secrets,
                     limits=(f"--data={GIT_MEMORY}", f"--fsize={TREE_BYTES}", "--cpu=900"))
         result = self.children.run(["git", *where, *words], who, deadline=DEADLINE[deadline],
-                                   kind=("git", subcommand))
+                                   kind=("git", "pull" if words[0] == "fetch" else words[0]))
         if result.failed:
             hints = [text for said, text in GIT_HINTS.items() if re.search(said, result.stderr)]
             hint = "".join(hints).format(self.paths.own)
