@@ -1078,25 +1078,20 @@ def update_worktree(root: Path, export: Path, tracked: Tree, new: Tree,
     # user. In the way may be a link, a folder with untracked files, or a container that keeps the
     # user out; what the commit does not change may well be a container's by now.
     failures = []
-    def attempt(path: str, act: Callable[[], None]) -> None:
+    def attempt(path: str, act: Callable[..., None], *arguments: Any) -> None:
         try:
-            with refuse_on_permission_error(root, path): act()
+            with refuse_on_permission_error(root, path): act(root, *arguments)
         except Refused as refused:
             if path not in new or tracked.get(path) != new[path]: failures.append(str(refused))
-    def remove(path: str) -> None:
-        attempt(path, lambda: remove_beneath(root, path, keep))
     gone = sorted(set(tracked) - set(new))
     folders = {folder for path in new for folder in folders_of(path)}
-    replaced = defaultdict[str, list[str]](list)  # a folder that becomes a file
-    for path in gone:
-        for folder in folders_of(path):
-            if folder in new: replaced[folder].append(path)
-    for path in filter(folders.__contains__, gone):  # files that become folders
-        remove(path)
+    # Files that become folders, and those in folders that become files.
+    first = [path for path in gone
+             if path in folders or not new.keys().isdisjoint(folders_of(path))]
+    for path in first: attempt(path, remove_beneath, path, keep)
     for path, (mode, _) in sorted(new.items()):
-        for other in replaced[path]: remove(other)
-        if mode != "160000": attempt(path, functools.partial(write_entry, root, export, path, mode))
-    for path in gone: remove(path)
+        if mode != "160000": attempt(path, write_entry, export, path, mode)
+    for path in gone: attempt(path, remove_beneath, path, keep)
     return failures
 
 def chown_tracked(root: Path, paths: Iterable[str], former: int, account: Account) -> None:
