@@ -1888,6 +1888,9 @@ class PolicyContext:
     @property
     def name(self) -> str:
         return self.service.name
+    def permitted(self, kind: str) -> list[str]:
+        """What `allow` names of a kind: the texts behind `KIND:`."""
+        return [e[len(kind) + 1:] for e in self.service.allow if e.startswith(f"{kind}:")]
     def shares(self, network: str) -> bool:
         """Whether others may be on a network of that name."""
         listed = any(network in other.networks for other in self.others)
@@ -1952,8 +1955,7 @@ class Rule:
 
 def allowed(kind: str, usual: float, measure: Callable[[Any], float],
             context: PolicyContext) -> float:
-    return max([usual, *(measure(entry.partition(":")[2]) for entry in context.service.allow
-                         if entry.partition(":")[0] == kind)])
+    return max([usual, *map(measure, context.permitted(kind))])
 def at_most(key: str, kind: str, usual: float, measure: Callable[[Any], float], why: str) -> Check:
     """What `measure` makes of the value is at most `usual`, or an exception of that kind."""
     def check(where: str, value: Any, context: PolicyContext) -> Found:
@@ -2027,7 +2029,7 @@ def port_range(value: Any) -> tuple[int, int]:
     first, _, last = str(value or "0").partition("-")
     return int(first), int(last or first)
 def check_ports(where: str, value: Any, context: PolicyContext) -> Found:
-    permitted = [port_range(e[6:]) for e in context.service.allow if e.startswith("ports:")]
+    permitted = [*map(port_range, context.permitted("ports"))]
     refused = list[tuple[int, int, str]]()  # neighbouring ones are one range
     for item in value or ():
         published = item.get("published") if isinstance(item, dict) else item
@@ -2391,8 +2393,8 @@ def check_size(model: Model, context: PolicyContext) -> Found:
         for attachment in part(service, "networks").values()) + sum(
             len(service.get("links") or ()) for service in services)
     for key, most in MOST.items():
-        permitted = [int(entry.rpartition("=")[2]) for entry in context.service.allow
-                     if entry.startswith(f"most:{key}=")]
+        permitted = [int(text.partition("=")[2]) for text in context.permitted("most")
+                     if text.startswith(f"{key}=")]
         if counts[key] > max([most, *permitted]):
             yield Violation("services", key, str(counts[key]), f"is more than {most} in all",
                             f"most:{key}={counts[key]}")
@@ -2448,14 +2450,11 @@ def bind_trouble(bind: Bind, context: PolicyContext) -> tuple[str, bool]:
         return "holds what decides who may steer the service", False
     writes = relative == "" and not bind.read_only
     return "do not mount ./ itself writable, but read-only" if writes else "", False
-def bind_allowed(bind: Bind, service: Service) -> bool:
+def bind_allowed(bind: Bind, context: PolicyContext) -> bool:
     """Whether `allow` has the path or one above it, and as much as is asked for."""
-    for entry in service.allow:
-        if entry.startswith("bind:"):
-            path, _, mode = entry[5:].partition(":")
-            inside = path == "/" or beneath(bind.source, path.rstrip("/")) is not None
-            if inside and (mode != "ro" or bind.read_only): return True
-    return False
+    entries = (text.partition(":") for text in context.permitted("bind"))
+    return any((path == "/" or beneath(bind.source, path.rstrip("/")) is not None)
+               and (mode != "ro" or bind.read_only) for path, _, mode in entries)
 def nested_binds(binds: Iterable[Bind], writers: Sequence[Bind]) -> Iterator[tuple[Bind, Bind]]:
     """Each bind that lies beneath one that a container can write, and that one."""
     writable = {above.source.rstrip("/"): above for above in writers if not above.read_only}
@@ -2480,7 +2479,7 @@ def check_binds(model: Model, context: PolicyContext) -> Found:
         judged = bind.volume and not context.holds(bind.source)
         clock = (bind.source, bind.read_only) in CLOCK_BINDS
         why, offered = bind_trouble(bind, context)
-        if why and not (judged or clock or bind_allowed(bind, context.service)):
+        if why and not (judged or clock or bind_allowed(bind, context)):
             entry = f"bind:{bind.source}{':ro' if bind.read_only else ''}" if offered else ""
             yield Violation(bind.compose_service, bind.kind, written(bind.source, context), why,
                             entry)
