@@ -2463,15 +2463,6 @@ def nested_binds(binds: Iterable[Bind], writers: Sequence[Bind]) -> Iterator[tup
         while path:
             path = path.rpartition("/")[0]
             if path in writable: yield bind, writable[path]
-def check_nested_binds(binds: Sequence[Bind], context: PolicyContext) -> Found:
-    """No source beneath one that a container can write: it could put a link to /etc there."""
-    # Also where `allow` has the upper one: only an entry for the very path is the administrator's
-    # word that he knows.
-    for bind, above in nested_binds(binds, binds):
-        if not {f"bind:{bind.source}", f"bind:{bind.source}:ro"} & {*context.service.allow}:
-            yield Violation(bind.compose_service, bind.kind, bind.source,
-                            f"lies beneath {above.source}, which a container can write; bind "
-                            "it from elsewhere, or that one read-only")
 def check_binds(model: Model, context: PolicyContext) -> Found:
     """Where bind mounts, configs and secrets may come from."""
     binds = binds_of(model)
@@ -2483,7 +2474,14 @@ def check_binds(model: Model, context: PolicyContext) -> Found:
             entry = f"bind:{bind.source}{':ro' if bind.read_only else ''}" if offered else ""
             yield Violation(bind.compose_service, bind.kind, written(bind.source, context), why,
                             entry)
-    yield from check_nested_binds(binds, context)
+    # No source beneath one that a container can write: it could put a link to /etc there. Also
+    # where `allow` has the upper one: only an entry for the very path is the administrator's word
+    # that he knows.
+    for bind, above in nested_binds(binds, binds):
+        if not {bind.source, f"{bind.source}:ro"} & {*context.permitted("bind")}:
+            yield Violation(bind.compose_service, bind.kind, bind.source,
+                            f"lies beneath {above.source}, which a container can write; bind "
+                            "it from elsewhere, or that one read-only")
 def check_build_secrets(model: Model, context: PolicyContext) -> Found:
     """A build reads them with the docker group, and before containers are looked at again."""
     for where, service in compose_services(model).items():
