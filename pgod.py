@@ -2519,9 +2519,8 @@ MODEL_CHECKS = (check_top_level, check_networks, check_attachments, check_inner_
 def check_policy(model: Model, context: PolicyContext) -> list[Violation]:
     """Every violation of a model whose paths are those of the work tree. Pure."""
     # One that is too large is not read any further: it may be made to take minutes.
-    if found := [*itertools.islice(check_budget(model), VIOLATIONS)]: return found
-    if found := [*check_size(model, context)]:
-        return [v for v in found if v.allow not in context.service.allow]
+    found = [*itertools.islice(check_budget(model), VIOLATIONS)] or [*check_size(model, context)]
+    if found: return found
     for where, service in compose_services(model).items():
         found += check_compose_service(where, service or {}, context)
     for check in MODEL_CHECKS: found += check(model, context)
