@@ -2385,13 +2385,12 @@ def check_size(model: Model, context: PolicyContext) -> Found:
         yield Violation("services", "replicas", str(count), f"is more than {MAX_CONTAINERS} "
                         "containers in all", f"replicas:{count}")
     services = compose_services(model).values()
-    counts = {key: sum(len(service.get(key) or ()) for service in services)
-              for key in ("volumes", "configs", "secrets", "ports")}
-    counts["networks"] = len(part(model, "networks"))
-    counts["aliases"] = sum(
-        len((attachment or {}).get("aliases") or ()) for service in services
-        for attachment in part(service, "networks").values()) + sum(
-            len(service.get("links") or ()) for service in services)
+    attached = [item or {} for service in services for item in part(service, "networks").values()]
+    def number(key: str, entries: Iterable[Json]) -> int:
+        return sum(len(entry.get(key) or ()) for entry in entries)
+    counts = {key: number(key, services) for key in ("volumes", "configs", "secrets", "ports")}
+    counts["networks"] = number("networks", [model])
+    counts["aliases"] = number("aliases", attached) + number("links", services)
     for key, most in MOST.items():
         permitted = [int(text.partition("=")[2]) for text in context.permitted("most")
                      if text.startswith(f"{key}=")]
