@@ -1771,8 +1771,7 @@ class Files:
         self.paths = sorted(self.entries)
     def file(self, source: str) -> tuple[str, str] | None:
         """Mode and digest of a file; None where that is no file of the commit."""
-        relative = beneath(source, self.worktree)
-        return self.entries.get(relative) if relative else None
+        return self.entries.get(beneath(source, self.worktree) or "")
     def at(self, source: str) -> list[tuple[str, tuple[str, str]]]:
         """A file of the commit, or all that is in a folder of it."""
         own = self.file(source)
@@ -1801,10 +1800,8 @@ def service_facts(model: Model, name: str, files: Files, values: Mapping[str, st
     facts.append({str(mount["source"]): part(model, "volumes", mount["source"]).get("name")
                   for mount in service.get("volumes") or () if isinstance(mount, dict)
                   and mount.get("type") == "volume" and mount.get("source")})
-    build = service.get("build")
-    context = str(build.get("context") or "") if isinstance(build, dict) else ""
-    facts.append([build, files.beneath(context) if context else []])
-    return facts
+    context = str(part(service, "build").get("context") or "")
+    return [*facts, [service.get("build"), files.beneath(context)]]
 def digest_of(facts: Any, key: bytes) -> str:
     """Keyed: labels can be read by many, and some of the facts are secret."""
     text = json.dumps(facts, sort_keys=True).encode(errors="surrogatepass")
@@ -2484,9 +2481,7 @@ def check_binds(model: Model, context: PolicyContext) -> Found:
 def check_build_secrets(model: Model, context: PolicyContext) -> Found:
     """A build reads them with the docker group, and before containers are looked at again."""
     for where, service in compose_services(model).items():
-        build = service.get("build")
-        uses = build.get("secrets") if isinstance(build, dict) else ()
-        for file in files_used(uses, part(model, "secrets")):
+        for file in files_used(part(service, "build").get("secrets"), part(model, "secrets")):
             if why := outside_commit(file, context):
                 yield Violation(where, "build.secrets", file, why)
 
