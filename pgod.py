@@ -581,24 +581,21 @@ class Metrics:
     """Counters, and gauges that are set; thread-safe."""
     def __init__(self) -> None:
         self._lock = threading.Lock()  # guards _values
-        self._values: dict[str, dict[tuple[tuple[str, str], ...], float]] = {
-            name: {} for name in METRICS}
+        self._values: dict[str, defaultdict[tuple[tuple[str, str], ...], float]] = {
+            name: defaultdict(float) for name in METRICS}
     def count_command(self, service: str, kind: tuple[str, str], failed: bool) -> None:
         """One more command of that kind: (command, subcommand)."""
         for name in ("pgo_command_count", "pgo_command_error_count")[:1 + failed]:
             self.add(name, service=service, cmd=kind[0], subcmd=kind[1])
     def add(self, name: str, value: float = 1, /, **labels: str) -> None:
-        with self._lock:
-            key = tuple(labels.items())
-            self._values[name][key] = self._values[name].get(key, 0) + value
+        with self._lock: self._values[name][tuple(labels.items())] += value
     def set(self, name: str, value: float, /, **labels: str) -> None:
         with self._lock: self._values[name][tuple(labels.items())] = value
     def replace(self, name: str, service: str, rows: Iterable[tuple[Json, float]]) -> None:
         with self._lock:
-            kept = {key: value for key, value in self._values[name].items()
-                    if ("service", service) not in key}
-            fresh = {(("service", service), *labels.items()): value for labels, value in rows}
-            self._values[name] = kept | fresh
+            values = self._values[name]
+            for key in [key for key in values if ("service", service) in key]: del values[key]
+            for labels, value in rows: values[("service", service), *labels.items()] = value
     def render(self) -> str:
         """The page, in the text format 0.0.4."""
         lines = []
