@@ -755,8 +755,7 @@ class Children:
                 if now > until: return output, f"took longer than {deadline:.0f} s"
                 if self.stopped_at and now > self.stopped_at + self.GRACE: raise Stopping
                 if who.disk and (full := lacks_room(who.disk)): return output, full
-                if not selector.get_map(): time.sleep(0.002)
-                for key, _ in selector.select(0.2) if selector.get_map() else ():
+                for key, _ in selector.select(0.2 if selector.get_map() else 0.002):
                     data = os.read(key.fd, 1 << 16)
                     if not data: selector.unregister(key.fileobj)
                     output[key.data] += data
