@@ -1881,9 +1881,12 @@ class PolicyContext:
     @property
     def name(self) -> str:
         return self.service.name
-    def permitted(self, kind: str) -> list[str]:
-        """What `allow` names of a kind: the texts behind `KIND:`."""
-        return [e[len(kind) + 1:] for e in self.service.allow if e.startswith(f"{kind}:")]
+    def permitted(self, start: str) -> list[str]:
+        """What follows in the entries of `allow` that start so, as with `bind:`."""
+        return [e.removeprefix(start) for e in self.service.allow if e.startswith(start)]
+    def most(self, usual: float, start: str, measure: Callable[[Any], float]) -> float:
+        """What is usual, or the most that such an entry permits."""
+        return max([usual, *map(measure, self.permitted(start))])
     def shares(self, network: str) -> bool:
         """Whether others may be on a network of that name."""
         listed = any(network in other.networks for other in self.others)
@@ -1946,13 +1949,10 @@ class Rule:
                 entry = f"{self.key}:{self.name(item)}" if self.allow else self.key
                 yield Violation(where, self.key, shown(item), self.why, entry)
 
-def allowed(kind: str, usual: float, measure: Callable[[Any], float],
-            context: PolicyContext) -> float:
-    return max([usual, *map(measure, context.permitted(kind))])
 def at_most(key: str, kind: str, usual: float, measure: Callable[[Any], float], why: str) -> Check:
     """What `measure` makes of the value is at most `usual`, or an exception of that kind."""
     def check(where: str, value: Any, context: PolicyContext) -> Found:
-        if value is not None and measure(value) > allowed(kind, usual, measure, context):
+        if value is not None and measure(value) > context.most(usual, f"{kind}:", measure):
             yield Violation(where, key, str(value), why, f"{kind}:{value}")
     return check
 def bytes_of(value: Any) -> float:
@@ -2022,7 +2022,7 @@ def port_range(value: Any) -> tuple[int, int]:
     first, _, last = str(value or "0").partition("-")
     return int(first), int(last or first)
 def check_ports(where: str, value: Any, context: PolicyContext) -> Found:
-    permitted = [*map(port_range, context.permitted("ports"))]
+    permitted = [*map(port_range, context.permitted("ports:"))]
     refused = list[tuple[int, int, str]]()  # neighbouring ones are one range
     for item in value or ():
         published = item.get("published") if isinstance(item, dict) else item
@@ -2374,7 +2374,7 @@ def check_volumes(model: Model, context: PolicyContext) -> Found:
                             f"volume:{key}_driver={exact(driver)}")
 def check_size(model: Model, context: PolicyContext) -> Found:
     count = sum(max(1, replicas) for replicas in expected_replicas(model).values())
-    if count > allowed("replicas", MAX_CONTAINERS, int, context):
+    if count > context.most(MAX_CONTAINERS, "replicas:", int):
         yield Violation("services", "replicas", str(count), f"is more than {MAX_CONTAINERS} "
                         "containers in all", f"replicas:{count}")
     services = compose_services(model).values()
@@ -2385,9 +2385,7 @@ def check_size(model: Model, context: PolicyContext) -> Found:
     counts["networks"] = number("networks", [model])
     counts["aliases"] = number("aliases", attached) + number("links", services)
     for key, most in MOST.items():
-        permitted = [int(text.partition("=")[2]) for text in context.permitted("most")
-                     if text.startswith(f"{key}=")]
-        if counts[key] > max([most, *permitted]):
+        if counts[key] > context.most(most, f"most:{key}=", int):
             yield Violation("services", key, str(counts[key]), f"is more than {most} in all",
                             f"most:{key}={counts[key]}")
 def check_top_level(model: Model, context: PolicyContext) -> Found:
@@ -2444,7 +2442,7 @@ def bind_trouble(bind: Bind, context: PolicyContext) -> tuple[str, bool]:
     return "do not mount ./ itself writable, but read-only" if writes else "", False
 def bind_allowed(bind: Bind, context: PolicyContext) -> bool:
     """Whether `allow` has the path or one above it, and as much as is asked for."""
-    entries = (text.partition(":") for text in context.permitted("bind"))
+    entries = (text.partition(":") for text in context.permitted("bind:"))
     return any((path == "/" or beneath(bind.source, path.rstrip("/")) is not None)
                and (mode != "ro" or bind.read_only) for path, _, mode in entries)
 def nested_binds(binds: Iterable[Bind], writers: Sequence[Bind]) -> Iterator[tuple[Bind, Bind]]:
@@ -2470,7 +2468,7 @@ def check_binds(model: Model, context: PolicyContext) -> Found:
     # where `allow` has the upper one: only an entry for the very path is the administrator's word
     # that he knows.
     for bind, above in nested_binds(binds, binds):
-        if not {bind.source, f"{bind.source}:ro"} & {*context.permitted("bind")}:
+        if not {bind.source, f"{bind.source}:ro"} & {*context.permitted("bind:")}:
             yield Violation(bind.compose_service, bind.kind, bind.source,
                             f"lies beneath {above.source}, which a container can write; bind "
                             "it from elsewhere, or that one read-only")
