@@ -1854,9 +1854,8 @@ class Violation:
 
     def redacted(self, secrets: Sequence[str]) -> Violation:
         """Without secrets, also those with a $, which compose doubles."""
-        plain = {name: redact(text.replace("$$", "$"), secrets)
-                 for name, text in asdict(self).items()}
-        return Violation(**plain)
+        return Violation(**{name: redact(text.replace("$$", "$"), secrets)
+                            for name, text in asdict(self).items()})
     def __str__(self) -> str:
         remedy = f"; an administrator permits it with allow = [{json.dumps(self.allow)}]"
         return (f"{printable(self.where)}: {printable(self.key)}: {printable(self.value)[:200]}: "
@@ -2063,8 +2062,7 @@ def check_deploy(where: str, value: Any, context: PolicyContext) -> Found:
     yield from unknown_keys(where, "deploy.", value, KNOWN["deploy"])
     yield from check_replicas(where, value.get("replicas"), context)
     yield from LABELS.violations(where, value.get("labels"), context)
-    reservations = part(value, "resources").get("reservations") or {}
-    for item in reservations.get("devices") or ():
+    for item in part(value, "resources", "reservations").get("devices") or ():
         yield Violation(where, "deploy.devices", shown(item), "is a device of the host", "gpus")
 def check_hooks(where: str, value: Any, context: PolicyContext) -> Found:
     for item in (item for item in value or () if item.get("privileged")):
@@ -2097,12 +2095,12 @@ def check_build_paths(where: str, build: Json, context: PolicyContext) -> Found:
         if not os.path.isabs(dockerfile):  # compose joins it to the context word by word
             dockerfile = os.path.normpath(os.path.join(folder, dockerfile))
         paths.append(("dockerfile", dockerfile))
-    for source in part(build, "additional_contexts").values():
-        if not str(source).startswith(("service:", "docker-image://")):
-            paths.append(("additional_contexts", str(source)))
+    paths += [("additional_contexts", source)
+              for source in map(str, part(build, "additional_contexts").values())
+              if not source.startswith(("service:", "docker-image://"))]
     for key, path in paths:
-        why = outside_commit(path, context)
-        if why: yield Violation(where, f"build.{key}", path, why)
+        if why := outside_commit(path, context):
+            yield Violation(where, f"build.{key}", path, why)
     for key in ("cache_from", "cache_to"):
         for item in build.get(key) or ():
             if not re.fullmatch(CACHES, str(item)):
@@ -2399,8 +2397,7 @@ def check_top_level(model: Model, context: PolicyContext) -> Found:
 
 # Read-only, these tell a container nothing but the time: very many compose files have them.
 CLOCK_BINDS = (("/etc/localtime", True), ("/etc/timezone", True))
-SYSTEM_FOLDERS = ("/bin", "/boot", "/dev", "/etc", "/lib", "/proc", "/root", "/run", "/sbin",
-                  "/sys", "/usr", "/var/lib")
+SYSTEM_FOLDERS = "/bin /boot /dev /etc /lib /proc /root /run /sbin /sys /usr /var/lib".split()
 def unset_paths(text: str, warnings: Iterable[str]) -> dict[str, str]:
     """The paths in a compose file that lack a variable which compose warns of, and that one."""
     found = {}
