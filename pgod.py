@@ -278,16 +278,6 @@ def parse_address(text: str) -> tuple[str, int] | None:
     if not colon or not port.isdigit() or int(port) > 65535:
         raise ValueError(f"{text!r} is not an address; write it like :2222 or 127.0.0.1:2222")
     return host.removeprefix("[").removesuffix("]"), int(port)
-def remote_with_token(parts: urllib.parse.SplitResult) -> Remote:
-    """An https address: user and token become a header that git gets by its environment."""
-    host = parts.netloc.rpartition("@")[2]
-    url = urllib.parse.urlunsplit((parts.scheme, host, parts.path, parts.query, ""))
-    if parts.username is None: return Remote(url)
-    user, token = (urllib.parse.unquote(text or "") for text in (parts.username, parts.password))
-    basic = base64.b64encode(f"{user}:{token}".encode()).decode()
-    secrets = {basic, parts.password or parts.username, token or user,
-               urllib.parse.quote(token or user, safe="")}
-    return Remote(url, f"Authorization: Basic {basic}", tuple(sorted(secrets)))
 def parse_remote(text: str) -> Remote:
     """A repository's address, with its credentials taken out of it."""
     if text.startswith("/") or re.fullmatch(r"[\w.-]+@[\w.-]+:[^\s]+", text): return Remote(text)
@@ -296,9 +286,17 @@ def parse_remote(text: str) -> Remote:
         raise ValueError("is not an https, ssh or git address or an absolute path")
     if parts.scheme == "file": return Remote(parts.path)
     if not parts.hostname or parts.hostname.startswith("-"): raise ValueError("has no host")
-    if parts.scheme == "https": return remote_with_token(parts)
-    if parts.password: raise ValueError("has a password, which only https can take; use deploy_key")
-    return Remote(text)
+    if parts.scheme != "https" and parts.password:
+        raise ValueError("has a password, which only https can take; use deploy_key")
+    if parts.scheme != "https": return Remote(text)
+    url = parts._replace(netloc=parts.netloc.rpartition("@")[2], fragment="").geturl()
+    if parts.username is None: return Remote(url)
+    # User and token become a header that git gets by its environment.
+    user, token = (urllib.parse.unquote(text or "") for text in (parts.username, parts.password))
+    basic = base64.b64encode(f"{user}:{token}".encode()).decode()
+    secrets = {basic, parts.password or parts.username, token or user,
+               urllib.parse.quote(token or user, safe="")}
+    return Remote(url, f"Authorization: Basic {basic}", tuple(sorted(secrets)))
 def parse_registry(text: str) -> Registry:
     """`user:token@registry`, `:token@registry` or `token@registry`; the user is "" without one."""
     login, at, address = text.rpartition("@")
