@@ -2507,9 +2507,8 @@ def check_policy(model: Model, context: PolicyContext) -> list[Violation]:
     for where, service in compose_services(model).items():
         found += check_compose_service(where, service or {}, context)
     for check in MODEL_CHECKS: found += check(model, context)
-    allowed = set(context.service.allow)
     offered = (v if permits(v.allow) else replace(v, allow="") for v in dict.fromkeys(found))
-    left = [violation for violation in offered if violation.allow not in allowed]
+    left = [violation for violation in offered if violation.allow not in context.service.allow]
     more = Violation("the compose file", "violations", str(len(left)), "are too many to tell all")
     return left[:VIOLATIONS] + [more] * (len(left) > VIOLATIONS)
 
