@@ -208,9 +208,8 @@ class Service:
         plain = (value for _, value in self.env if value != self.name and not re.fullmatch(
             r"(\.{1,2}|/[a-z]{2,12}\d{0,2})(/[\w./-]*)?", value))
         known = (*self.repository.secrets, *(r.token for r in self.registries), self.webhook)
-        lines = (line for value in plain for line in (value, *value.splitlines()))
-        values = (*known, *(line for line in lines if len(line) >= 6))
-        return tuple({form for value in values for form in (value, json.dumps(value)[1:-1])})
+        lines = (line for value in plain for line in (value, *value.splitlines()) if len(line) >= 6)
+        return tuple({form for text in (*known, *lines) for form in (text, json.dumps(text)[1:-1])})
     def digest(self) -> str:
         parts = (self.user, self.repository.url, self.branch, self.compose, self.env,
                  self.networks, self.mount, self.profiles, self.allow)
