@@ -853,11 +853,10 @@ class Repository:
             key = read_beneath(Path("/"), self.service.deploy_key[1:], OUTSIDE_BYTES)
             key = key.replace(b"\r\n", b"\n").rstrip() + b"\n"
             write_atomic(own / "ssh" / "deploy_key", key, 0o600, self.account)
-        trusted = [str(self.paths.worktree), str(self.paths.worktree / ".git")]
-        if self.service.repository.scheme == "file":
-            url = self.service.repository.url
-            trusted += [url, f"{url.rstrip('/')}/.git"]
-        lines = "".join(f"\tdirectory = {json.dumps(path)}\n" for path in trusted)
+        remote, trusted = self.service.repository, [str(self.paths.worktree)]
+        if remote.scheme == "file": trusted.append(remote.url)
+        lines = "".join(f"\tdirectory = {json.dumps(place)}\n" for path in trusted
+                        for place in (path, f"{path.rstrip('/')}/.git"))
         write_atomic(own / "gitconfig", f"[safe]\n{lines}".encode(), 0o644)
     def git(self, *words: str, deadline: str = "git", folder: Path | None = Path(),
             env: Mapping[str, str] | None = None) -> bytes:
