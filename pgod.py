@@ -2551,9 +2551,6 @@ as_name = matching(NAME_PATTERN.pattern, "is not a name; use a-z 0-9 _ - (60 at 
 as_branch = matching(r"(?!refs/)(?!.*(\.\.|@\{|//|/\.|\.lock(/|$)|[/.]$))"
                      r"[^-/.\x00-\x20~^:?*\[\\\x7f][^\x00-\x20~^:?*\[\\\x7f]*",
                      "is not the name of a branch; write it like main")
-def as_compose(value: object) -> tuple[str, ...]:
-    files = (value,) if isinstance(value, str) else as_strings(value)
-    return every(as_file_in_repository, files)
 def as_variable(text: str) -> tuple[str, str]:
     if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*=[^\0]*", text, re.DOTALL):
         raise ValueError("is not of the form NAME=VALUE")
@@ -2618,8 +2615,10 @@ def as_env_file(value: object) -> tuple[tuple[str, str], ...]:
 
 # The keys of a [[services]] entry and their parsers. What needs two keys is done below.
 SERVICE_KEYS: dict[str, Callable[[Any], Any]] = {
-    "name": as_name, "user": as_known_user, "branch": as_branch, "compose": as_compose,
+    "name": as_name, "user": as_known_user, "branch": as_branch,
     "repository": lambda value: parse_remote(as_string(value)),
+    "compose": lambda value: every(
+        as_file_in_repository, [value] if isinstance(value, str) else as_strings(value)),
     "registries": lambda value: every(parse_registry, as_strings(value), "entry"),
     "env": lambda value: every(as_variable, as_strings(value), "entry"), "env_file": as_env_file,
     "urls": as_urls, "networks": lambda value: every(as_network, as_strings(value)),
