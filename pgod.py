@@ -268,8 +268,7 @@ def format_duration(seconds: float) -> str:
 def short(commit: str) -> str:
     return commit[:10]
 def format_time(seconds: float) -> str:
-    moment = datetime.datetime.fromtimestamp(seconds, datetime.UTC)
-    return moment.strftime("%Y-%m-%d %H:%M:%SZ")
+    return time.strftime("%Y-%m-%d %H:%M:%SZ", time.gmtime(seconds))
 def parse_address(text: str) -> tuple[str, int] | None:
     """Host and port of `:2222`, `127.0.0.1:2222` or `[::1]:2222`; None of an empty text."""
     if not text: return None
