@@ -492,11 +492,9 @@ def beneath(path: str, root: str) -> str | None:
 def stat_beneath(root: Path, path: str) -> os.stat_result | None:
     """What is at root/path, not following any link; None where nothing is."""
     *parts, name = path.split("/")
-    try:
-        with folder_beneath(root, parts) as folder:
-            return os.stat(name, dir_fd=folder, follow_symlinks=False)
-    except FileNotFoundError:
-        return None
+    with suppress(FileNotFoundError), folder_beneath(root, parts) as folder:
+        return os.stat(name, dir_fd=folder, follow_symlinks=False)
+    return None
 def open_beneath(root: Path, path: str) -> BinaryIO:
     """A regular file beneath root, to read; a link, a device or a pipe is Refused."""
     *parts, name = path.split("/")
@@ -923,12 +921,11 @@ class Repository:
         log.warning("%s: git folder made again: %s", self.service.name, reason)
     def describe(self, commit: str) -> tuple[str, str]:
         """Author and subject, for people; empty if git cannot say."""
-        try:
+        with suppress(Fault):
             text = self.git("show", "--no-patch", "--format=%an%x00%s", commit)
-        except Fault:
-            return "", ""
-        author, _, subject = text.decode(errors="replace").strip().partition("\0")
-        return printable(author)[:80], printable(subject)[:120]
+            author, _, subject = text.decode(errors="replace").strip().partition("\0")
+            return printable(author)[:80], printable(subject)[:120]
+        return "", ""
     def tree(self, commit: str, spare: bool) -> Tree:
         """What the commit holds. Raises Refused where that is too much, Fault for the disk."""
         tree: Tree = {}
