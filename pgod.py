@@ -1619,11 +1619,9 @@ def binds_of(model: Model) -> list[Bind]:
             binds += [Bind(name, kind, file, True) for file in files]
     return binds
 def expected_replicas(model: Model) -> dict[str, int]:
-    expected = {}
-    for name, service in compose_services(model).items():
-        replicas = part(service, "deploy").get("replicas", service.get("scale", 1))
-        expected[name] = int(1 if replicas is None else replicas)
-    return expected
+    found = {name: part(service, "deploy").get("replicas", service.get("scale", 1))
+             for name, service in compose_services(model).items()}
+    return {name: int(1 if replicas is None else replicas) for name, replicas in found.items()}
 def normalised(model: Model) -> Model:
     """The model with a limit for each tmpfs, plain paths, no dependencies that are not there."""
     # A tmpfs may take half of the host's memory; `up` refuses what is optional and not there.
