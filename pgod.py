@@ -2505,9 +2505,8 @@ def check_policy(model: Model, context: PolicyContext) -> list[Violation]:
     return left[:VIOLATIONS] + [more] * (len(left) > VIOLATIONS)
 
 # ---- Configuration -----------------------------------------------------------------------------
-HOST_PATTERN = re.compile(
-    r"(https?://)?(\*\.)?[a-z0-9]([a-z0-9-]*[a-z0-9])?(\.[a-z0-9]([a-z0-9-]*[a-z0-9])?)*(:\d{1,5})?",
-    re.IGNORECASE)
+HOST_WORD = "[a-z0-9]([a-z0-9-]*[a-z0-9])?"
+HOST_PATTERN = re.compile(rf"(?i)(https?://)?(\*\.)?{HOST_WORD}(\.{HOST_WORD})*(:\d{{1,5}})?")
 TARGET_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*:[1-9]\d{0,4}")
 def as_string(value: object) -> str:
     if not isinstance(value, str) or not value or "\0" in value:
