@@ -44,7 +44,7 @@ import itertools, json, logging, math, os, pwd, queue, random, re, select, selec
 import signal, socket, stat, struct, subprocess, sys, tempfile, termios, threading, time, tomllib
 import urllib.parse, warnings
 from collections import Counter, defaultdict, deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
@@ -394,9 +394,8 @@ def redact(text: str, secrets: Iterable[str]) -> str:
     for secret in sorted(filter(None, secrets), key=len, reverse=True):
         text = text.replace(secret, "***")
     return text
-def nearest(word: str, known: Iterable[str]) -> str:
+def nearest(word: str, known: Collection[str]) -> str:
     """` (did you mean "x"?)`, or nothing."""
-    known = [*known]
     close = [name for name in known if len(word) > 2 and name.startswith(word)] or (
         difflib.get_close_matches(word, known, 1, 0.6))
     return f' (did you mean "{close[0]}"?)' if close else ""
@@ -2252,9 +2251,8 @@ ENGINE_NETWORKS = ("host", "bridge", "none", "default", "ingress")
 def check_compose_service(where: str, service: Json, context: PolicyContext) -> Found:
     """The table's rules on one compose service, and what needs two of its keys."""
     yield from unknown_keys(where, "", service, SERVICE_RULES)
-    for key in service:
-        if key in SERVICE_RULES:
-            yield from SERVICE_RULES[key].violations(where, service[key], context)
+    for key in filter(SERVICE_RULES.__contains__, service):
+        yield from SERVICE_RULES[key].violations(where, service[key], context)
     if service.get("build"):
         yield from check_built_image(where, image_of(context.name, where, service), context)
     for labels in (part(service, "labels"), part(service, "build", "labels")):
@@ -2640,7 +2638,7 @@ def parse_service(table: Json, label: str) -> tuple[dict[str, Any], list[str]]:
     fields["registries"] = tuple(replace(login, user=login.user or fields.get("user", ""))
                                  for login in fields.get("registries", ()))
     return fields, errors
-def check_services(services: Mapping[str, Json], names: Iterable[str]) -> list[str]:
+def check_services(services: Mapping[str, Json], names: Collection[str]) -> list[str]:
     """What is wrong between services, which go by their labels."""
     errors, hosts = list[str](), dict[str, str]()
     for label, fields in services.items():
@@ -2666,8 +2664,7 @@ def parse_configuration(text: str) -> tuple[Service, ...]:
         errors.append("has no [[services]]; an empty configuration would take everything down")
     services = dict[str, dict[str, Any]]()
     for number, table in enumerate(tables, 1):
-        name = table.get("name")
-        label = f"service {name!r}" if name else f"service {number}"
+        label = f"service {table.get('name') or number!r}"
         services[label], wrong = parse_service(table, label)
         errors += wrong
     names = Counter(str(table["name"]) for table in tables if "name" in table)
