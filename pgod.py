@@ -700,10 +700,10 @@ class Children:
                                     umask=0o022, bufsize=0)
         except (OSError, subprocess.SubprocessError) as error:
             raise Fault(f"{words[0]} cannot be started: {error}") from None
-    def end(self, child: Child, grace: float = 3.0) -> None:
-        """End the child's whole session: TERM, then KILL."""
+    def end(self, child: Child) -> None:
+        """End the child's whole session: TERM, then KILL after 3 s."""
         kill_all(session_processes(child.pid), signal.SIGTERM)
-        patience = time.monotonic() + grace
+        patience = time.monotonic() + 3
         while session_processes(child.pid) and time.monotonic() < patience:
             child.poll()
             time.sleep(0.05)
@@ -717,15 +717,12 @@ class Children:
         """Run a child to its end, and count it as `kind`: (command, subcommand)."""
         # Its output is collected up to `limit` bytes; lines of its standard error go to `on_line`
         # as they come. A deadline or limit that is passed ends its session and shows in `trouble`.
-        child = self.start(words, who, stdin=PIPE if stdin else DEVNULL)
-        ended = False
-        try:
-            output, trouble = self._collect(child, stdin, deadline, limit, on_line, who)
-            ended = not trouble
-        finally:
-            if not ended:  # /proc is read only for what did not end by itself
-                self.end(child)
-            for pipe in filter(None, (child.stdin, child.stdout, child.stderr)): pipe.close()
+        trouble = LEFT_BEHIND  # until its end is seen
+        with self.start(words, who, stdin=PIPE if stdin else DEVNULL) as child:  # and its pipes
+            try:
+                output, trouble = self._collect(child, stdin, deadline, limit, on_line, who)
+            finally:
+                if trouble: self.end(child)  # /proc is read only for what did not end by itself
         stdout, stderr = (bytes(output[name]) for name in ("stdout", "stderr"))
         result = Result(child.returncode, stdout, redact(stderr.decode(errors="replace"),
                         who.secrets), "" if trouble == LEFT_BEHIND else trouble)
