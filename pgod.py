@@ -2635,17 +2635,16 @@ def parse_service(table: Json, label: str) -> tuple[dict[str, Any], list[str]]:
     fields["registries"] = tuple(replace(login, user=login.user or fields.get("user", ""))
                                  for login in fields.get("registries", ()))
     return fields, errors
-def check_services(services: Mapping[str, Json], names: Collection[str]) -> list[str]:
+def check_services(services: Mapping[str, Json], names: Collection[str]) -> Iterator[str]:
     """What is wrong between services, which go by their labels."""
-    errors, hosts = list[str](), dict[str, str]()
+    hosts = dict[str, str]()
     for label, fields in services.items():
         for host, _ in fields.get("urls", ()):
             if (owner := hosts.setdefault(host.lower(), label)) != label:
-                errors.append(f"{label}: urls: {host} belongs to {owner.removeprefix('service ')}")
+                yield f"{label}: urls: {host} belongs to {owner.removeprefix('service ')}"
         if (reload := fields.get("reload")) and reload.service not in names:
-            errors.append(f"{label}: reload: there is no service {reload.service!r}"
-                          f"{nearest(reload.service, names)}")
-    return errors
+            yield (f"{label}: reload: there is no service {reload.service!r}"
+                   f"{nearest(reload.service, names)}")
 def parse_configuration(text: str) -> tuple[Service, ...]:
     """The services of a pgo.toml. Raises ConfigurationError with every error at once."""
     try:
