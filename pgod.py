@@ -1598,8 +1598,7 @@ def entries_used(uses: Any, table: Json) -> dict[str, Any]:
     sources = [str(use.get("source") if isinstance(use, dict) else use) for use in uses or ()]
     return {source: table.get(source) or {} for source in sources}
 def files_used(uses: Any, table: Json) -> list[str]:
-    files = [entry.get("file") for entry in entries_used(uses, table).values()]
-    return [str(file) for file in files if file]
+    return [str(entry["file"]) for entry in entries_used(uses, table).values() if entry.get("file")]
 def binds_of(model: Model) -> list[Bind]:
     """Every bind mount, also by a volume, and configs and secrets from files."""
     binds, volumes = [], part(model, "volumes")
