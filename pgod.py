@@ -924,8 +924,7 @@ class Repository:
         return "", ""
     def tree(self, commit: str, spare: bool) -> Tree:
         """What the commit holds. Raises Refused where that is too much, Fault for the disk."""
-        tree: Tree = {}
-        left = TREE_BYTES
+        tree, left = Tree(), TREE_BYTES
         for entry in self.git("ls-tree", "-r", "-l", "-z", "--full-tree", commit).split(b"\0")[:-1]:
             facts, _, name = entry.partition(b"\t")
             mode, _, blob, size = facts.decode().split()
@@ -2241,8 +2240,7 @@ ALLOW: dict[str, Rule] = {rule.key: rule for rule in (
 def permits(entry: str) -> bool:
     kind, _, text = entry.partition(":")
     return kind in ALLOW and re.fullmatch(ALLOW[kind].allow or "", text) is not None
-HARMLESS_OPTIONS = frozenset(("com.docker.network.driver.mtu",
-                              "com.docker.network.bridge.enable_icc"))
+HARMLESS_OPTIONS = {f"com.docker.network.{key}" for key in ("driver.mtu", "bridge.enable_icc")}
 ENGINE_NETWORKS = ("host", "bridge", "none", "default", "ingress")
 def check_compose_service(where: str, service: Json, context: PolicyContext) -> Found:
     """The table's rules on one compose service, and what needs two of its keys."""
