@@ -44,7 +44,7 @@ import itertools, json, logging, math, os, pwd, queue, random, re, resource, sel
 import shlex, shutil, signal, socket, stat, struct, subprocess, sys, tempfile, termios, threading
 import time, tomllib, urllib.parse, warnings
 from collections import Counter, defaultdict, deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
@@ -110,18 +110,17 @@ STREAM_MEMORY = 192 << 20  # bytes of data of a command that writes to a client
 SSH_KEY_SECONDS = 2.0  # between two looks whether the key of a stream is still there
 SSH_LOGIN_SECONDS = 20
 SSH_COMMAND_BYTES, SSH_ARGUMENTS = 64 * 1024, 256
-SSH_ALGORITHMS: dict[str, Any] = {
-    "kex_algs": "mlkem768x25519-sha256,sntrup761x25519-sha512@openssh.com,curve25519-sha256,"
-                "curve25519-sha256@libssh.org".split(","),
-    "encryption_algs": "chacha20-poly1305@openssh.com,aes256-gcm@openssh.com,"
-                       "aes128-gcm@openssh.com,aes256-ctr,aes128-ctr".split(","),
-    "mac_algs": "hmac-sha2-256-etm@openssh.com,hmac-sha2-512-etm@openssh.com".split(","),
-    "compression_algs": ["none"],
-    "signature_algs": [
-        "ssh-ed25519", "sk-ssh-ed25519@openssh.com", "ecdsa-sha2-nistp256", "ecdsa-sha2-nistp384",
-        "ecdsa-sha2-nistp521", "sk-ecdsa-sha2-nistp256@openssh.com", "rsa-sha2-512",
-        "rsa-sha2-256"],
-}
+SSH_ALGORITHMS: dict[str, Any] = {kind: names.split() for kind, names in {
+    "kex_algs": "mlkem768x25519-sha256 sntrup761x25519-sha512@openssh.com curve25519-sha256 "
+        "curve25519-sha256@libssh.org",
+    "encryption_algs": "chacha20-poly1305@openssh.com aes256-gcm@openssh.com "
+        "aes128-gcm@openssh.com aes256-ctr aes128-ctr",
+    "mac_algs": "hmac-sha2-256-etm@openssh.com hmac-sha2-512-etm@openssh.com",
+    "compression_algs": "none",
+    "signature_algs": "ssh-ed25519 sk-ssh-ed25519@openssh.com ecdsa-sha2-nistp256 "
+        "ecdsa-sha2-nistp384 ecdsa-sha2-nistp521 sk-ecdsa-sha2-nistp256@openssh.com rsa-sha2-512 "
+        "rsa-sha2-256",
+}.items()}
 # docker's templates have functions; `pad` alone takes as much memory as it is told to.
 PLAIN_TEMPLATE = re.compile(r"([^{}]|\{\{ *(json +)?\.\w* *\}\})*")
 HTTP_CONNECTIONS, HTTP_SECONDS = 100, 10.0
@@ -209,9 +208,8 @@ class Service:
         plain = (value for _, value in self.env if value != self.name and not re.fullmatch(
             r"(\.{1,2}|/[a-z]{2,12}\d{0,2})(/[\w./-]*)?", value))
         known = (*self.repository.secrets, *(r.token for r in self.registries), self.webhook)
-        lines = (line for value in plain for line in (value, *value.splitlines()))
-        values = (*known, *(line for line in lines if len(line) >= 6))
-        return tuple({form for value in values for form in (value, json.dumps(value)[1:-1])})
+        lines = (line for value in plain for line in (value, *value.splitlines()) if len(line) >= 6)
+        return tuple({form for text in (*known, *lines) for form in (text, json.dumps(text)[1:-1])})
     def digest(self) -> str:
         parts = (self.user, self.repository.url, self.branch, self.compose, self.env,
                  self.networks, self.mount, self.profiles, self.allow)
@@ -286,8 +284,7 @@ def format_duration(seconds: float) -> str:
 def short(commit: str) -> str:
     return commit[:10]
 def format_time(seconds: float) -> str:
-    moment = datetime.datetime.fromtimestamp(seconds, datetime.UTC)
-    return moment.strftime("%Y-%m-%d %H:%M:%SZ")
+    return time.strftime("%Y-%m-%d %H:%M:%SZ", time.gmtime(seconds))
 def parse_address(text: str) -> tuple[str, int] | None:
     """Host and port of `:2222`, `127.0.0.1:2222` or `[::1]:2222`; None of an empty text."""
     if not text: return None
@@ -295,17 +292,6 @@ def parse_address(text: str) -> tuple[str, int] | None:
     if not colon or not port.isdigit() or int(port) > 65535:
         raise ValueError(f"{text!r} is not an address; write it like :2222 or 127.0.0.1:2222")
     return host.removeprefix("[").removesuffix("]"), int(port)
-def remote_with_token(parts: urllib.parse.SplitResult) -> Remote:
-    """An https address: user and token become a header that git gets by its environment."""
-    host = parts.netloc.rpartition("@")[2]
-    url = urllib.parse.urlunsplit((parts.scheme, host, parts.path, parts.query, ""))
-    if parts.username is None: return Remote(url)
-    raw = [text for text in (parts.username, parts.password) if text]
-    user, token = (urllib.parse.unquote(text or "") for text in (parts.username, parts.password))
-    basic = base64.b64encode(f"{user}:{token}".encode()).decode()
-    secrets = {basic, raw[-1], urllib.parse.unquote(raw[-1]),
-               urllib.parse.quote(urllib.parse.unquote(raw[-1]), safe="")}
-    return Remote(url, f"Authorization: Basic {basic}", tuple(sorted(secrets)))
 def parse_remote(text: str) -> Remote:
     """A repository's address, with its credentials taken out of it."""
     if text.startswith("/") or re.fullmatch(r"[\w.-]+@[\w.-]+:[^\s]+", text): return Remote(text)
@@ -314,9 +300,17 @@ def parse_remote(text: str) -> Remote:
         raise ValueError("is not an https, ssh or git address or an absolute path")
     if parts.scheme == "file": return Remote(parts.path)
     if not parts.hostname or parts.hostname.startswith("-"): raise ValueError("has no host")
-    if parts.scheme == "https": return remote_with_token(parts)
-    if parts.password: raise ValueError("has a password, which only https can take; use deploy_key")
-    return Remote(text)
+    if parts.scheme != "https" and parts.password:
+        raise ValueError("has a password, which only https can take; use deploy_key")
+    if parts.scheme != "https": return Remote(text)
+    url = parts._replace(netloc=parts.netloc.rpartition("@")[2], fragment="").geturl()
+    if parts.username is None: return Remote(url)
+    # User and token become a header that git gets by its environment.
+    user, token = (urllib.parse.unquote(text or "") for text in (parts.username, parts.password))
+    basic = base64.b64encode(f"{user}:{token}".encode()).decode()
+    secrets = {basic, parts.password or parts.username, token or user,
+               urllib.parse.quote(token or user, safe="")}
+    return Remote(url, f"Authorization: Basic {basic}", tuple(sorted(secrets)))
 def parse_registry(text: str) -> Registry:
     """`user:token@registry`, `:token@registry` or `token@registry`; the user is "" without one."""
     login, at, address = text.rpartition("@")
@@ -377,8 +371,8 @@ def rsa_bits(blob: bytes) -> int:
         length = int.from_bytes(blob[:4], "big")
         number, blob = blob[4:4 + length], blob[4 + length:]
     return int.from_bytes(number, "big").bit_length()
-KEY_TYPES = ("ssh-ed25519", "ecdsa-sha2-nistp256", "ecdsa-sha2-nistp384", "ecdsa-sha2-nistp521",
-             "sk-ssh-ed25519@openssh.com", "sk-ecdsa-sha2-nistp256@openssh.com", "ssh-rsa")
+# A signature is called like its key, but for RSA (RFC 8332).
+KEY_TYPES = {re.sub("^rsa-.*", "ssh-rsa", name) for name in SSH_ALGORITHMS["signature_algs"]}
 def key_fingerprint(blob: bytes) -> str:
     """As `ssh-keygen -l` shows it."""
     return "SHA256:" + base64.b64encode(hashlib.sha256(blob).digest()).decode().rstrip("=")
@@ -451,9 +445,8 @@ def redact(text: str, secrets: Iterable[str]) -> str:
     for secret in sorted(filter(None, secrets), key=len, reverse=True):
         text = text.replace(secret, "***")
     return text
-def nearest(word: str, known: Iterable[str]) -> str:
+def nearest(word: str, known: Collection[str]) -> str:
     """` (did you mean "x"?)`, or nothing."""
-    known = [*known]
     close = [name for name in known if len(word) > 2 and name.startswith(word)] or (
         difflib.get_close_matches(word, known, 1, 0.6))
     return f' (did you mean "{close[0]}"?)' if close else ""
@@ -486,26 +479,24 @@ def as_user(account: Account) -> Iterator[None]:
         _libc.setfsuid(0)
         _libc.setfsgid(0)
 Owner = Account | None  # None: root
-def chown(path: Path | int, account: Owner, gid: int | None = None) -> None:
+def chown(path: Path | int, account: Owner) -> None:
     """Give a path or descriptor to the account, where pgod may."""
-    if os.geteuid() == 0:
-        uid = account.uid if account else 0
-        os.chown(path, uid, gid if gid is not None else account.gid if account else 0)
-def make_folder(path: Path, mode: int, owner: Owner = None, gid: int | None = None) -> None:
+    uid, gid = (account.uid, account.gid) if account else (0, 0)
+    if os.geteuid() == 0: os.chown(path, uid, gid)
+def make_folder(path: Path, mode: int, owner: Owner = None) -> None:
     """A folder of pgod's own with that mode and owner, also where it was there already."""
     path.mkdir(parents=True, exist_ok=True)
     if not stat.S_ISDIR(path.lstat().st_mode): raise Fault(f"{path} is not a folder; remove it")
-    chown(path, owner, gid)
+    chown(path, owner)
     path.chmod(mode)
 UNFINISHED = ".pgod-new"  # begins the name of what is not whole yet; a kill may leave it
-def write_atomic(path: Path, data: bytes, mode: int = 0o600, owner: Owner = None,
-                 gid: int | None = None) -> None:
+def write_atomic(path: Path, data: bytes, mode: int = 0o600, owner: Owner = None) -> None:
     """Old content or new content, never half of it, also after a loss of power."""
     descriptor, temporary = tempfile.mkstemp(prefix=UNFINISHED, dir=path.parent)
     try:
         with os.fdopen(descriptor, "wb") as file:
             file.write(data)
-            chown(file.fileno(), owner, gid)
+            chown(file.fileno(), owner)
             os.fchmod(file.fileno(), mode)
             file.flush()
             os.fsync(file.fileno())
@@ -551,11 +542,9 @@ def beneath(path: str, root: str) -> str | None:
 def stat_beneath(root: Path, path: str) -> os.stat_result | None:
     """What is at root/path, not following any link; None where nothing is."""
     *parts, name = path.split("/")
-    try:
-        with folder_beneath(root, parts) as folder:
-            return os.stat(name, dir_fd=folder, follow_symlinks=False)
-    except FileNotFoundError:
-        return None
+    with suppress(FileNotFoundError), folder_beneath(root, parts) as folder:
+        return os.stat(name, dir_fd=folder, follow_symlinks=False)
+    return None
 def open_beneath(root: Path, path: str) -> BinaryIO:
     """A regular file beneath root, to read; a link, a device or a pipe is Refused."""
     *parts, name = path.split("/")
@@ -605,12 +594,12 @@ def remove_beneath(root: Path, path: str, keep: frozenset[str]) -> None:
             os.unlink(name, dir_fd=folder)
             os.fsync(folder)
         while parts and "/".join(parts) not in keep:
-            with folder_beneath(root, parts[:-1]) as folder:
+            *parts, name = parts
+            with folder_beneath(root, parts) as folder:
                 try:
-                    os.rmdir(parts[-1], dir_fd=folder)
+                    os.rmdir(name, dir_fd=folder)
                 except OSError:
                     return
-            parts = parts[:-1]
 
 # ---- Metrics -----------------------------------------------------------------------------------
 # The first two are untyped: their names are the Go program's, and end in _count, which the
@@ -650,8 +639,8 @@ class Metrics:
     """Counters, and gauges that are set; thread-safe."""
     def __init__(self) -> None:
         self._lock = threading.Lock()  # guards _values
-        self._values: dict[str, dict[tuple[tuple[str, str], ...], float]] = {
-            name: {} for name in METRICS}
+        self._values: dict[str, defaultdict[tuple[tuple[str, str], ...], float]] = {
+            name: defaultdict(float) for name in METRICS}
     def count_command(self, service: str, kind: tuple[str, str], failed: bool) -> None:
         """One more command of that kind: (command, subcommand)."""
         for name in ("pgo_command_count", "pgo_command_error_count")[:1 + failed]:
@@ -664,17 +653,14 @@ class Metrics:
         self.add("pgo_service_deploy_duration_seconds_sum", seconds, service=service)
         self.add("pgo_service_deploy_duration_seconds_count", count, service=service)
     def add(self, name: str, value: float = 1, /, **labels: str) -> None:
-        with self._lock:
-            key = tuple(labels.items())
-            self._values[name][key] = self._values[name].get(key, 0) + value
+        with self._lock: self._values[name][tuple(labels.items())] += value
     def set(self, name: str, value: float, /, **labels: str) -> None:
         with self._lock: self._values[name][tuple(labels.items())] = value
     def replace(self, name: str, service: str, rows: Iterable[tuple[Json, float]]) -> None:
         with self._lock:
-            kept = {key: value for key, value in self._values[name].items()
-                    if ("service", service) not in key}
-            fresh = {(("service", service), *labels.items()): value for labels, value in rows}
-            self._values[name] = kept | fresh
+            values = self._values[name]
+            for key in [key for key in values if ("service", service) in key]: del values[key]
+            for labels, value in rows: values[("service", service), *labels.items()] = value
     def render(self) -> str:
         """The page, in the text format 0.0.4."""
         lines = []
@@ -786,10 +772,10 @@ class Children:
                                     umask=0o022, bufsize=0)
         except (OSError, subprocess.SubprocessError) as error:
             raise Fault(f"{words[0]} cannot be started: {error}") from None
-    def end(self, child: Child, grace: float = 3.0) -> None:
-        """End the child's whole session: TERM, then KILL."""
+    def end(self, child: Child) -> None:
+        """End the child's whole session: TERM, then KILL after 3 s."""
         kill_all(session_processes(child.pid), signal.SIGTERM)
-        patience = time.monotonic() + grace
+        patience = time.monotonic() + 3
         while session_processes(child.pid) and time.monotonic() < patience:
             child.poll()
             time.sleep(0.05)
@@ -803,15 +789,12 @@ class Children:
         """Run a child to its end, and count it as `kind`: (command, subcommand)."""
         # Its output is collected up to `limit` bytes; lines of its standard error go to `on_line`
         # as they come. A deadline or limit that is passed ends its session and shows in `trouble`.
-        child = self.start(words, who, stdin=PIPE if stdin else DEVNULL)
-        ended = False
-        try:
-            output, trouble = self._collect(child, stdin, deadline, limit, on_line, who)
-            ended = not trouble
-        finally:
-            if not ended:  # /proc is read only for what did not end by itself
-                self.end(child)
-            for pipe in filter(None, (child.stdin, child.stdout, child.stderr)): pipe.close()
+        trouble = LEFT_BEHIND  # until its end is seen
+        with self.start(words, who, stdin=PIPE if stdin else DEVNULL) as child:  # and its pipes
+            try:
+                output, trouble = self._collect(child, stdin, deadline, limit, on_line, who)
+            finally:
+                if trouble: self.end(child)  # /proc is read only for what did not end by itself
         stdout, stderr = (bytes(output[name]) for name in ("stdout", "stderr"))
         result = Result(child.returncode, stdout, redact(stderr.decode(errors="replace"),
                         who.secrets), "" if trouble == LEFT_BEHIND else trouble)
@@ -834,8 +817,7 @@ class Children:
                 if now > until: return output, f"took longer than {deadline:.0f} s"
                 if self.stopped_at and now > self.stopped_at + self.GRACE: raise Stopping
                 if who.disk and (full := lacks_room(who.disk)): return output, full
-                if not selector.get_map(): time.sleep(0.002)
-                for key, _ in selector.select(0.2) if selector.get_map() else ():
+                for key, _ in selector.select(0.2 if selector.get_map() else 0.002):
                     data = os.read(key.fd, 1 << 16)
                     if not data: selector.unregister(key.fileobj)
                     output[key.data] += data
@@ -873,7 +855,7 @@ def taken_over(descriptor: int, gid: int, prefix: str = "") -> dict[str, str]:
     # Root's docker builds from it, and would follow a link. The folder first: then it is at rest.
     found, root = dict[str, str](), os.geteuid() == 0
     try:
-        chown(descriptor, None, gid)
+        if root: os.chown(descriptor, 0, gid)
         os.fchmod(descriptor, 0o750)
         for name in os.listdir(descriptor):
             mode = (facts := os.stat(name, dir_fd=descriptor, follow_symlinks=False)).st_mode
@@ -936,28 +918,20 @@ class Repository:
             key = read_beneath(Path("/"), self.service.deploy_key[1:], OUTSIDE_BYTES)
             key = key.replace(b"\r\n", b"\n").rstrip() + b"\n"
             write_atomic(own / "ssh" / "deploy_key", key, 0o600, self.account)
-        trusted = [str(self.paths.worktree), str(self.paths.worktree / ".git")]
-        if self.service.repository.scheme == "file":
-            url = self.service.repository.url
-            trusted += [url, f"{url.rstrip('/')}/.git"]
-        lines = "".join(f"\tdirectory = {json.dumps(path)}\n" for path in trusted)
+        remote, trusted = self.service.repository, [str(self.paths.worktree)]
+        if remote.scheme == "file": trusted.append(remote.url)
+        lines = "".join(f"\tdirectory = {json.dumps(place)}\n" for path in trusted
+                        for place in (path, f"{path.rstrip('/')}/.git"))
         write_atomic(own / "gitconfig", f"[safe]\n{lines}".encode(), 0o644)
-    def init(self, folder: Path) -> None:
-        """A git folder with hashes of the remote's kind."""
-        kind = "sha256" if len(self.asked) == 64 else "sha1"
-        self.git("init", "--quiet", "--bare", "--template=", f"--object-format={kind}",
-                 str(folder), folder=None)
     def git(self, *words: str, deadline: str = "git", folder: Path | None = Path(),
             env: Mapping[str, str] | None = None) -> bytes:
         """Run git on the git folder (or on none); its standard output. Raises Fault."""
-        git_dir = self.folder if folder == Path() else folder
-        where = [] if folder is None else [f"--git-dir={git_dir}"]
-        subcommand = "pull" if words[0] == "fetch" else words[0]
+        where = [] if folder is None else [f"--git-dir={self.folder / folder}"]
         who = RunAs(self.service.name, self.account, self.environment() | dict(env or {}),
                     secrets=self.service.secrets,
                     limits=(f"--data={GIT_MEMORY}", f"--fsize={TREE_BYTES}", "--cpu=900"))
         result = self.children.run(["git", *where, *words], who, deadline=DEADLINE[deadline],
-                                   kind=("git", subcommand))
+                                   kind=("git", "pull" if words[0] == "fetch" else words[0]))
         if result.failed:
             hints = [text for said, text in GIT_HINTS.items() if re.search(said, result.stderr)]
             hint = "".join(hints).format(self.paths.own)
@@ -980,13 +954,18 @@ class Repository:
         return {name: commit for commit, name in rows}
     def fetch(self, folder: Path = Path()) -> str:
         """Fetch the branch's commit alone, by force; its identity. Raises Fault."""
-        ref = f"+refs/heads/{self.service.branch}:refs/pgod/wanted"
-        self.fetch_ref(self.service.repository.url, ref, folder)
-        return self.identity("refs/pgod/wanted", folder)
-    def fetch_ref(self, url: str, ref: str, folder: Path = Path()) -> None:
-        if not (self.folder / folder / "HEAD").exists(): self.init(self.folder / folder)
-        self.git("fetch", "--quiet", "--no-tags", "--depth=1", "--no-write-fetch-head", url, ref,
-                 deadline="fetch", folder=folder)
+        ref = f"refs/heads/{self.service.branch}"
+        return self.fetch_ref(self.service.repository.url, ref, "refs/pgod/wanted", folder)
+    def fetch_ref(self, url: str, ref: str, name: str, folder: Path = Path()) -> str:
+        """Fetch a ref under a name of ours; its commit. A git folder is made if there is none."""
+        if not (self.folder / folder / "HEAD").exists():  # with hashes of the remote's kind
+            kind = "sha256" if len(self.asked) == 64 else "sha1"
+            self.git("init", "--quiet", "--bare", "--template=", f"--object-format={kind}",
+                     str(self.folder / folder), folder=None)
+        self.git("fetch", "--quiet", "--no-tags", "--depth=1", "--no-write-fetch-head", url,
+                 f"+{ref}:{name}", deadline="fetch", folder=folder)
+        words = ("rev-parse", "--verify", "--quiet", f"{name}^{{commit}}")
+        return self.git(*words, folder=folder).decode().strip()
     def repaired(self, act: Callable[[], Any]) -> Any:
         """What `act` returns; where it fails, once more with a git folder that is made again."""
         try:
@@ -1001,29 +980,23 @@ class Repository:
         fresh, old = (self.folder.with_name(f"{UNFINISHED}-git.{n}") for n in ("new", "old"))
         for path in (fresh, old): shutil.rmtree(path, ignore_errors=True)
         make_folder(fresh, 0o700, self.account)
-        self.init(fresh)
         self.fetch(fresh)
         with suppress(Fault):  # the last good commit, for a rollback
-            self.fetch_ref(str(self.folder), "+refs/pgod/good:refs/pgod/good", fresh)
+            self.fetch_ref(str(self.folder), "refs/pgod/good", "refs/pgod/good", fresh)
         self.folder.rename(old)
         fresh.rename(self.folder)
         shutil.rmtree(old, ignore_errors=True)
         log.warning("%s: git folder made again: %s", self.service.name, reason)
-    def identity(self, ref: str, folder: Path = Path()) -> str:
-        words = ("rev-parse", "--verify", "--quiet", f"{ref}^{{commit}}")
-        return self.git(*words, folder=folder).decode().strip()
     def describe(self, commit: str) -> tuple[str, str]:
         """Author and subject, for people; empty if git cannot say."""
-        try:
+        with suppress(Fault):
             text = self.git("show", "--no-patch", "--format=%an%x00%s", commit)
-        except Fault:
-            return "", ""
-        author, _, subject = text.decode(errors="replace").strip().partition("\0")
-        return printable(author)[:80], printable(subject)[:120]
+            author, _, subject = text.decode(errors="replace").strip().partition("\0")
+            return printable(author)[:80], printable(subject)[:120]
+        return "", ""
     def tree(self, commit: str, spare: bool) -> Tree:
         """What the commit holds. Raises Refused where that is too much, Fault for the disk."""
-        tree: Tree = {}
-        left = TREE_BYTES
+        tree, left = Tree(), TREE_BYTES
         for entry in self.git("ls-tree", "-r", "-l", "-z", "--full-tree", commit).split(b"\0")[:-1]:
             facts, _, name = entry.partition(b"\t")
             mode, _, blob, size = facts.decode().split()
@@ -1069,8 +1042,7 @@ class Repository:
         # upload-pack is made for repositories that are not trusted: it runs nothing of theirs.
         there = str(self.paths.worktree / ".git")
         self.asked = self.git("ls-remote", there, "HEAD", folder=None).decode().partition("\t")[0]
-        self.fetch_ref(there, "+HEAD:refs/pgod/good")
-        return self.identity("refs/pgod/good")
+        return self.fetch_ref(there, "HEAD", "refs/pgod/good")
     def public_keys(self, tree: Tree) -> tuple[tuple[PublicKey, ...], tuple[str, ...]]:
         """The keys in ssh/ of the export, and what in it is none, and why."""
         keys, ignored = dict[str, PublicKey](), list[str]()
@@ -1113,15 +1085,12 @@ def untracked_in(root: Path, at: str, known: set[str]) -> Iterator[str]:
             elif name not in known: yield name
 def conflicts_at(root: Path, export: Path, path: str, mode: str, known: set[str]) -> Iterable[str]:
     """Untracked files that a new one at `path` would overwrite, unless they are the same."""
-    parts = path.split("/")
-    for depth in range(1, len(parts) + 1):
-        at = "/".join(parts[:depth])
+    for at in (*folders_of(path), path):
         found = stat_beneath(root, at)
-        if found is None or (at in known and depth < len(parts)): return []
-        if depth < len(parts) and stat.S_ISDIR(found.st_mode): continue
-        if stat.S_ISDIR(found.st_mode): return untracked_in(root, at, known)
-        return [] if same_entry(root, export, path, mode) else [at]
-    return []
+        if found is None or (at in known and at != path): return []
+        if not stat.S_ISDIR(found.st_mode):
+            return [] if same_entry(root, export, path, mode) else [at]
+    return untracked_in(root, path, known)
 @contextmanager
 def refuse_on_permission_error(root: Path, path: str) -> Iterator[None]:
     """Say what to do where the user is kept out of his own work tree."""
@@ -1167,25 +1136,20 @@ def update_worktree(root: Path, export: Path, tracked: Tree, new: Tree,
     # user. In the way may be a link, a folder with untracked files, or a container that keeps the
     # user out; what the commit does not change may well be a container's by now.
     failures = []
-    def attempt(path: str, act: Callable[[], None]) -> None:
+    def attempt(path: str, act: Callable[..., None], *arguments: Any) -> None:
         try:
-            with refuse_on_permission_error(root, path): act()
+            with refuse_on_permission_error(root, path): act(root, *arguments)
         except Refused as refused:
             if path not in new or tracked.get(path) != new[path]: failures.append(str(refused))
-    def remove(path: str) -> None:
-        attempt(path, lambda: remove_beneath(root, path, keep))
     gone = sorted(set(tracked) - set(new))
     folders = {folder for path in new for folder in folders_of(path)}
-    replaced = defaultdict[str, list[str]](list)  # a folder that becomes a file
-    for path in gone:
-        for folder in folders_of(path):
-            if folder in new: replaced[folder].append(path)
-    for path in filter(folders.__contains__, gone):  # files that become folders
-        remove(path)
+    # Files that become folders, and those in folders that become files.
+    first = [path for path in gone
+             if path in folders or not new.keys().isdisjoint(folders_of(path))]
+    for path in first: attempt(path, remove_beneath, path, keep)
     for path, (mode, _) in sorted(new.items()):
-        for other in replaced[path]: remove(other)
-        if mode != "160000": attempt(path, functools.partial(write_entry, root, export, path, mode))
-    for path in gone: remove(path)
+        if mode != "160000": attempt(path, write_entry, export, path, mode)
+    for path in gone: attempt(path, remove_beneath, path, keep)
     return failures
 
 def chown_tracked(root: Path, paths: Iterable[str], former: int, account: Account) -> None:
@@ -1692,8 +1656,7 @@ def entries_used(uses: Any, table: Json) -> dict[str, Any]:
     sources = [str(use.get("source") if isinstance(use, dict) else use) for use in uses or ()]
     return {source: table.get(source) or {} for source in sources}
 def files_used(uses: Any, table: Json) -> list[str]:
-    files = [entry.get("file") for entry in entries_used(uses, table).values()]
-    return [str(file) for file in files if file]
+    return [str(entry["file"]) for entry in entries_used(uses, table).values() if entry.get("file")]
 def binds_of(model: Model) -> list[Bind]:
     """Every bind mount, also by a volume, and configs and secrets from files."""
     binds, volumes = [], part(model, "volumes")
@@ -1709,11 +1672,9 @@ def binds_of(model: Model) -> list[Bind]:
             binds += [Bind(name, kind, file, True) for file in files]
     return binds
 def expected_replicas(model: Model) -> dict[str, int]:
-    expected = {}
-    for name, service in compose_services(model).items():
-        replicas = part(service, "deploy").get("replicas", service.get("scale", 1))
-        expected[name] = int(1 if replicas is None else replicas)
-    return expected
+    found = {name: part(service, "deploy").get("replicas", service.get("scale", 1))
+             for name, service in compose_services(model).items()}
+    return {name: int(1 if replicas is None else replicas) for name, replicas in found.items()}
 def normalised(model: Model) -> Model:
     """The model with a limit for each tmpfs, plain paths, no dependencies that are not there."""
     # A tmpfs may take half of the host's memory; `up` refuses what is optional and not there.
@@ -1774,13 +1735,16 @@ def inherits_bind(binds: Iterable[Bind], service: Json, image_volumes: Iterable[
 def image_of(project: str, name: str, service: Json) -> str:
     """The image's name; compose makes one up for what it builds."""
     return str(service.get("image") or f"{project}-{name}")
-def named_things(project: str, model: Model, kind: str) -> dict[str, tuple[str, Any]]:
-    """The project's own networks or volumes: key: (name in the engine, configuration)."""
+def all_named(project: str, model: Model, kind: str) -> dict[str, tuple[str, Any]]:
+    """The networks or volumes of a model: key: (name in the engine, configuration)."""
     return {key: (str((entry or {}).get("name") or f"{project}_{key}"), entry or {})
-            for key, entry in (model.get(kind) or {}).items() if not (entry or {}).get("external")}
+            for key, entry in part(model, kind).items()}
+def named_things(project: str, model: Model, kind: str) -> dict[str, tuple[str, Any]]:
+    """Those of them that are the project's own."""
+    return {key: (name, entry) for key, (name, entry) in all_named(project, model, kind).items()
+            if not entry.get("external")}
 def networks_used(service: Json) -> list[str]:
-    networks = service.get("networks") or ()
-    return [str(key) for key in networks]
+    return [str(key) for key in service.get("networks") or ()]
 def names_of(where: str, service: Json, key: str) -> set[str]:
     names = (where, service.get("hostname"), service.get("container_name"),
              *(part(service, "networks", key).get("aliases") or ()))
@@ -1789,27 +1753,25 @@ def plain(name: str) -> str:
     return name.lower().rstrip(".")
 def names_on(project: str, model: Model, network: str) -> tuple[set[str], set[str]]:
     """What a project's containers on a network answer to there, and what only they know inside."""
-    services = compose_services(model)
-    keys = {key for key, entry in part(model, "networks").items()
-            if ((entry or {}).get("name") or f"{project}_{key}") == network}
+    called = {key: name for key, (name, _) in all_named(project, model, "networks").items()}
+    keys = {key for key, name in called.items() if name == network}
     if not keys: return set(), set()
-    on = {name for name, service in services.items() if keys & {*networks_used(service)}}
-    near = {key for name in on for key in networks_used(services[name])}
-    replicas = expected_replicas(model)
-    def known(name: str, key: str) -> set[str]:
-        return names_of(name, services[name], key) | {
-            f"{project}-{name}-{number + 1}" for number in range(max(1, replicas[name]))}
+    services, replicas = compose_services(model), expected_replicas(model)
+    used = {name: {*networks_used(service)} for name, service in services.items()}
+    on = {name for name in services if keys & used[name]}
+    near = {key for name in on for key in used[name]}
+    def known(those: Iterable[str], among: set[str]) -> set[tuple[str, str]]:
+        """Each name of these compose services on each of these networks, and the network."""
+        return {(text, key) for name in those for key in among & used[name] for text in (
+            *names_of(name, services[name], key),
+            *(f"{project}-{name}-{number + 1}" for number in range(max(1, replicas[name]))))}
     # The engine asks all networks for NAME.NETWORK as a whole before it splits it.
-    scoped = {f"{text}.{part(model, 'networks', key).get('name') or f'{project}_{key}'}"
-              for name in services for key in (near - keys) & {*networks_used(services[name])}
-              for text in known(name, key)}
-    names = [(False, scoped), (False, {str(link).partition(":")[2] for name in on
-                      for link in services[name].get("links") or ()} - {""}), *(
-        (name in on, known(name, key))
-        for name, service in services.items()
-        for key in (keys if name in on else near) & {*networks_used(service)})]
-    return ({plain(text) for outside, found in names for text in found if outside},
-            {plain(text) for outside, found in names for text in found if not outside})
+    scoped = {f"{text}.{called.get(key, f'{project}_{key}')}"
+              for text, key in known(services, near - keys)}
+    links = {str(link).partition(":")[2]
+             for name in on for link in services[name].get("links") or ()}
+    inside = {text for text, _ in known({*services} - on, near)} | scoped | links - {""}
+    return {plain(text) for text, _ in known(on, keys)}, {plain(text) for text in inside}
 def shared_with(service: Json) -> set[str]:
     modes = [str(service.get(key) or "") for key in ("network_mode", "ipc", "pid")]
     sources = [str(text).split(":") for text in service.get("volumes_from") or ()]
@@ -1848,8 +1810,7 @@ class Files:
         self.paths = sorted(self.entries)
     def file(self, source: str) -> tuple[str, str] | None:
         """Mode and digest of a file; None where that is no file of the commit."""
-        relative = beneath(source, self.worktree)
-        return self.entries.get(relative) if relative else None
+        return self.entries.get(beneath(source, self.worktree) or "")
     def at(self, source: str) -> list[tuple[str, tuple[str, str]]]:
         """A file of the commit, or all that is in a folder of it."""
         own = self.file(source)
@@ -1878,10 +1839,8 @@ def service_facts(model: Model, name: str, files: Files, values: Mapping[str, st
     facts.append({str(mount["source"]): part(model, "volumes", mount["source"]).get("name")
                   for mount in service.get("volumes") or () if isinstance(mount, dict)
                   and mount.get("type") == "volume" and mount.get("source")})
-    build = service.get("build")
-    context = str(build.get("context") or "") if isinstance(build, dict) else ""
-    facts.append([build, files.beneath(context) if context else []])
-    return facts
+    context = str(part(service, "build").get("context") or "")
+    return [*facts, [service.get("build"), files.beneath(context)]]
 def digest_of(facts: Any, key: bytes) -> str:
     """Keyed: labels can be read by many, and some of the facts are secret."""
     text = json.dumps(facts, sort_keys=True).encode(errors="surrogatepass")
@@ -1938,9 +1897,8 @@ class Violation:
 
     def redacted(self, secrets: Sequence[str]) -> Violation:
         """Without secrets, also those with a $, which compose doubles."""
-        plain = {name: redact(text.replace("$$", "$"), secrets)
-                 for name, text in asdict(self).items()}
-        return Violation(**plain)
+        return Violation(**{name: redact(text.replace("$$", "$"), secrets)
+                            for name, text in asdict(self).items()})
     def __str__(self) -> str:
         remedy = f"; an administrator permits it with allow = [{json.dumps(self.allow)}]"
         return (f"{printable(self.where)}: {printable(self.key)}: {printable(self.value)[:200]}: "
@@ -1965,6 +1923,12 @@ class PolicyContext:
     @property
     def name(self) -> str:
         return self.service.name
+    def permitted(self, start: str) -> list[str]:
+        """What follows in the entries of `allow` that start so, as with `bind:`."""
+        return [e.removeprefix(start) for e in self.service.allow if e.startswith(start)]
+    def most(self, usual: float, start: str, measure: Callable[[Any], float]) -> float:
+        """What is usual, or the most that such an entry permits."""
+        return max([usual, *map(measure, self.permitted(start))])
     def shares(self, network: str) -> bool:
         """Whether others may be on a network of that name."""
         listed = any(network in other.networks for other in self.others)
@@ -2027,14 +1991,10 @@ class Rule:
                 entry = f"{self.key}:{self.name(item)}" if self.allow else self.key
                 yield Violation(where, self.key, shown(item), self.why, entry)
 
-def allowed(kind: str, usual: float, measure: Callable[[Any], float],
-            context: PolicyContext) -> float:
-    return max([usual, *(measure(entry.partition(":")[2]) for entry in context.service.allow
-                         if entry.partition(":")[0] == kind)])
 def at_most(key: str, kind: str, usual: float, measure: Callable[[Any], float], why: str) -> Check:
     """What `measure` makes of the value is at most `usual`, or an exception of that kind."""
     def check(where: str, value: Any, context: PolicyContext) -> Found:
-        if value is not None and measure(value) > allowed(kind, usual, measure, context):
+        if value is not None and measure(value) > context.most(usual, f"{kind}:", measure):
             yield Violation(where, key, str(value), why, f"{kind}:{value}")
     return check
 def bytes_of(value: Any) -> float:
@@ -2104,7 +2064,7 @@ def port_range(value: Any) -> tuple[int, int]:
     first, _, last = str(value or "0").partition("-")
     return int(first), int(last or first)
 def check_ports(where: str, value: Any, context: PolicyContext) -> Found:
-    permitted = [port_range(e[6:]) for e in context.service.allow if e.startswith("ports:")]
+    permitted = [*map(port_range, context.permitted("ports:"))]
     refused = list[tuple[int, int, str]]()  # neighbouring ones are one range
     for item in value or ():
         published = item.get("published") if isinstance(item, dict) else item
@@ -2145,8 +2105,7 @@ def check_deploy(where: str, value: Any, context: PolicyContext) -> Found:
     yield from unknown_keys(where, "deploy.", value, KNOWN["deploy"])
     yield from check_replicas(where, value.get("replicas"), context)
     yield from LABELS.violations(where, value.get("labels"), context)
-    reservations = part(value, "resources").get("reservations") or {}
-    for item in reservations.get("devices") or ():
+    for item in part(value, "resources", "reservations").get("devices") or ():
         yield Violation(where, "deploy.devices", shown(item), "is a device of the host", "gpus")
 def check_hooks(where: str, value: Any, context: PolicyContext) -> Found:
     for item in (item for item in value or () if item.get("privileged")):
@@ -2154,11 +2113,8 @@ def check_hooks(where: str, value: Any, context: PolicyContext) -> Found:
 def link_above(relative: str, tree: Tree) -> str:
     """Why the commit makes a path unsafe: a symlink or submodule at it or above it."""
     if len(relative) > PATH_LENGTH: return f"has over {PATH_LENGTH} characters"
-    parts = relative.split("/")
-    for depth in range(1, len(parts) + 1):
-        mode, _ = tree.get("/".join(parts[:depth]), ("", ""))
-        if mode in LINK_MODES:
-            return f"leads through {LINK_MODES[mode]} ({'/'.join(parts[:depth])})"
+    for at in (*folders_of(relative), relative):
+        if kind := LINK_MODES.get(tree.get(at, ("", ""))[0]): return f"leads through {kind} ({at})"
     return ""
 def outside_commit(path: str, context: PolicyContext) -> str:
     """Why a path is not a plain one of the commit, or nothing. compose doubles $ in a model."""
@@ -2182,12 +2138,12 @@ def check_build_paths(where: str, build: Json, context: PolicyContext) -> Found:
         if not os.path.isabs(dockerfile):  # compose joins it to the context word by word
             dockerfile = os.path.normpath(os.path.join(folder, dockerfile))
         paths.append(("dockerfile", dockerfile))
-    for source in part(build, "additional_contexts").values():
-        if not str(source).startswith(("service:", "docker-image://")):
-            paths.append(("additional_contexts", str(source)))
+    paths += [("additional_contexts", source)
+              for source in map(str, part(build, "additional_contexts").values())
+              if not source.startswith(("service:", "docker-image://"))]
     for key, path in paths:
-        why = outside_commit(path, context)
-        if why: yield Violation(where, f"build.{key}", path, why)
+        if why := outside_commit(path, context):
+            yield Violation(where, f"build.{key}", path, why)
     for key in ("cache_from", "cache_to"):
         for item in build.get(key) or ():
             if not re.fullmatch(CACHES, str(item)):
@@ -2343,15 +2299,13 @@ ALLOW: dict[str, Rule] = {rule.key: rule for rule in (
 def permits(entry: str) -> bool:
     kind, _, text = entry.partition(":")
     return kind in ALLOW and re.fullmatch(ALLOW[kind].allow or "", text) is not None
-HARMLESS_OPTIONS = frozenset(("com.docker.network.driver.mtu",
-                              "com.docker.network.bridge.enable_icc"))
+HARMLESS_OPTIONS = {f"com.docker.network.{key}" for key in ("driver.mtu", "bridge.enable_icc")}
 ENGINE_NETWORKS = ("host", "bridge", "none", "default", "ingress")
 def check_compose_service(where: str, service: Json, context: PolicyContext) -> Found:
     """The table's rules on one compose service, and what needs two of its keys."""
     yield from unknown_keys(where, "", service, SERVICE_RULES)
-    for key in service:
-        if key in SERVICE_RULES:
-            yield from SERVICE_RULES[key].violations(where, service[key], context)
+    for key in filter(SERVICE_RULES.__contains__, service):
+        yield from SERVICE_RULES[key].violations(where, service[key], context)
     if service.get("build"):
         yield from check_built_image(where, image_of(context.name, where, service), context)
     for labels in (part(service, "labels"), part(service, "build", "labels")):
@@ -2362,9 +2316,8 @@ def check_compose_service(where: str, service: Json, context: PolicyContext) -> 
         yield Violation(where, "container_name", f"{made_up}-1", "is a neighbour's name")
 def check_networks(model: Model, context: PolicyContext) -> Found:
     """Networks are the project's own bridges, or external ones that are permitted."""
-    for key, network in part(model, "networks").items():
-        network, permitted = network or {}, context.service.networks
-        name = str(network.get("name") or f"{context.name}_{key}")
+    permitted = context.service.networks
+    for key, (name, network) in all_named(context.name, model, "networks").items():
         def refuse(value: Any, why: str, entry: str, key: str = key) -> Violation:
             return Violation("networks", key, shown(value), why, f"network:{entry}")
         yield from unknown_keys("networks", f"{key}.", network, KNOWN["network"])
@@ -2428,8 +2381,8 @@ def check_attachments(model: Model, context: PolicyContext) -> Found:
 def name_clashes(model: Model, context: PolicyContext) -> Iterator[tuple[str, str, str, bool]]:
     """Network, name and neighbour, where both answer to it; whether one of them knows it inside."""
     # The engine asks all networks of a container for a name, in an order that nobody chooses.
-    for name, key in {str((network or {}).get("name") or f"{context.name}_{key}"): key
-                      for key, network in part(model, "networks").items()}.items():
+    networks = all_named(context.name, model, "networks")
+    for name, key in {name: key for key, (name, _) in networks.items()}.items():
         there = [(other, *names_on(other, theirs, name)) for other, theirs in context.models]
         mine, inside = names_on(context.name, model, name) if any(
             their or within for _, their, within in there) else (set[str](), set[str]())
@@ -2444,9 +2397,7 @@ def check_inner_names(model: Model, context: PolicyContext) -> Found:
                             "well, and one of the two looks it up inside; rename yours",
                             f"network:{key}_name_{name}")
 def check_volumes(model: Model, context: PolicyContext) -> Found:
-    for key, volume in part(model, "volumes").items():
-        volume = volume or {}
-        name = str(volume.get("name") or f"{context.name}_{key}")
+    for key, (name, volume) in all_named(context.name, model, "volumes").items():
         yield from unknown_keys("volumes", f"{key}.", volume, KNOWN["volume"])
         yield from LABELS.violations(f"volumes.{key}", volume.get("labels"), context)
         if volume.get("external") or not context.owns(name, "_"):
@@ -2462,21 +2413,18 @@ def check_volumes(model: Model, context: PolicyContext) -> Found:
                             f"volume:{key}_driver={exact(driver)}")
 def check_size(model: Model, context: PolicyContext) -> Found:
     count = sum(max(1, replicas) for replicas in expected_replicas(model).values())
-    if count > allowed("replicas", MAX_CONTAINERS, int, context):
+    if count > context.most(MAX_CONTAINERS, "replicas:", int):
         yield Violation("services", "replicas", str(count), f"is more than {MAX_CONTAINERS} "
                         "containers in all", f"replicas:{count}")
     services = compose_services(model).values()
-    counts = {key: sum(len(service.get(key) or ()) for service in services)
-              for key in ("volumes", "configs", "secrets", "ports")}
-    counts["networks"] = len(part(model, "networks"))
-    counts["aliases"] = sum(
-        len((attachment or {}).get("aliases") or ()) for service in services
-        for attachment in part(service, "networks").values()) + sum(
-            len(service.get("links") or ()) for service in services)
+    attached = [item or {} for service in services for item in part(service, "networks").values()]
+    def number(key: str, entries: Iterable[Json]) -> int:
+        return sum(len(entry.get(key) or ()) for entry in entries)
+    counts = {key: number(key, services) for key in ("volumes", "configs", "secrets", "ports")}
+    counts["networks"] = number("networks", [model])
+    counts["aliases"] = number("aliases", attached) + number("links", services)
     for key, most in MOST.items():
-        permitted = [int(entry.rpartition("=")[2]) for entry in context.service.allow
-                     if entry.startswith(f"most:{key}=")]
-        if counts[key] > max([most, *permitted]):
+        if counts[key] > context.most(most, f"most:{key}=", int):
             yield Violation("services", key, str(counts[key]), f"is more than {most} in all",
                             f"most:{key}={counts[key]}")
 def check_top_level(model: Model, context: PolicyContext) -> Found:
@@ -2490,8 +2438,7 @@ def check_top_level(model: Model, context: PolicyContext) -> Found:
 
 # Read-only, these tell a container nothing but the time: very many compose files have them.
 CLOCK_BINDS = (("/etc/localtime", True), ("/etc/timezone", True))
-SYSTEM_FOLDERS = ("/bin", "/boot", "/dev", "/etc", "/lib", "/proc", "/root", "/run", "/sbin",
-                  "/sys", "/usr", "/var/lib")
+SYSTEM_FOLDERS = "/bin /boot /dev /etc /lib /proc /root /run /sbin /sys /usr /var/lib".split()
 def unset_paths(text: str, warnings: Iterable[str]) -> dict[str, str]:
     """The paths in a compose file that lack a variable which compose warns of, and that one."""
     found = {}
@@ -2531,14 +2478,11 @@ def bind_trouble(bind: Bind, context: PolicyContext) -> tuple[str, bool]:
         return "holds what decides who may steer the service", False
     writes = relative == "" and not bind.read_only
     return "do not mount ./ itself writable, but read-only" if writes else "", False
-def bind_allowed(bind: Bind, service: Service) -> bool:
+def bind_allowed(bind: Bind, context: PolicyContext) -> bool:
     """Whether `allow` has the path or one above it, and as much as is asked for."""
-    for entry in service.allow:
-        if entry.startswith("bind:"):
-            path, _, mode = entry[5:].partition(":")
-            inside = path == "/" or beneath(bind.source, path.rstrip("/")) is not None
-            if inside and (mode != "ro" or bind.read_only): return True
-    return False
+    entries = (text.partition(":") for text in context.permitted("bind:"))
+    return any((path == "/" or beneath(bind.source, path.rstrip("/")) is not None)
+               and (mode != "ro" or bind.read_only) for path, _, mode in entries)
 def nested_binds(binds: Iterable[Bind], writers: Sequence[Bind]) -> Iterator[tuple[Bind, Bind]]:
     """Each bind that lies beneath one that a container can write, and that one."""
     writable = {above.source.rstrip("/"): above for above in writers if not above.read_only}
@@ -2547,15 +2491,6 @@ def nested_binds(binds: Iterable[Bind], writers: Sequence[Bind]) -> Iterator[tup
         while path:
             path = path.rpartition("/")[0]
             if path in writable: yield bind, writable[path]
-def check_nested_binds(binds: Sequence[Bind], context: PolicyContext) -> Found:
-    """No source beneath one that a container can write: it could put a link to /etc there."""
-    # Also where `allow` has the upper one: only an entry for the very path is the administrator's
-    # word that he knows.
-    for bind, above in nested_binds(binds, binds):
-        if not {f"bind:{bind.source}", f"bind:{bind.source}:ro"} & {*context.service.allow}:
-            yield Violation(bind.compose_service, bind.kind, bind.source,
-                            f"lies beneath {above.source}, which a container can write; bind "
-                            "it from elsewhere, or that one read-only")
 def check_binds(model: Model, context: PolicyContext) -> Found:
     """Where bind mounts, configs and secrets may come from."""
     binds = binds_of(model)
@@ -2563,17 +2498,22 @@ def check_binds(model: Model, context: PolicyContext) -> Found:
         judged = bind.volume and not context.holds(bind.source)
         clock = (bind.source, bind.read_only) in CLOCK_BINDS
         why, offered = bind_trouble(bind, context)
-        if why and not (judged or clock or bind_allowed(bind, context.service)):
+        if why and not (judged or clock or bind_allowed(bind, context)):
             entry = f"bind:{bind.source}{':ro' if bind.read_only else ''}" if offered else ""
             yield Violation(bind.compose_service, bind.kind, written(bind.source, context), why,
                             entry)
-    yield from check_nested_binds(binds, context)
+    # No source beneath one that a container can write: it could put a link to /etc there. Also
+    # where `allow` has the upper one: only an entry for the very path is the administrator's word
+    # that he knows.
+    for bind, above in nested_binds(binds, binds):
+        if not {bind.source, f"{bind.source}:ro"} & {*context.permitted("bind:")}:
+            yield Violation(bind.compose_service, bind.kind, bind.source,
+                            f"lies beneath {above.source}, which a container can write; bind "
+                            "it from elsewhere, or that one read-only")
 def check_build_secrets(model: Model, context: PolicyContext) -> Found:
     """A build reads them with the docker group, and before containers are looked at again."""
     for where, service in compose_services(model).items():
-        build = service.get("build")
-        uses = build.get("secrets") if isinstance(build, dict) else ()
-        for file in files_used(uses, part(model, "secrets")):
+        for file in files_used(part(service, "build").get("secrets"), part(model, "secrets")):
             if why := outside_commit(file, context):
                 yield Violation(where, "build.secrets", file, why)
 
@@ -2605,22 +2545,19 @@ MODEL_CHECKS = (check_top_level, check_networks, check_attachments, check_inner_
 def check_policy(model: Model, context: PolicyContext) -> list[Violation]:
     """Every violation of a model whose paths are those of the work tree. Pure."""
     # One that is too large is not read any further: it may be made to take minutes.
-    if found := [*itertools.islice(check_budget(model), VIOLATIONS)]: return found
-    if found := [*check_size(model, context)]:
-        return [v for v in found if v.allow not in context.service.allow]
+    found = [*itertools.islice(check_budget(model), VIOLATIONS)] or [*check_size(model, context)]
+    if found: return found
     for where, service in compose_services(model).items():
         found += check_compose_service(where, service or {}, context)
     for check in MODEL_CHECKS: found += check(model, context)
-    allowed = set(context.service.allow)
     offered = (v if permits(v.allow) else replace(v, allow="") for v in dict.fromkeys(found))
-    left = [violation for violation in offered if violation.allow not in allowed]
+    left = [violation for violation in offered if violation.allow not in context.service.allow]
     more = Violation("the compose file", "violations", str(len(left)), "are too many to tell all")
     return left[:VIOLATIONS] + [more] * (len(left) > VIOLATIONS)
 
 # ---- Configuration -----------------------------------------------------------------------------
-HOST_PATTERN = re.compile(
-    r"(https?://)?(\*\.)?[a-z0-9]([a-z0-9-]*[a-z0-9])?(\.[a-z0-9]([a-z0-9-]*[a-z0-9])?)*(:\d{1,5})?",
-    re.IGNORECASE)
+HOST_WORD = "[a-z0-9]([a-z0-9-]*[a-z0-9])?"
+HOST_PATTERN = re.compile(rf"(?i)(https?://)?(\*\.)?{HOST_WORD}(\.{HOST_WORD})*(:\d{{1,5}})?")
 TARGET_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*:[1-9]\d{0,4}")
 def as_string(value: object) -> str:
     if not isinstance(value, str) or not value or "\0" in value:
@@ -2658,9 +2595,6 @@ as_name: Callable[[object], str] = matching(
 as_branch = matching(r"(?!refs/)(?!.*(\.\.|@\{|//|/\.|\.lock(/|$)|[/.]$))"
                      r"[^-/.\x00-\x20~^:?*\[\\\x7f][^\x00-\x20~^:?*\[\\\x7f]*",
                      "is not the name of a branch; write it like main")
-def as_compose(value: object) -> tuple[str, ...]:
-    files = (value,) if isinstance(value, str) else as_strings(value)
-    return every(as_file_in_repository, files)
 def as_variable(text: str) -> tuple[str, str]:
     if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*=[^\0]*", text, re.DOTALL):
         raise ValueError("is not of the form NAME=VALUE")
@@ -2735,8 +2669,10 @@ def as_env_file(value: object) -> tuple[tuple[str, str], ...]:
 TOP_KEYS: dict[str, Callable[[Any], Any]] = {"services": as_tables, "admins": as_admins}
 # The keys of a [[services]] entry and their parsers. What needs two keys is done below.
 SERVICE_KEYS: dict[str, Callable[[Any], Any]] = {
-    "name": as_name, "user": as_known_user, "branch": as_branch, "compose": as_compose,
+    "name": as_name, "user": as_known_user, "branch": as_branch,
     "repository": lambda value: parse_remote(as_string(value)),
+    "compose": lambda value: every(
+        as_file_in_repository, [value] if isinstance(value, str) else as_strings(value)),
     "registries": lambda value: every(parse_registry, as_strings(value), "entry"),
     "env": lambda value: every(as_variable, as_strings(value), "entry"), "env_file": as_env_file,
     "urls": as_urls, "networks": lambda value: every(as_network, as_strings(value)),
@@ -2770,17 +2706,16 @@ def parse_service(table: Json, label: str) -> tuple[dict[str, Any], list[str]]:
     fields["registries"] = tuple(replace(login, user=login.user or fields.get("user", ""))
                                  for login in fields.get("registries", ()))
     return fields, errors
-def check_services(services: Mapping[str, Json], names: Iterable[str]) -> list[str]:
+def check_services(services: Mapping[str, Json], names: Collection[str]) -> Iterator[str]:
     """What is wrong between services, which go by their labels."""
-    errors, hosts = list[str](), dict[str, str]()
+    hosts = dict[str, str]()
     for label, fields in services.items():
         for host, _ in fields.get("urls", ()):
             if (owner := hosts.setdefault(host.lower(), label)) != label:
-                errors.append(f"{label}: urls: {host} belongs to {owner.removeprefix('service ')}")
+                yield f"{label}: urls: {host} belongs to {owner.removeprefix('service ')}"
         if (reload := fields.get("reload")) and reload.service not in names:
-            errors.append(f"{label}: reload: there is no service {reload.service!r}"
-                          f"{nearest(reload.service, names)}")
-    return errors
+            yield (f"{label}: reload: there is no service {reload.service!r}"
+                   f"{nearest(reload.service, names)}")
 def parse_configuration(text: str) -> Configuration:
     """What a pgo.toml says. Raises ConfigurationError with every error at once."""
     try:
@@ -2793,8 +2728,7 @@ def parse_configuration(text: str) -> Configuration:
         errors.append("has no [[services]]; an empty configuration would take everything down")
     services = dict[str, dict[str, Any]]()
     for number, table in enumerate(tables, 1):
-        name = table.get("name")
-        label = f"service {name!r}" if name else f"service {number}"
+        label = f"service {table.get('name') or number!r}"
         services[label], wrong = parse_service(table, label)
         errors += wrong
     names = Counter(str(table["name"]) for table in tables if "name" in table)

@@ -3437,7 +3437,8 @@ def test_example_shows_every_key_and_is_valid(tmp_path: Path) -> None:
     (tmp_path / "admins").touch()
     (tmp_path / "deploy_key").write_text("-----BEGIN RSA PRIVATE KEY-----\n")
     whole = re.sub(r"^# (\w+ = )", r"\1", text, flags=re.M)
-    whole = re.sub(r"^(admins|env_file|deploy_key) = .*", rf'\1 = "{tmp_path}/\1"', whole, flags=re.M)
+    whole = re.sub(r"^(admins|env_file|deploy_key) = .*", rf'\1 = "{tmp_path}/\1"', whole,
+                   flags=re.M)
     services = pgod.parse_configuration(whole).services
     assert {user.user for user in services} <= {"root", "nobody", "www-data"}
 
