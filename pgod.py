@@ -11,8 +11,7 @@ holders may steer that service over pgod's SSH port with pgoctl.
 
 It runs as root. To read it before that, read downwards: a section uses only what stands above it.
 
-    Limits          what is the most that anybody may have, send or take; key tables
-    Values          errors, the dataclasses that the rest passes around
+    Limits, Values  what is the most that anybody may have, send or take; errors, dataclasses
     Parsing         durations, words, addresses, public keys: text to values
     Files           atomic writes; paths beneath a root, opened without following links
     Metrics         what Prometheus reads
@@ -30,10 +29,8 @@ It runs as root. To read it before that, read downwards: a section uses only wha
     Set-up          folders, mount and user of a service; the Go program's checkout is taken over
     Worker          the thread of one service: when it looks, at what, and what it shows
     Commands        what a key holder may say, hold and status among it
-    SSH             the server that they say it to
-    HTTP            /metrics, /healthz and webhooks
-    Daemon          start, stale services, events, changes of the configuration, the end
-    Command line    options and main
+    SSH, HTTP       the servers: what they say it to; metrics and webhooks
+    Daemon, Command line: start, events, changes of the configuration, the end; options
 """
 
 from __future__ import annotations
@@ -63,9 +60,8 @@ DEPLOYS = 4  # at one time; up to 8 of users who have none under way
 LOOKS = 2  # that pgod may be killed at, until a commit counts as failed
 JOBS = 20  # of one service that wait for their turn
 SLOW_DEPLOY = 30.0  # seconds, and up to as many more, that one waits for others
-KEY_FILE_BYTES = 16 * 1024
+KEY_COUNT, KEY_FILE_BYTES = 100, 16 * 1024
 OUTSIDE_BYTES = 1 << 20  # of a file that pgo.toml names
-KEY_COUNT = 100
 
 # Deadlines of child processes, in seconds.
 DEADLINE = {
@@ -74,23 +70,15 @@ DEADLINE = {
 # What a rendering may use: CPU seconds, bytes of data (address space is no measure: a Go program
 # reserves far more than it uses), bytes of output. An alias bomb of 418 bytes runs for minutes, and
 # `env_file: /dev/zero` takes all memory there is.
-RENDER_CPU = 10
-RENDER_MEMORY = 1 << 30
-RENDER_OUTPUT = 4 << 20
+RENDER_CPU, RENDER_MEMORY, RENDER_OUTPUT = 10, 1 << 30, 4 << 20
 STAND_INS = 20  # env files that a commit may lack; each is one more rendering
 CHILD_OUTPUT = 16 << 20
 # What a commit may have: files, bytes of them all, characters of a path, and folders above one.
-TREE_FILES = 50_000
-TREE_BYTES = 4 << 30
+TREE_FILES, TREE_BYTES, PATH_LENGTH, PATH_DEPTH = 50_000, 4 << 30, 1024, 64
 DISK_RESERVE = 256 << 20  # bytes, or a twentieth of the disk
 INPUTS = 8 * TREE_FILES  # of its bind mounts, each counted where it is bound
-PATH_LENGTH = 1024
-PATH_DEPTH = 64
-# What a rendered model may have before any rule reads it.
-MODEL_DEPTH = 24
-MODEL_ENTRIES = 2_000  # of one list or mapping
-MODEL_KEY = 256  # characters
-MODEL_TEXT = 128 << 10
+# A rendered model's levels, entries of one list or mapping, characters of a key and of a text.
+MODEL_DEPTH, MODEL_ENTRIES, MODEL_KEY, MODEL_TEXT = 24, 2_000, 256, 128 << 10
 VIOLATIONS = 100  # that are told
 GIT_MEMORY = 1 << 30  # bytes of data of each git process
 ENVIRONMENT_BYTES = 256 << 10  # that are read of a process's environment
@@ -102,13 +90,10 @@ GIT_ENVIRONMENT = ("http_proxy", "https_proxy", "no_proxy", "HTTP_PROXY", "HTTPS
                    "GIT_SSL_CAINFO")
 DEFAULT_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 
-SSH_UNPROVEN_BYTES = 64 * 1024  # what a client may send before it has proven a key
-SSH_UNPROVEN = 100
-SSH_SESSIONS = 10  # at one time in one connection
-SSH_SESSIONS_PER_SERVICE = 20
+SSH_UNPROVEN, SSH_UNPROVEN_BYTES = 100, 64 * 1024  # clients without a key, and what each may send
+SSH_SESSIONS, SSH_SESSIONS_PER_SERVICE = 10, 20  # at one time, the first in one connection
 STREAM_MEMORY = 192 << 20  # bytes of data of a command that writes to a client
-SSH_KEY_SECONDS = 2.0  # between two looks whether the key of a stream is still there
-SSH_LOGIN_SECONDS = 20
+SSH_LOGIN_SECONDS, SSH_KEY_SECONDS = 20, 2.0  # the last: between looks at the key of a stream
 SSH_COMMAND_BYTES, SSH_ARGUMENTS = 64 * 1024, 256
 SSH_ALGORITHMS: dict[str, Any] = {kind: names.split() for kind, names in {
     "kex_algs": "mlkem768x25519-sha256 sntrup761x25519-sha512@openssh.com curve25519-sha256 "
@@ -163,7 +148,6 @@ class Remote:
     url: str
     authorization: str = field(default="", repr=False)
     secrets: tuple[str, ...] = field(default=(), repr=False)
-
     @property
     def scheme(self) -> str:
         """`https`, `ssh`, `git` or `file`."""
@@ -196,7 +180,6 @@ class Service:
     webhook: str = field(default="", repr=False)
     wait: float = 120.0
     rollback: bool = True
-
     @property
     def trusted(self) -> bool:
         """For root's own repositories the policy is reported, not enforced."""
@@ -250,7 +233,6 @@ class PublicKey:
     comment: str
     options: Mapping[str, str] = field(default_factory=dict)
     role: str = "owner"
-
     def opens(self, service: str, address: str) -> bool:
         """Whether it opens the service now, and from there."""
         given = {name: KEY_OPTIONS[name](value) for name, value in self.options.items()}
@@ -384,9 +366,9 @@ def parse_expiry(text: str) -> float:
     return when.replace(tzinfo=datetime.UTC if match[3] else None).timestamp()
 def parse_permitted(text: str) -> set[str]:
     """Names of commands; `read` is all that change nothing."""
-    words = re.findall(r"git \w+|\S+", text)
-    if unknown := [*{*words} - {*COMMANDS, "read"}, *["nothing"] * (not words)]:
-        raise ValueError(f"{unknown[0]!r} is no command; there are read, {', '.join(COMMANDS)}")
+    words = re.findall(r"git \w+|\S+", text) or ["nothing"]
+    if unknown := {*words} - {*COMMANDS, "read"}:
+        raise ValueError(f"{min(unknown)!r} is no command; there are read, {', '.join(COMMANDS)}")
     return {name for name in COMMANDS
             if name in words or (name in READ_COMMANDS and "read" in words)}
 # What may stand before a key (sshd(8), AUTHORIZED_KEYS FILE FORMAT); `services` is pgod's own.
@@ -602,8 +584,9 @@ def remove_beneath(root: Path, path: str, keep: frozenset[str]) -> None:
                     return
 
 # ---- Metrics -----------------------------------------------------------------------------------
-# The first two are untyped: their names are the Go program's, and end in _count, which the
-# exposition format keeps for histograms.
+# The first two are the Go program's; untyped, for histograms alone have names that end in _count.
+PROCESS_METRICS = ("cpu_seconds_total", "virtual_memory_bytes", "resident_memory_bytes", "open_fds",
+                   "max_fds", "start_time_seconds")
 METRICS: dict[str, tuple[str, str]] = {
     "pgo_command_count": ("untyped", "Commands executed, by service, command and subcommand."),
     "pgo_command_error_count": ("untyped", "Commands that failed."),
@@ -624,14 +607,12 @@ METRICS: dict[str, tuple[str, str]] = {
     "pgo_service_containers": ("gauge", "Containers, by state, each in one of them."),
     "pgo_configuration_valid": ("gauge", "0 while pgo.toml on disk is not valid."),
     "pgo_build_info": ("gauge", "Version of pgod; always 1."),
-    # As the official client libraries have them.
-    "process_cpu_seconds_total": ("counter", "Processor time, of the user and the system."),
-    "process_resident_memory_bytes": ("gauge", "Resident memory."),
-    "process_virtual_memory_bytes": ("gauge", "Virtual memory."),
-    "process_open_fds": ("gauge", "Open file descriptors."),
-    "process_max_fds": ("gauge", "File descriptors that it may have open."),
-    "process_start_time_seconds": ("gauge", "When it began, since the epoch."),
 }
+PROCESS_METRICS = ("cpu_seconds_total", "virtual_memory_bytes", "resident_memory_bytes", "open_fds",
+                   "max_fds", "start_time_seconds")
+METRICS |= {f"process_{name}": ("counter" if name.endswith("total") else "gauge",
+                                "As the official client libraries have it.")
+            for name in PROCESS_METRICS}
 DEPLOY_SECONDS = (1, 2, 5, 10, 20, 60, 120, 300, 600, 1800, math.inf)
 STARTED = time.time()
 
@@ -681,7 +662,6 @@ class Result:
     stdout: bytes
     stderr: str
     trouble: str = ""  # why pgod ended it, if it did
-
     @property
     def failed(self) -> bool:
         return bool(self.status or self.trouble)
@@ -741,10 +721,8 @@ def lacks_room(folder: str | Path, need: int = 0) -> str:
 
 class Children:
     """The one door to other programs: argument lists, never a shell; each in its own session."""
-    # Every child gets an environment, a user, a folder and a deadline, and is counted. Once
-    # `stopped_at` is set, every `run` ends its child after a grace and raises Stopping.
+    # Once `stopped_at` is set, every `run` ends its child after a grace and raises Stopping.
     GRACE = 10.0  # seconds
-
     def __init__(self, metrics: Metrics, mark: str = "") -> None:
         self.metrics = metrics
         self.mark = mark  # PGOD_RUN=…: what a killed pgod left behind is known by it
@@ -787,8 +765,7 @@ class Children:
             stdin: bytes = b"", limit: int = CHILD_OUTPUT,
             on_line: Progress | None = None) -> Result:
         """Run a child to its end, and count it as `kind`: (command, subcommand)."""
-        # Its output is collected up to `limit` bytes; lines of its standard error go to `on_line`
-        # as they come. A deadline or limit that is passed ends its session and shows in `trouble`.
+        # `limit`: bytes of output; `on_line`: is told its standard error, a line at a time.
         trouble = LEFT_BEHIND  # until its end is seen
         with self.start(words, who, stdin=PIPE if stdin else DEVNULL) as child:  # and its pipes
             try:
@@ -883,7 +860,6 @@ class Repository:
     children: Children
     exported: tuple[str, Tree] = ("", {})  # commit and tree of the export folder
     asked: str = ""  # the commit that the remote told last
-
     def __post_init__(self) -> None:
         self.folder = self.paths.own / "git"
     def environment(self) -> dict[str, str]:
@@ -1216,8 +1192,7 @@ class Container:
 @dataclass(frozen=True)
 class Snapshot:
     """What the engine has for a project at the moment `now`, by the engine's own clock."""
-    # `networks` are all of the engine, as it describes them; `volumes` and `images` those that were
-    # asked for and are there.
+    # `networks` are all of the engine; `volumes` and `images` those that were asked for.
     containers: tuple[Container, ...] = ()
     networks: Mapping[str, Json] = field(default_factory=dict)
     volumes: Mapping[str, Json] = field(default_factory=dict)
@@ -1488,7 +1463,6 @@ class Compose:
     account: Account
     children: Children
     program: tuple[str, ...]
-
     def environment(self) -> dict[str, str]:
         """For every docker command. Nothing in it or in a .env makes compose fetch a remote."""
         profiles = ",".join(self.service.profiles)  # none: what .env says counts
@@ -1530,8 +1504,7 @@ class Compose:
         return [str(self.paths.export / name) for name in names]
     def render(self, files: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
         """The model of files, by compose itself, in the export; its warnings. Raises Refused."""
-        # As the user, without the docker group, with limits. The folder of the project is that of
-        # the first file, as compose has it.
+        # As the user, with limits. The project's folder is the first file's, as compose has it.
         folder = os.path.dirname(self.paths.export / (self.service.compose or COMPOSE_FILES)[0])
         words = [word for name in files for word in ("--file", name)]
         env = {"PWD": folder, **self.environment(), "GIT_ALLOW_PROTOCOL": "none",
@@ -1894,7 +1867,6 @@ class Violation:
     value: str
     why: str
     allow: str = ""
-
     def redacted(self, secrets: Sequence[str]) -> Violation:
         """Without secrets, also those with a $, which compose doubles."""
         return Violation(**{name: redact(text.replace("$$", "$"), secrets)
@@ -1919,7 +1891,6 @@ class PolicyContext:
     closed: tuple[str, ...] = ()  # folders of pgod's, that no exception is offered for
     models: tuple[tuple[str, Model], ...] = ()  # what the others run, or ran last
     unset: Mapping[str, str] = field(default_factory=dict)  # path: variable of it that is not set
-
     @property
     def name(self) -> str:
         return self.service.name
@@ -1948,8 +1919,7 @@ Check = Callable[[str, Any, "PolicyContext"], Found]
 HOST = "is a power over the host"
 MAX_REPLICAS = 20
 MAX_CONTAINERS = 100  # of one project
-# In all of one project. The engine's usual pool holds 31 networks; each published port is two
-# processes of root's.
+# In one project. The engine's usual pool holds 31 networks; a published port is two processes.
 MOST = {"volumes": 500, "configs": 500, "secrets": 500, "ports": 50, "networks": 8,
         "aliases": 1_000}
 NOTHING: tuple[Any, ...] = (None, False, "", [], {})
@@ -1981,7 +1951,6 @@ class Rule:
     parts: Callable[[Any], list[Any]] = listed
     name: Callable[[Any], str] = shown
     check: Check | None = None
-
     def violations(self, where: str, value: Any, context: PolicyContext) -> Found:
         if self.check:
             yield from self.check(where, value, context)
@@ -2786,7 +2755,6 @@ class Release:
     since: float = 0.0  # when it was found good, seconds since the epoch; 0: not yet
     ill: tuple[str, ...] = ()  # containers that were ill before its deploy began
     notes: tuple[str, ...] = ()  # what its owner should know: warnings, and what is not followed
-
     @property
     def image_names(self) -> dict[str, str]:
         """The image of each compose service."""
@@ -2843,7 +2811,6 @@ class Row:
     subject: str  # a container, compose service, network or volume
     text: str
     container: Container | None = None
-
     @property
     def how(self) -> RowKind:
         return ROWS[self.kind]
@@ -2963,7 +2930,6 @@ class Cure:
     restart: tuple[str, ...] = ()
     networks: tuple[str, ...] = ()  # names in the engine
     remove: tuple[str, ...] = ()  # identities of containers
-
     def __bool__(self) -> bool:
         return bool(self.up or self.restart or self.remove)
 
@@ -3006,7 +2972,6 @@ class Failure:
     reason: str
     retry: bool = False
     waits: bool = False
-
     def __str__(self) -> str:
         if self.waits: return f"{short(self.commit)} waits for up"
         when = "by itself" if self.retry else "at the next push, or with up"
@@ -3022,7 +2987,6 @@ class Hold:
     kind: str = "stop"
     services: tuple[str, ...] = ()  # of compose, that `stop` named; none: all
     by_hand: bool = False  # NAME.stop was made by an administrator: a lock
-
     @property
     def stops(self) -> bool:
         """Whether containers are to be stopped; a lock and `hold` leave them as they are."""
@@ -3722,7 +3686,6 @@ class Installation:
     project: Project
     release: Release
     say: Progress
-
     def update_files(self, tree: Tree, containers: Iterable[Container], strict: bool) -> None:
         """Tracked files follow the commit. Raises Refused if it is to be `strict`."""
         # The list of them never lacks one that is there. A rollback takes what it can get.
@@ -3833,8 +3796,7 @@ def describe(rows: Iterable[Row], release: Release, former: Release | None) -> d
 @dataclass
 class Reconciler:
     """Makes what runs what should run, for one project: deploy, roll back, heal, stop."""
-    # All of it happens in the service's thread. `pause` waits a moment, less if the engine tells of
-    # something, and raises Stopping; `publish` shows others what is known.
+    # In the service's thread. `pause` is Worker's, as is `publish`, which shows what is known.
     project: Project
     store: Store
     pause: Callable[[float], None]
@@ -3842,7 +3804,6 @@ class Reconciler:
     snapshot: Snapshot = Snapshot()  # the last one
     rows: tuple[Row, ...] = ()  # of the current release with it
     was_stopped: bool = False  # what ended meanwhile was stopped, and is no job that is done
-
     @property
     def release(self) -> Release:
         assert self.store.current
@@ -3955,8 +3916,7 @@ class Reconciler:
         return None, self.attempt(lambda: self.cure(rows, say))
     def settle(self, say: Progress, trouble: Fault | None) -> Fault | None:
         """Wait until nothing differs, and cure what comes up meanwhile; why it did not end well."""
-        # After a compose that failed, what it made decides: a service that others wait for may have
-        # been between two restarts.
+        # After a compose that failed, what it made decides: all may be well after a restart.
         until, told, cures = self.project.clock() + self.project.service.wait, "", 0
         before = {c.identity: c.restarts for c in self.snapshot.containers}
         while True:
@@ -4104,8 +4064,7 @@ def follow_user(project: Project) -> None:
         chown_tracked(git, [str(path.relative_to(git)) for path in git.rglob("*")], former, account)
 def take_over(project: Project) -> None:
     """Go on where the Go program stopped, touching neither its files nor its containers."""
-    # Its .git goes last: until then, the next start begins again. Keys in it are not believed: a
-    # container could write it.
+    # Its .git goes last: until then, the next start begins again. No key in it is believed.
     if not project.store.current:
         try:
             adopt(project, project.git.take_over())
@@ -4168,7 +4127,6 @@ class View:
     failures: int = 0
     next_poll: float = 0.0
     last_success: float = 0.0  # seconds since the epoch
-
     @property
     def in_sync(self) -> bool:
         """Whether the newest commit runs, as it should."""
@@ -4429,14 +4387,11 @@ def show_metrics(shared: Shared) -> None:
             metrics.add("pgo_service_deploys_total", 0, service=name, outcome=outcome)
         metrics.observe(name, count=0)
     used = resource.getrusage(resource.RUSAGE_SELF)
-    virtual, resident = map(int, Path("/proc/self/statm").read_text().split()[:2])
-    for name, value in {
-            "cpu_seconds_total": used.ru_utime + used.ru_stime, "start_time_seconds": STARTED,
-            "virtual_memory_bytes": virtual * resource.getpagesize(),
-            "resident_memory_bytes": resident * resource.getpagesize(),
-            "open_fds": len(os.listdir("/proc/self/fd")),
-            "max_fds": resource.getrlimit(resource.RLIMIT_NOFILE)[0]}.items():
-        metrics.set(f"process_{name}", value)
+    pages = map(int, Path("/proc/self/statm").read_text().split()[:2])
+    now = (used.ru_utime + used.ru_stime, *(count * resource.getpagesize() for count in pages),
+           len(os.listdir("/proc/self/fd")), resource.getrlimit(resource.RLIMIT_NOFILE)[0], STARTED)
+    for name, number in zip(PROCESS_METRICS, now, strict=True):
+        metrics.set(f"process_{name}", number)
 
 # ---- Commands ----------------------------------------------------------------------------------
 @dataclass(frozen=True)
@@ -4446,7 +4401,6 @@ class ParsedCommand:
     command: str
     options: tuple[tuple[str, str], ...] = ()
     operands: tuple[str, ...] = ()
-
     def words(self, hidden: bool = False) -> list[str]:
         """The options as words; `hidden`: without the values of -e."""
         valued = option_names(self.command)
@@ -4589,8 +4543,7 @@ def status_facts(worker: Worker, now: float, view: View) -> dict[str, Any]:
         "failures": view.failures,
         "next_poll": now + view.next_poll - worker.shared.clock(),
         "differences": [str(row) for row in view.rows],
-        "keys": [str(key) for key in (*view.keys, *worker.shared.configuration.admins)
-                 if worker.name in key.options.get("services", worker.name).split(",")],
+        "keys": [str(key) for key in (*view.keys, *worker.shared.configuration.admins)],
         "notes": [*dict.fromkeys((*(release.notes if release else ()),
                                   *(f"key ignored: {why}" for why in view.ignored)))],
         "containers": [{"name": c.name, "service": c.compose_service, "status": c.status,
@@ -4949,7 +4902,6 @@ class SshServer:
             password_auth=False, kbdint_auth=False, host_based_auth=False, gss_host=None,
             login_timeout=SSH_LOGIN_SECONDS, keepalive_interval=30, keepalive_count_max=3,
             server_version=f"pgod_{VERSION}", **supported_algorithms(self.asyncssh))
-
     def opened_by(self, fingerprint: str, address: str) -> dict[str, PublicKey]:
         """The services that the key opens now, from there, and the line that says so."""
         return {name: key for name, worker in sorted(self.shared.workers.items())
@@ -5084,7 +5036,6 @@ class SshServer:
         await asyncio.wait({done, gone}, return_when=asyncio.FIRST_COMPLETED)
         gone.cancel()
         return await done if done.done() else 1
-
     async def stream(self, process: Any, command: ParsedCommand, worker: Worker,
                      client: Client) -> int:
         """A compose command with its three streams tied to the session's. Raises Fault."""
@@ -5106,8 +5057,7 @@ class SshServer:
     async def pump(self, process: Any, child: Child, streams: Mapping[str, Any], mark: str,
                    permitted: Callable[[], bool]) -> int:
         """Pump until the child ends, the client goes or its key does; flow control holds both."""
-        # asyncssh's own redirect loses the last bytes of an input now and then, and output that a
-        # child wrote right before its end.
+        # asyncssh's own redirect loses the last bytes of an input or an output now and then.
         descriptor = os.pidfd_open(child.pid)
         ended = asyncio.ensure_future(ready(descriptor))
         gone = asyncio.ensure_future(process.channel.wait_closed())
@@ -5152,7 +5102,6 @@ class HttpHandler(http.server.BaseHTTPRequestHandler):
     """Pages, and webhooks, which wake a service: nothing in them is believed but the branch."""
     server: HttpServer
     timeout, server_version, sys_version = HTTP_SECONDS, "pgod", ""
-
     def do_GET(self) -> None:
         if self.path == "/metrics":
             show_metrics(self.server.shared)
@@ -5163,8 +5112,7 @@ class HttpHandler(http.server.BaseHTTPRequestHandler):
             missing = [name for name, worker in self.server.shared.workers.items()
                        if not (worker.view.last_success or worker.view.last_error)]
             missing += ["the engine"] * (not self.server.shared.events_flow.is_set())
-            self.answer(503 if missing else 200,
-                        f"not looked at yet: {', '.join(missing)}\n" if missing else "ok\n")
+            self.answer(503 if missing else 200, f"{', '.join(missing) or 'ok'}\n")
         else:
             self.answer(404, "there are /metrics, /healthz and /readyz\n")
     do_HEAD = do_GET
@@ -5187,11 +5135,9 @@ class HttpHandler(http.server.BaseHTTPRequestHandler):
                 for name, value in (*right, ("X-Gitlab-Token", secret))):
             # Quotes in a text are escaped in JSON: this is a key, and where none is, all is asked.
             ref = re.search(rb'"ref"\s*:\s*"(refs/[^"\\]*)"', head)
-            if ref and ref[1].decode(errors="replace") != f"refs/heads/{worker.service.branch}":
-                self.answer(202, "nobody follows that branch\n")
-                return
-            worker.wake("webhook")
-            self.answer(202, "looks at the repository\n")
+            follows = not ref or ref[1] == f"refs/heads/{worker.service.branch}".encode()
+            if follows: worker.wake("webhook")
+            self.answer(202, f"{'looks' if follows else 'needs not look'} at the repository\n")
         else:
             self.answer(403, "the signature is wrong, or this service has no webhook\n")
     def answer(self, status: int, text: str, kind: str = "text/plain") -> None:
@@ -5207,7 +5153,6 @@ class HttpHandler(http.server.BaseHTTPRequestHandler):
 class HttpServer(http.server.ThreadingHTTPServer):
     """Of too many connections, those go that are late, and the oldest of the largest network."""
     daemon_threads = True
-
     def __init__(self, address: tuple[str, int], shared: Shared) -> None:
         """An empty host is every address of both families, as in Go. Raises OSError."""
         super().__init__(address, HttpHandler, bind_and_activate=False)
@@ -5485,15 +5430,14 @@ OPTIONS: tuple[tuple[str, str, dict[str, Any], str], ...] = (
 )
 def parse_arguments(words: Sequence[str]) -> tuple[Settings, argparse.Namespace]:
     """The command line; exits with 1 and a message where it is wrong."""
-    class Parser(argparse.ArgumentParser):
-        def error(self, message: str) -> NoReturn:
-            self.exit(1, f"{self.prog}: {message}; see pgod --help\n")  # 2: restart me
-    parser = Parser(
+    parser = argparse.ArgumentParser(
         "pgod", description="git decides what runs: follow the repositories of the configuration "
         "and run their compose files.", epilog="exit status: 0 normal, 1 error, 2 after SIGHUP",
         allow_abbrev=False)
     for name, names, facts, text in OPTIONS:
         parser.add_argument(*names.split(), dest=name, help=text, **facts)
+    parser.error = lambda message: parser.exit(  # type: ignore[method-assign]
+        1, f"pgod: {message}; see pgod --help\n")  # 2 would have it started again
     fields = vars(Settings())
     parser.set_defaults(**fields)
     options = parser.parse_args(words)
