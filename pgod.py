@@ -4836,7 +4836,6 @@ def supported_algorithms(asyncssh: Any) -> dict[str, Any]:
     return {name: [a for a in wanted if a not in bad
                    and (name not in have or a.encode() in have[name])]
             for name, wanted in SSH_ALGORITHMS.items()}
-ON_THIS_MACHINE = {"from": "127.0.0.0/8,::1"}
 def kept_key(path: Path, asyncssh: Any) -> Any:
     """Made once, kept ever after. Raises Fault."""
     if not path.exists():
@@ -4862,8 +4861,8 @@ class SshServer:
         self.beat = time.monotonic()
         # Who can read the file is root here, and needs no key of his own.
         own = kept_key(shared.settings.directory / ".pgod" / "admin_key", asyncssh)
-        root = PublicKey(key_fingerprint(own.public_data), "root", ON_THIS_MACHINE, "admin")
-        self.admins = root, *shared.configuration.admins
+        mark, here = key_fingerprint(own.public_data), {"from": "127.0.0.0/8,::1"}
+        self.admins = PublicKey(mark, "root", here, "admin"), *shared.configuration.admins
     def serve(self, address: tuple[str, int]) -> None:
         """Listen, in a thread. Raises Fault."""
         threading.Thread(target=self.loop.run_forever, name="ssh", daemon=True).start()
@@ -4886,11 +4885,10 @@ class SshServer:
                 return True
             def validate_public_key(self, username: str, key: Any) -> bool:
                 mark = key_fingerprint(key.public_data)
-                address = self.connection.pgod_client.address
-                known = bool(server.opened_by(mark, address))
+                known = bool(server.opened_by(mark, self.connection.pgod_client.address))
                 if not known:
-                    self.connection.send_auth_banner(f"{mark} opens nothing from {address}; "
-                                                     "a key counts from the next fetch on\r\n")
+                    self.connection.send_auth_banner(
+                        f"{mark} opens nothing here and now; a key counts from the next fetch\r\n")
                 return known
         own = self.shared.settings.directory / ".pgod"
         key = kept_key(own / "ssh_host_ed25519_key", self.asyncssh)
@@ -5245,17 +5243,19 @@ def remove_service(shared: Shared, path: Path) -> None:
     path.rename(aside / "state")
     (shared.settings.directory / f"{name}.stop").unlink(missing_ok=True)
     log.info("%s: removed, for pgo.toml lacks it; its files: %s; volumes stay", name, aside)
-def remove_stale(shared: Shared) -> None:
-    """Take down what is in .pgod/ and not in pgo.toml; volumes stay, the folder is set aside."""
-    followed = {service.name for service in shared.configuration.services}
+def remove_stale(shared: Shared) -> bool:
+    """Take down what is in .pgod/ and not in pgo.toml; volumes stay. Whether something is left."""
+    followed, left = {service.name for service in shared.configuration.services}, False
     for path in sorted((shared.settings.directory / ".pgod").iterdir()):
         known = any((path / name).is_file() for name in ("current.json", "keys.json"))
         if known and path.name not in followed and NAME_PATTERN.fullmatch(path.name):
             try:
                 remove_service(shared, path)
             except Exception as error:  # the thread's outermost line
-                log.error("%s: removal failed, the next start tries again: %s", path.name, error)
+                log.error("%s: removal failed; tried again in 1m: %s", path.name, error)
+                left = True
     shared.removed.set()
+    return left
 def remove_unfinished(folder: Path) -> None:
     """What a kill left of files and folders that were not whole yet."""
     for place in ("", ".pgod/", ".pgod/*/", ".pgod/*/*/", ".pgod/*/git/info/"):
@@ -5288,7 +5288,9 @@ class Daemon:
         metrics.set("pgo_build_info", 1, version=VERSION)
         try:
             self.start(asyncssh)
-            threading.Thread(target=remove_stale, args=(self.shared,), daemon=True).start()
+            def remove() -> None:
+                while remove_stale(self.shared) and not self.shared.stopping.wait(60): pass
+            threading.Thread(target=remove, name="removal", daemon=True).start()
             return self.watch()
         finally:
             self.end()
