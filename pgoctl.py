@@ -241,7 +241,7 @@ def parse_target(text: str) -> tuple[str, str, str]:
         (not host, "the host is missing"),
         (not slashes and host.rpartition("]")[2].count(":") == 1, "//command is missing"),
         (not all(re.fullmatch(HOST_NAME, name) for name in host.split(",")),
-         "that is no host and no @group (an IPv6 address stands in brackets)"),
+         "that is no host (an IPv6 address stands in brackets)"),
         (slashes and not service, "the service is missing"),
         (slashes and not command, "the command is missing"),
     ):

@@ -4888,7 +4888,7 @@ class SshServer:
                 known = bool(server.opened_by(mark, self.connection.pgod_client.address))
                 if not known:
                     self.connection.send_auth_banner(
-                        f"{mark} opens nothing here and now; a key counts from the next fetch\r\n")
+                        f"{mark} opens nothing; a key counts from the next fetch on\r\n")
                 return known
         own = self.shared.settings.directory / ".pgod"
         key = kept_key(own / "ssh_host_ed25519_key", self.asyncssh)

@@ -4080,7 +4080,7 @@ def test_refusal_says_what_is_wrong_and_offers_no_trap(lab: Lab) -> None:
                  f"{lab.datadir}/other/x: is another service's"):
         (line,) = [line for line in lines if text in line]
         assert "allow" not in line
-    assert last == ('  an administrator permits all with allow = '
+    assert last == ('  an administrator permits the others with allow = '
                     '["devices:/dev/ttyUSB0", "bind:/srv/media/files"]'), "to paste"
     assert ".pgod" not in "".join(lines)
 
@@ -4277,7 +4277,7 @@ def test_lines_in_ssh_that_are_no_keys_are_told_and_lock_nobody_out(lab: Lab) ->
 def test_stranger_is_told_when_a_key_counts(shared: Lab) -> None:
     words = shared.ssh_words("x//ping", key="stranger")
     told = run(*(word.replace("=ERROR", "=INFO") for word in words), check=False).stderr
-    assert "opens nothing here and now; a key counts from the next fetch" in told
+    assert "opens nothing; a key counts from the next fetch on" in told
 
 
 def by_hand(lab: Lab, project: str, compose: str) -> None:
