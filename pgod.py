@@ -390,7 +390,7 @@ def parse_key_options(line: str, role: str) -> tuple[dict[str, str], str]:
         try:
             KEY_OPTIONS[name](options[name])
         except (ValueError, OverflowError) as error:
-            raise ValueError(f"option {name}: {error}") from None
+            raise ValueError(f"option {name}: {str(error)[:300]}") from None
     return options, line
 def parse_public_key(line: str, role: str = "owner") -> PublicKey:
     """One line of a .pub file, or of authorized_keys."""
@@ -613,8 +613,7 @@ PROCESS_METRICS = ("cpu_seconds_total", "virtual_memory_bytes", "resident_memory
 METRICS |= {f"process_{name}": ("counter" if name.endswith("total") else "gauge",
                                 "As the official client libraries have it.")
             for name in PROCESS_METRICS}
-DEPLOY_SECONDS = (1, 2, 5, 10, 20, 60, 120, 300, 600, 1800, math.inf)
-STARTED = time.time()
+DEPLOY_SECONDS, STARTED = (1, 2, 5, 10, 20, 60, 120, 300, 600, 1800, math.inf), time.time()
 
 class Metrics:
     """Counters, and gauges that are set; thread-safe."""
@@ -2625,6 +2624,7 @@ def as_tables(value: object) -> list[dict[str, Any]]:
 def as_admins(value: object) -> tuple[PublicKey, ...]:
     path = as_outside_file(value)
     keys, wrong = parse_key_file(read_beneath(Path("/"), path[1:], KEY_FILE_BYTES + 1), "admin")
+    wrong += ["belongs to somebody else than root"] * (os.stat(path).st_uid != os.geteuid())
     if wrong: raise ValueError("\n".join(f"{path}: {why}" for why in wrong))
     return tuple(keys)
 def as_env_file(value: object) -> tuple[tuple[str, str], ...]:

@@ -5497,6 +5497,10 @@ def test_keys_have_roles(lab: Lab) -> None:
     done = run(sys.executable, HERE / "pgod.py", "--check", "-c", lab.config, check=False)
     assert (done.returncode, f"admins: {admins}: line 3" in done.stderr) == (1, True), done.stderr
     admins.write_text(line("chief") + line("half", f'services="{db}"'))
+    run("chown", USERS[0], admins)
+    done = run(sys.executable, HERE / "pgod.py", "--check", "-c", lab.config, check=False)
+    assert (done.returncode, "than root" in done.stderr) == (1, True), done.stderr
+    run("chown", "0", admins)
     lab.start()
     lab.runs(web, lab.repositories[web].head())
     lab.runs(db, lab.repositories[db].head())
