@@ -6720,9 +6720,10 @@ class OneGoesOneComes(History):
             return False
 
         until(kept, "a container to write in")
+        # What failed for a fault is tried again in a minute.
+        until(lambda: not (self.lab.directory / ".pgod" / self.left).exists(), "removed", 90)
         super().check(self.untouched())
         docker("volume", "inspect", f"{self.left}_kept")
-        until(lambda: not (self.lab.directory / ".pgod" / self.left).exists(), "removed", 90)
         docker("volume", "rm", f"{self.left}_kept")
 
 
