@@ -969,8 +969,12 @@ def show_overview(hosts: Sequence[str], options: Mapping[str, str], key: str) ->
             child.terminate()
     if services or not worst:
         terminal = os.isatty(1)
-        write_output(1, overview(services, time.time(), os.get_terminal_size(1)[0] if terminal
-                                 else 0, is_colourful(1)).encode())
+        try:
+            text = overview(services, time.time(), os.get_terminal_size(1)[0] if terminal else 0,
+                            is_colourful(1))
+        except (KeyError, TypeError, ValueError):
+            raise ControlError("a pgod's answer is not understood") from None
+        write_output(1, text.encode())
     return worst
 
 def ask_all(hosts: Sequence[str], rest: str, options: Mapping[str, str], words: Sequence[str],

@@ -4535,8 +4535,7 @@ def status_facts(worker: Worker, now: float, view: View) -> dict[str, Any]:
     told = [line for line in worker.store.history() if line["commit"] == commit][-1:]
     return {
         "service": worker.name, "state": view.state(hold), "commit": commit,
-        "author": "".join(line["author"] for line in told),
-        "subject": "".join(line["subject"] for line in told),
+        **{key: "".join(line[key] for line in told) for key in ("author", "subject")},
         "since": release.since if release else 0.0, "wanted": view.wanted,
         "in_sync": view.in_sync, "why": view.why(hold),
         "hold": asdict(hold) if hold else None, "last_error": view.last_error,
@@ -4653,8 +4652,7 @@ COMMANDS: dict[str, Command] = {
     "journal": Command("is disabled", answer=answer_journal),
     "help": Command("show the commands", answer=answer_help),
 }
-READ_COMMANDS = frozenset(("git hash", "help", "history", "journal", "load", "logs", "ping", "plan",
-                           "ps", "status", "why"))  # they change nothing
+READ_COMMANDS = {"git hash", *"help history journal load logs ping plan ps status why".split()}
 # Options that pgod sets itself, or that mean nothing without a terminal of the engine's.
 DROPPED_OPTIONS = frozenset(("-T", "--no-TTY", "-i", "--interactive", "-t", "--tty"))
 AUDIT_BYTES = 64 << 20  # of the audit log and of the one before it
@@ -4857,7 +4855,7 @@ class SshServer:
         self.asyncssh = asyncssh
         self.sessions = Counter[str]()  # service: commands that run now
         self.unproven: dict[Any, str] = {}  # connection: its network, oldest first
-        self.loop = asyncio.new_event_loop()
+        self.loop, self.listing = asyncio.new_event_loop(), asyncio.Lock()
         self.beat = time.monotonic()
         # Who can read the file is root here, and needs no key of his own.
         own = kept_key(shared.settings.directory / ".pgod" / "admin_key", asyncssh)
@@ -4971,8 +4969,10 @@ class SshServer:
             return 0
         if text == "//list --json":
             workers = [self.shared.workers[name] for name in mine if mine[name].permits("status")]
-            process.stdout.write(json.dumps(await self.loop.run_in_executor(None, lambda: [
-                status_facts(worker, time.time(), worker.view) for worker in workers])).encode())
+            async with self.listing:  # of many at once, one takes a thread of those that answer
+                facts = await self.loop.run_in_executor(None, lambda: [
+                    status_facts(worker, time.time(), worker.view) for worker in workers])
+            process.stdout.write(json.dumps(facts).encode())
             return 0
         try:
             parsed = parse_command(text)

@@ -5528,6 +5528,7 @@ def test_keys_have_roles(lab: Lab) -> None:
     own = run(sys.executable, HERE / "pgoctl.py", "-p", str(lab.ssh_port), "-i",
               lab.directory / ".pgod" / "admin_key", f"127.0.0.1:{web}//ping", env=env)
     assert own.stdout == "pong\n"
+    assert (lab.directory / ".pgod" / "admin_key").stat().st_mode & 0o777 == 0o600
     with subprocess.Popen(lab.ssh_words(f"{web}//exec web sh -c 'echo in; sleep 1000'", key="late"),
                           stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True) as child:
         assert child.stdout and child.stdout.readline() == "in\n"
